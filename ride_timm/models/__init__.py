@@ -1,0 +1,18 @@
+"""RIDE networks; importing this package registers their entrypoints in timm."""
+
+from .legacy import load_legacy
+from .ride import CosineClassifier, Expert, Ride, Stages
+from .ride_resnet import build_ride_resnet
+from .ride_resnet_cifar import build_ride_resnet_cifar
+from .router import Router
+
+__all__ = [
+    "CosineClassifier",
+    "Expert",
+    "Ride",
+    "Router",
+    "Stages",
+    "build_ride_resnet",
+    "build_ride_resnet_cifar",
+    "load_legacy",
+]

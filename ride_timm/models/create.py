@@ -1,0 +1,77 @@
+"""What every family shares when it meets timm's factory: pretrained cfgs, routers, and building with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg
+
+from .ride import Expert, Ride, Stages
+from .router import Router
+
+
+def ride_cfg(**kwargs: Any) -> dict[str, Any]:
+    """A pretrained cfg for timm: what the weights of a tag expect."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "trunk.conv1",
+        "license": "mit",
+        "paper_name": "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts",
+        "paper_ids": "arXiv:2010.01809",
+        **kwargs,
+    }
+
+
+def assemble(
+    trunk: Stages,
+    make_expert: Callable[[], Expert],
+    *,
+    num_experts: int,
+    num_classes: int,
+    in_chans: int,
+    router: bool,
+    top_choices_num: int,
+    share_expert_help_pred_fc: bool,
+    routed: bool,
+    model_cls: type[Ride] = Ride,
+) -> Ride:
+    """A `Ride` of one trunk and `num_experts` experts, each made (and initialised) on its own."""
+    if not isinstance(num_experts, int) or num_experts < 1:
+        raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
+    experts = [make_expert() for _ in range(num_experts)]
+    gates = None
+    if router:
+        gates = Router(num_experts, experts[0].head_hidden_size, num_classes, top_choices_num, share_expert_help_pred_fc)
+    return model_cls(trunk, experts, num_classes, in_chans, gates, routed)
+
+
+def create_ride(
+    build: Callable[..., Ride], variant: str, pretrained: bool, *, num_levels: int, num_experts: int = 3, **kwargs: Any
+) -> Ride:
+    """Build through timm's factory; the names of all experts' heads go with the cfg, so that timm can swap them."""
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    overlay.setdefault("classifier", tuple(f"experts.{i}.fc" for i in range(num_experts)))
+
+    def build_on(device: Any = None, dtype: torch.dtype | None = None, **args: Any) -> Ride:
+        with torch.device(device) if device is not None else nullcontext():
+            return build(**args).to(dtype=dtype)
+
+    return build_model_with_cfg(
+        build_on,
+        variant,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        feature_cfg=dict(feature_cls="getter", out_indices=tuple(range(num_levels))),
+        num_experts=num_experts,
+        **kwargs,
+    )

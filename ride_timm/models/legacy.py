@@ -1,0 +1,171 @@
+"""The authors' checkpoints, read without running anything they contain."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from ..errors import InputError
+from .ride import CosineClassifier, Ride
+from .ride_resnet import FULL_PLANES, REDUCED_PLANES
+
+_NAMES = {(1, 1, 1, 1): "10", (3, 4, 6, 3): "50", (3, 4, 23, 3): "101", (3, 8, 36, 3): "152"}
+_ROUTER_KEYS = {"hidden": "expert_help_pred_hidden_fcs", "fc": "expert_help_pred_fcs"}
+
+
+class _Inert:
+    """Stands in for every class a checkpoint names (its ConfigParser, paths, loggers): takes anything, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by the authors' names, without `module.` and `backbone.`.
+
+    torch's restricted unpickler reads the file; whatever it would have to import becomes an inert object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path}: no such file.")
+    try:
+        foreign = get_unsafe_globals_in_checkpoint(path)
+        with safe_globals([(_Inert, name) for name in foreign]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"checkpoint {path}: not a readable torch checkpoint, nothing was loaded ({reason})") from error
+    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise InputError(f"checkpoint {path}: expected a dict of tensors under 'state_dict'.")
+    return {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state_dict.items()}
+
+
+def _num_blocks(state_dict: dict[str, Tensor], stage: int) -> int:
+    pattern = re.compile(rf"layer{stage}(?:s\.0)?\.(\d+)\.conv1\.weight")
+    return len([key for key in state_dict if pattern.fullmatch(key)])
+
+
+def infer_architecture(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Model name and arguments for `timm.create_model`, from the names and shapes of an authors' checkpoint."""
+    try:
+        return _infer_architecture(state_dict)
+    except (KeyError, IndexError) as error:
+        raise InputError(f"not a RIDE checkpoint of the authors: tensor {error.args[0]!r} is missing.") from error
+
+
+def _infer_architecture(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    experts = {int(match[1]) for key in state_dict if (match := re.match(r"linears\.(\d+)\.weight", key))}
+    num_experts = len(experts) or 1
+    head = "linears.0" if experts else "linear"
+    use_norm = f"{head}.bias" not in state_dict
+    stem = state_dict["conv1.weight"]
+    kwargs: dict[str, Any] = dict(
+        num_experts=num_experts,
+        num_classes=state_dict[f"{head}.weight"].shape[1 if use_norm else 0],
+        use_norm=use_norm,
+        in_chans=stem.shape[1],
+    )
+
+    def width(stage: int) -> int:
+        name = f"layer{stage}s.0" if f"layer{stage}s.0.0.conv1.weight" in state_dict else f"layer{stage}"
+        if f"{name}.0.conv3.weight" in state_dict:
+            return state_dict[f"{name}.0.conv3.weight"].shape[0] // 4
+        return state_dict[f"{name}.0.conv2.weight"].shape[0]
+
+    if stem.shape[-1] == 3:
+        name, own, reduced, full = "ride_resnet32", (2, 3), (24, 48), (32, 64)
+        blocks: tuple[int, ...] = (5, 5, 5)
+    else:
+        blocks = tuple(_num_blocks(state_dict, stage) for stage in (1, 2, 3, 4))
+        if blocks not in _NAMES:
+            raise InputError(f"a network of {blocks} blocks is none of the authors': expected one of {list(_NAMES)}.")
+        grouped = state_dict["layer1.0.conv2.weight"]
+        resnext = "layer1.0.conv3.weight" in state_dict and grouped.shape[0] != grouped.shape[1]
+        name, own = ("ride_resnext" if resnext else "ride_resnet") + _NAMES[blocks], (3, 4)
+        reduced, full = REDUCED_PLANES[2:], FULL_PLANES[2:]
+        if num_experts > 1 and "layer3.0.conv1.weight" in state_dict:
+            kwargs["share_layer3"] = True
+    widths = (width(own[0]), width(own[1]))
+    kwargs["reduce_dimension"] = widths != full
+    if widths not in (reduced, full):
+        kwargs.update({f"layer{stage}_output_dim": planes for stage, planes in zip(own, widths, strict=True)})
+    gates = [key for key in state_dict if re.fullmatch(r"expert_help_pred_fcs?(\.0)?\.weight", key)]
+    if gates:
+        hidden = state_dict["expert_help_pred_hidden_fcs.0.weight"].shape[0]
+        kwargs.update(
+            router=True,
+            top_choices_num=state_dict[gates[0]].shape[1] - hidden,
+            share_expert_help_pred_fc=gates[0] == "expert_help_pred_fc.weight",
+        )
+    return name, kwargs
+
+
+def _legacy_key(key: str, model: Ride) -> str:
+    """The authors' name of one of our tensors."""
+    part, _, rest = key.partition(".")
+    if part == "trunk":
+        return rest
+    kind, i, rest = ("", *rest.split(".", 1)) if part == "experts" else (*rest.split(".", 2),)
+    if part == "router":
+        if kind == "fc" and model.router.share_expert_help_pred_fc:
+            return f"expert_help_pred_fc.{rest}"
+        return f"{_ROUTER_KEYS[kind]}.{i}.{rest}"
+    if rest.startswith("fc."):
+        return rest.replace("fc.", f"linears.{i}." if model.num_experts > 1 else "linear.")
+    _, stage, rest = rest.split(".", 2)
+    return f"{stage}s.{i}.{rest}" if model.num_experts > 1 else f"{stage}.{rest}"
+
+
+def convert_state_dict(state_dict: dict[str, Tensor], model: Ride) -> dict[str, Tensor]:
+    """The authors' tensors under the names and in the layout of `model`; every one must be used and fit.
+
+    Raises InputError that names the tensors that are missing, left over or of another shape.
+    """
+    cosine = isinstance(model.get_classifier()[0], CosineClassifier)
+    converted, problems, used = {}, [], set()
+    for key, ours in model.state_dict().items():
+        legacy = _legacy_key(key, model)
+        used.add(legacy)
+        if legacy not in state_dict:
+            problems.append(f"missing {legacy}")
+            continue
+        value = state_dict[legacy]
+        if cosine and re.fullmatch(r"experts\.\d+\.fc\.weight", key):
+            value = value.t().contiguous()  # theirs is [D, C]
+        if value.shape != ours.shape:
+            problems.append(f"{legacy} has shape {list(state_dict[legacy].shape)}, expected that of {list(ours.shape)}")
+        converted[key] = value
+    problems += [f"unexpected {key}" for key in state_dict if key not in used]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
+    return converted
+
+
+def load_legacy(path: str | Path) -> Ride:
+    """The model of an authors' `.pth` checkpoint, in eval mode; architecture and arguments come from the shapes.
+
+    Raises InputError for a file that cannot be read, is not theirs, or does not fit tensor by tensor.
+    """
+    state_dict = read_state_dict(path)
+    name, kwargs = infer_architecture(state_dict)
+    tags = get_arch_pretrained_cfgs(name)
+    tag = next((t for t, cfg in tags.items() if cfg.num_classes == kwargs["num_classes"]), None)
+    model = timm.create_model(tag or name, **kwargs)
+    model.load_state_dict(convert_state_dict(state_dict, model))
+    return model.eval()

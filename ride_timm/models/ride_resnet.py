@@ -1,0 +1,167 @@
+"""RIDE on ResNet and ResNeXt for ImageNet-like images of any size: layer3, layer4 and the head per expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
+from torch import nn
+
+from .create import assemble, create_ride, ride_cfg
+from .ride import Expert, Ride, Stages
+
+FULL_PLANES = (64, 128, 256, 512)
+REDUCED_PLANES = (64, 128, 192, 384)
+
+
+def _stage(block: type, in_channels: int, planes: int, num_blocks: int, stride: int, **block_args: Any) -> nn.Sequential:
+    out_channels = planes * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        downsample = downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
+    blocks = [block(in_channels, planes, stride, downsample, **block_args)]
+    blocks += [block(out_channels, planes, **block_args) for _ in range(num_blocks - 1)]
+    return nn.Sequential(*blocks)
+
+
+def _init_weights(module: nn.Module) -> None:
+    # The authors' initialisation: He-normal by fan-out; all BatchNorm weights stay 1, the last of a block too.
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
+
+
+def build_ride_resnet(
+    block: type[BasicBlock] | type[Bottleneck],
+    layers: tuple[int, int, int, int],
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    global_pool: str = "avg",
+    drop_rate: float = 0.0,
+    num_experts: int = 3,
+    reduce_dimension: bool = True,
+    use_norm: bool = True,
+    layer3_output_dim: int | None = None,
+    layer4_output_dim: int | None = None,
+    share_layer3: bool = False,
+    cardinality: int = 1,
+    base_width: int = 64,
+    router: bool = False,
+    top_choices_num: int = 5,
+    share_expert_help_pred_fc: bool = True,
+    routed: bool = False,
+) -> Ride:
+    """Stem to layer2 (to layer3 with `share_layer3`) shared, the rest per expert. arXiv:2010.01809, section 3.
+
+    layers: blocks in each of the four stages; cardinality, base_width: groups and width of ResNeXt;
+    reduce_dimension: layer3 and layer4 at 3/4 of their width (192 and 384 planes), in the one-expert network too;
+    layer3_output_dim, layer4_output_dim: planes of these stages, instead of the above;
+    use_norm: cosine heads (scale 30) instead of linear ones; router: build the stage-two gates, which look at the
+    `top_choices_num` largest logits and share their last layer if `share_expert_help_pred_fc`.
+    """
+    default = REDUCED_PLANES if reduce_dimension else FULL_PLANES
+    planes = default[:2] + (layer3_output_dim or default[2], layer4_output_dim or default[3])
+    block_args = dict(cardinality=cardinality, base_width=base_width)
+    channels = (64,) + tuple(p * block.expansion for p in planes)
+
+    def stage(i: int) -> nn.Sequential:
+        return _stage(block, channels[i - 1], planes[i - 1], layers[i - 1], stride=1 if i == 1 else 2, **block_args)
+
+    def stages(stem: dict[str, nn.Module], numbers: range) -> Stages:
+        info = [dict(num_chs=64, reduction=2, module="act1")] if stem else []
+        info += [dict(num_chs=channels[i], reduction=2 ** (i + 1), module=f"layer{i}") for i in numbers]
+        made = Stages({**stem, **{f"layer{i}": stage(i) for i in numbers}}, info)
+        _init_weights(made)
+        return made
+
+    stem = {
+        "conv1": nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False),
+        "bn1": nn.BatchNorm2d(64),
+        "act1": nn.ReLU(inplace=True),
+        "maxpool": nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+    }
+    first_own = 4 if share_layer3 else 3
+    return assemble(
+        stages(stem, range(1, first_own)),
+        lambda: Expert(
+            stages({}, range(first_own, 5)), channels[4], num_classes, use_norm, global_pool=global_pool, drop_rate=drop_rate
+        ),
+        num_experts=num_experts,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        router=router,
+        top_choices_num=top_choices_num,
+        share_expert_help_pred_fc=share_expert_help_pred_fc,
+        routed=routed,
+    )
+
+
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Ride:
+    return create_ride(build_ride_resnet, variant, pretrained, num_levels=5, **dict(defaults, **kwargs))
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "ride_resnet10.imagenet_lt": ride_cfg(),
+        "ride_resnet50.imagenet_lt": ride_cfg(),
+        "ride_resnet50.inat18": ride_cfg(num_classes=8142, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192)),
+        "ride_resnet101.untrained": ride_cfg(),
+        "ride_resnet152.untrained": ride_cfg(),
+        "ride_resnext50.imagenet_lt": ride_cfg(),
+        "ride_resnext101.untrained": ride_cfg(),
+        "ride_resnext152.untrained": ride_cfg(),
+        "test_ride_resnet.untrained": ride_cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+    }
+)
+
+_RESNEXT = dict(cardinality=32, base_width=4)
+
+
+@register_model
+def ride_resnet10(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ResNet-10 (one basic block a stage), the small network of the authors for ImageNet-LT."""
+    return _create("ride_resnet10", pretrained, dict(block=BasicBlock, layers=(1, 1, 1, 1)), kwargs)
+
+
+@register_model
+def ride_resnet50(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ResNet-50, stem to stage 2 shared, stages 3 and 4 per expert."""
+    return _create("ride_resnet50", pretrained, dict(block=Bottleneck, layers=(3, 4, 6, 3)), kwargs)
+
+
+@register_model
+def ride_resnet101(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ResNet-101, stem to stage 2 shared, stages 3 and 4 per expert."""
+    return _create("ride_resnet101", pretrained, dict(block=Bottleneck, layers=(3, 4, 23, 3)), kwargs)
+
+
+@register_model
+def ride_resnet152(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ResNet-152, stem to stage 2 shared, stages 3 and 4 per expert."""
+    return _create("ride_resnet152", pretrained, dict(block=Bottleneck, layers=(3, 8, 36, 3)), kwargs)
+
+
+@register_model
+def ride_resnext50(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ResNeXt-50 32x4d, stem to stage 2 shared, stages 3 and 4 per expert."""
+    return _create("ride_resnext50", pretrained, dict(block=Bottleneck, layers=(3, 4, 6, 3), **_RESNEXT), kwargs)
+
+
+@register_model
+def ride_resnext101(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ResNeXt-101 32x4d (not among the authors' networks), stages 3 and 4 per expert."""
+    return _create("ride_resnext101", pretrained, dict(block=Bottleneck, layers=(3, 4, 23, 3), **_RESNEXT), kwargs)
+
+
+@register_model
+def ride_resnext152(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ResNeXt-152 32x4d, stem to stage 2 shared, stages 3 and 4 per expert."""
+    return _create("ride_resnext152", pretrained, dict(block=Bottleneck, layers=(3, 8, 36, 3), **_RESNEXT), kwargs)
+
+
+@register_model
+def test_ride_resnet(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """A tiny network of the same build, for tests."""
+    tiny = dict(block=BasicBlock, layers=(1, 1, 1, 1), layer3_output_dim=24, layer4_output_dim=32)
+    return _create("test_ride_resnet", pretrained, tiny, kwargs)

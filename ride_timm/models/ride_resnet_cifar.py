@@ -1,0 +1,132 @@
+"""RIDE on the CIFAR ResNet-32 of LDAM and RIDE: option-A shortcuts, layer2, layer3 and the head per expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+
+from .create import assemble, create_ride, ride_cfg
+from .ride import Expert, Ride, Stages
+
+
+class PadShortcut(nn.Module):
+    """Option-A shortcut: every second pixel, zero channels on both sides. arXiv:1512.03385, section 3.3
+
+    x [B, in, H, W] -> [B, out, H/2, W/2], (out - in) // 2 zero channels before, the rest after.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        before = (out_channels - in_channels) // 2
+        self.padding = (0, 0, 0, 0, before, out_channels - in_channels - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], self.padding)
+
+
+def _stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+    shortcut = PadShortcut(in_channels, channels) if stride != 1 or in_channels != channels else None
+    blocks = [BasicBlock(in_channels, channels, stride, shortcut)]
+    return nn.Sequential(*blocks, *(BasicBlock(channels, channels) for _ in range(num_blocks - 1)))
+
+
+def _init_weights(module: nn.Module) -> None:
+    # The authors' initialisation: He-normal by fan-in, the router's layers included.
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(child.weight)
+
+
+class CifarRide(Ride):
+    """`Ride` whose linear layers start He-normal by fan-in, also those made later (a router, new classifiers)."""
+
+    def add_router(self, router: Any) -> None:
+        _init_weights(router)
+        super().add_router(router)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        for expert in self.experts:
+            _init_weights(expert.fc)
+
+
+def build_ride_resnet_cifar(
+    layers: tuple[int, int, int] = (5, 5, 5),
+    num_classes: int = 100,
+    in_chans: int = 3,
+    global_pool: str = "avg",
+    drop_rate: float = 0.0,
+    num_experts: int = 3,
+    reduce_dimension: bool = True,
+    use_norm: bool = True,
+    layer2_output_dim: int | None = None,
+    layer3_output_dim: int | None = None,
+    router: bool = False,
+    top_choices_num: int = 5,
+    share_expert_help_pred_fc: bool = True,
+    routed: bool = False,
+) -> Ride:
+    """3x3 stem of 16 channels and layer1 shared; layer2 and layer3 (24 and 48 channels reduced, 32 and 64 full) per expert.
+
+    The other arguments are those of `build_ride_resnet`.
+    """
+    narrow, wide = (24, 48) if reduce_dimension else (32, 64)
+    channels = (16, 16, layer2_output_dim or narrow, layer3_output_dim or wide)
+    for i in (2, 3):
+        if channels[i] < channels[i - 1]:
+            raise ValueError(
+                f"layer{i}_output_dim={channels[i]}: option-A shortcuts only widen, expected {channels[i - 1]} or more."
+            )
+
+    def stages(stem: dict[str, nn.Module], numbers: range) -> Stages:
+        info = [dict(num_chs=16, reduction=1, module="act1")] if stem else []
+        info += [dict(num_chs=channels[i], reduction=2 ** (i - 1), module=f"layer{i}") for i in numbers]
+        made = {f"layer{i}": _stage(channels[i - 1], channels[i], layers[i - 1], 1 if i == 1 else 2) for i in numbers}
+        return Stages({**stem, **made}, info)
+
+    stem = {
+        "conv1": nn.Conv2d(in_chans, 16, kernel_size=3, padding=1, bias=False),
+        "bn1": nn.BatchNorm2d(16),
+        "act1": nn.ReLU(inplace=True),
+    }
+    model = assemble(
+        stages(stem, range(1, 2)),
+        lambda: Expert(
+            stages({}, range(2, 4)), channels[3], num_classes, use_norm, global_pool=global_pool, drop_rate=drop_rate
+        ),
+        num_experts=num_experts,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        router=router,
+        top_choices_num=top_choices_num,
+        share_expert_help_pred_fc=share_expert_help_pred_fc,
+        routed=routed,
+        model_cls=CifarRide,
+    )
+    _init_weights(model)
+    return model
+
+
+_CIFAR_STATS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+_CIFAR_INPUT = dict(input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "ride_resnet32.cifar100_lt100": ride_cfg(num_classes=100, **_CIFAR_INPUT, **_CIFAR_STATS),
+        "ride_resnet32.cifar10_lt100": ride_cfg(num_classes=10, **_CIFAR_INPUT, **_CIFAR_STATS),
+        "ride_resnet32.fashion_lt": ride_cfg(
+            num_classes=10, input_size=(3, 28, 28), pool_size=(7, 7), crop_pct=1.0, mean=(0.286,) * 3, std=(0.353,) * 3
+        ),
+    }
+)
+
+
+@register_model
+def ride_resnet32(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """The CIFAR ResNet-32 (100 classes unless told otherwise), stem and stage 1 shared."""
+    args = dict(dict(num_classes=100), **kwargs)
+    return create_ride(build_ride_resnet_cifar, "ride_resnet32", pretrained, num_levels=4, **args)
