@@ -51,7 +51,8 @@ def assemble(
     experts = [make_expert() for _ in range(num_experts)]
     gates = None
     if router:
-        gates = Router(num_experts, experts[0].head_hidden_size, num_classes, top_choices_num, share_expert_help_pred_fc)
+        num_features = experts[0].head_hidden_size
+        gates = Router(num_experts, num_features, num_classes, top_choices_num, share_expert_help_pred_fc)
     return model_cls(trunk, experts, num_classes, in_chans, gates, routed)
 
 

@@ -48,7 +48,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"checkpoint {path}: not a readable torch checkpoint, nothing was loaded ({reason})") from error
+        raise InputError(f"checkpoint {path}: no readable torch checkpoint, nothing was loaded ({reason})") from error
     state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise InputError(f"checkpoint {path}: expected a dict of tensors under 'state_dict'.")

@@ -15,7 +15,9 @@ FULL_PLANES = (64, 128, 256, 512)
 REDUCED_PLANES = (64, 128, 192, 384)
 
 
-def _stage(block: type, in_channels: int, planes: int, num_blocks: int, stride: int, **block_args: Any) -> nn.Sequential:
+def _stage(
+    block: type, in_channels: int, planes: int, num_blocks: int, stride: int, **block_args: Any
+) -> nn.Sequential:
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
@@ -61,9 +63,9 @@ def build_ride_resnet(
     `top_choices_num` largest logits and share their last layer if `share_expert_help_pred_fc`.
     """
     default = REDUCED_PLANES if reduce_dimension else FULL_PLANES
-    planes = default[:2] + (layer3_output_dim or default[2], layer4_output_dim or default[3])
+    planes = (*default[:2], layer3_output_dim or default[2], layer4_output_dim or default[3])
     block_args = dict(cardinality=cardinality, base_width=base_width)
-    channels = (64,) + tuple(p * block.expansion for p in planes)
+    channels = (64, *(p * block.expansion for p in planes))
 
     def stage(i: int) -> nn.Sequential:
         return _stage(block, channels[i - 1], planes[i - 1], layers[i - 1], stride=1 if i == 1 else 2, **block_args)
@@ -84,9 +86,7 @@ def build_ride_resnet(
     first_own = 4 if share_layer3 else 3
     return assemble(
         stages(stem, range(1, first_own)),
-        lambda: Expert(
-            stages({}, range(first_own, 5)), channels[4], num_classes, use_norm, global_pool=global_pool, drop_rate=drop_rate
-        ),
+        lambda: Expert(stages({}, range(first_own, 5)), channels[4], num_classes, use_norm, global_pool, drop_rate),
         num_experts=num_experts,
         num_classes=num_classes,
         in_chans=in_chans,

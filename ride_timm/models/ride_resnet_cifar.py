@@ -58,7 +58,7 @@ def build_ride_resnet_cifar(
     layers: tuple[int, int, int] = (5, 5, 5),
     num_classes: int = 100,
     in_chans: int = 3,
-    global_pool: str = "avg",
+    global_pool: str = "fastavg",
     drop_rate: float = 0.0,
     num_experts: int = 3,
     reduce_dimension: bool = True,
@@ -70,7 +70,7 @@ def build_ride_resnet_cifar(
     share_expert_help_pred_fc: bool = True,
     routed: bool = False,
 ) -> Ride:
-    """3x3 stem of 16 channels and layer1 shared; layer2 and layer3 (24 and 48 channels reduced, 32 and 64 full) per expert.
+    """3x3 stem and layer1 (16 channels) shared; layer2 and layer3 (24, 48 channels reduced; 32, 64 full) per expert.
 
     The other arguments are those of `build_ride_resnet`.
     """
@@ -95,9 +95,7 @@ def build_ride_resnet_cifar(
     }
     model = assemble(
         stages(stem, range(1, 2)),
-        lambda: Expert(
-            stages({}, range(2, 4)), channels[3], num_classes, use_norm, global_pool=global_pool, drop_rate=drop_rate
-        ),
+        lambda: Expert(stages({}, range(2, 4)), channels[3], num_classes, use_norm, global_pool, drop_rate),
         num_experts=num_experts,
         num_classes=num_classes,
         in_chans=in_chans,

@@ -55,7 +55,7 @@ class Router(nn.Module):
         )
 
     def gate(self, i: int, features: Tensor, mean_logits: Tensor) -> Tensor:
-        """Gate after expert i (from 0): features [B, D] of that expert, mean_logits [B, C] so far -> gate logits [B]."""
+        """Gate after expert i (from 0): its features [B, D], the mean logits so far [B, C] -> gate logits [B]."""
         choices = mean_logits.topk(self.top_choices_num, dim=1).values
         hidden = F.relu(self.hidden[i](F.normalize(features, dim=1)))
         return self.fc[0 if self.share_expert_help_pred_fc else i](torch.cat([choices, hidden], 1)).squeeze(1)

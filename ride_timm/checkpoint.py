@@ -1,0 +1,230 @@
+"""The run folder: a resumable state, plain weights that timm loads, results; and models from wherever they lie."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models._hub import save_config_for_hf
+
+from .errors import InputError, RunError
+from .models import Ride, load_legacy
+from .recipe import Recipe, load_recipe
+
+STAGES = ("experts", "router")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then put it in place: a reader sees the old file or the new one, whole.
+
+    RunError where the disk does not take it; the old file then still stands.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors wrap a full disk
+        raise RunError(f"{path} could not be written ({error}); what stood there before still does.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+class RunFolder:
+    """One run's folder.
+
+    recipe.yaml (as run), state.pt (resumable, epoch by epoch), metrics.csv, results.json, config.json and
+    model.safetensors (plain weights that `timm.create_model("local-dir:…")` loads).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def occupied(self) -> bool:
+        """Whether a run has been started here."""
+        return (self.path / "recipe.yaml").is_file()
+
+    def recipe(self) -> Recipe:
+        """The recipe as it was run."""
+        return load_recipe(self.path / "recipe.yaml")
+
+    def state(self) -> dict[str, Any] | None:
+        """The state after the last finished epoch, or None where none is finished."""
+        path = self.path / "state.pt"
+        if not path.is_file():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"{path} is not a readable state ({str(error).splitlines()[0]}).") from error
+
+    def claim(self, recipe: Recipe, stage: str, resume: bool, from_here: bool) -> dict[str, Any] | None:
+        """Check that this run may be made here, without writing; gives the state to go on from, if any.
+
+        stage: "both", "experts" or "router"; from_here: the router is to be trained on this folder's experts.
+        InputError where another run stands here, or the recipe disagrees with the one to go on with.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output {self.path} is a file: name a folder.")
+        state = self.state() if self.occupied else None
+        add_router = from_here and state is not None and state["stage"] == "router" and state["epoch"] == 0
+        if from_here and not resume and not add_router and not self.occupied:
+            raise InputError(
+                f"no stage one to start from: {self.path} holds no run. Name one by --from, or train it first."
+            )
+        if self.occupied and not resume and not add_router:
+            raise InputError(
+                f"output {self.path} already holds a run: go on with it by --resume, or choose another --output."
+            )
+        if self.occupied:
+            theirs = self.recipe()
+            keys = recipe.differing(theirs)
+            if add_router and not resume:
+                keys = [key for key in keys if not key.startswith("router_") and key not in _ROUTER_KEYS]
+            if keys:
+                differences = ", ".join(f"{key} ({getattr(theirs, key)!r} there)" for key in keys)
+                raise InputError(f"the recipe disagrees with the run in {self.path}: {differences}.")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")
+        if from_here and (state is None or state["stage"] == "experts"):
+            raise InputError(f"stage one in {self.path} is not finished: resume it by --resume --stage both.")
+        return state
+
+    def start(self, recipe: Recipe) -> None:
+        """Make the folder and write down the recipe."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output {self.path} cannot be made ({error.strerror}).") from error
+        _write_text(self.path / "recipe.yaml", recipe.to_yaml())
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write the resumable state and the epochs' figures."""
+        write_atomically(self.path / "state.pt", lambda partial: torch.save(state, partial))
+        if state["history"]:
+            text = io.StringIO()
+            table = csv.DictWriter(text, list(state["history"][0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(state["history"])
+            _write_text(self.path / "metrics.csv", text.getvalue())
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        _write_text(self.path / "results.json", json.dumps(results, indent=2) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+
+    def export(self, model: Ride, data_config: dict[str, Any], class_names: tuple[str, ...]) -> None:
+        """Plain weights and timm's config.json; `data_config`: input_size, mean, std, crop_pct of the test images."""
+        tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        router = {}
+        if model.router is not None:
+            router = dict(
+                router=True,
+                top_choices_num=model.router.top_choices_num,
+                share_expert_help_pred_fc=model.router.share_expert_help_pred_fc,
+            )
+        config = dict(
+            model_config=dict(label_names=list(class_names)),
+            model_args=dict(num_experts=model.num_experts) | router,
+            data_config=data_config,
+        )
+        write_atomically(
+            self.path / "model.safetensors", lambda p: safetensors.torch.save_file(tensors, p, {"format": "pt"})
+        )
+        write_atomically(self.path / "config.json", lambda p: save_config_for_hf(model, str(p), **config))
+
+
+_ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "threshold")
+
+
+def load_model(spec: str | Path, **kwargs: Any) -> Ride:
+    """A model in eval mode from a run folder, an authors' `.pth`, or anything `timm.create_model` takes.
+
+    InputError where nothing is found there, the weights do not fit, or the model is none of ours.
+    """
+    path = Path(spec)
+    try:
+        if path.is_file():
+            model = load_legacy(path)
+        elif path.is_dir():
+            if not (path / "config.json").is_file():
+                raise InputError(f"{path} holds no config.json: not a run folder, or its first stage is not finished.")
+            model = timm.create_model(f"local-dir:{path}", pretrained=True, **kwargs)
+        else:
+            model = timm.create_model(str(spec), pretrained=True, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:  # timm, the Hub's client and torch raise what they like
+        raise InputError(f"model {str(spec)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(model, Ride):
+        raise InputError(f"model {str(spec)!r} is a {type(model).__name__}, expected one with experts (ride_…).")
+    return model.eval()
+
+
+def create_model(recipe: Recipe, num_classes: int, source: str | None = None) -> Ride:
+    """The recipe's network without a router, from its seed, or with the trunk and experts of `source`.
+
+    InputError for an argument that the network does not take, or weights of another one.
+    """
+    torch.manual_seed(recipe.seed)
+    try:
+        model = timm.create_model(recipe.model, num_classes=num_classes, **recipe.model_args)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model {recipe.model}: {error}") from error
+    if not isinstance(model, Ride):
+        raise InputError(f"model={recipe.model!r} has no experts: there are {', '.join(timm.list_models('ride*'))}.")
+    if source is not None:
+        weights = load_model(source).state_dict()
+        try:
+            model.load_state_dict({name: value for name, value in weights.items() if not name.startswith("router.")})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{source} holds another model than the recipe's {recipe.model}: {reason}") from error
+    return model.to(memory_format=torch.channels_last)
+
+
+def provenance() -> dict[str, Any]:
+    """Commit of the checkout that runs (None outside one) and versions of what the numbers depend on."""
+    packages = ("torch", "timm", "accelerate", "datasets", "numpy", "ride-timm")
+    here = Path(__file__).parent
+    try:
+        inside = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+        known = inside.returncode == 0 and commit.returncode == 0
+    except OSError:
+        known = False
+    return {
+        "commit": commit.stdout.strip() if known else None,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The processor that computed: a GPU's name, or the CPU's model and thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{device.type} ({name}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,121 @@
+"""Which images of a balanced data set make its long-tailed version: the split of Cao et al. that RIDE uses.
+
+Exponential and step imbalance as in arXiv:1906.07413 (LDAM), whose sampler arXiv:2010.01809 (RIDE) took over.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import count, islice
+from numbers import Integral, Real
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import InputError
+
+IMBALANCE_TYPES = ("exp", "step", "none")
+
+
+def check_imbalance(imb_type: str, imb_factor: float, seed: int = 0) -> None:
+    """Raise `InputError` unless the type is known, factor in (0, 1] and seed fit for NumPy's old generator."""
+    if imb_type not in IMBALANCE_TYPES:
+        raise InputError(f"unknown imbalance type {imb_type!r}; choose one of {', '.join(IMBALANCE_TYPES)}")
+    if isinstance(imb_factor, bool) or not isinstance(imb_factor, Real) or not 0 < imb_factor <= 1:
+        hint = ""
+        if isinstance(imb_factor, Real) and 1 < imb_factor < math.inf:
+            hint = f"; papers write IF {imb_factor:g} for the factor {1 / imb_factor:g}"
+        raise InputError(
+            f"imbalance factor {imb_factor!r} is outside (0, 1]: it is the smallest class over the largest{hint}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise InputError(f"split seed {seed!r} is not an integer in [0, 2**32)")
+
+
+def class_sizes(num_images: int, num_classes: int, imb_type: str, imb_factor: float) -> list[int]:
+    """Images to keep of each class, largest first, of a balanced set of `num_images`.
+
+    With n_max = num_images / num_classes, "exp" keeps int(n_max * f^(c / (C - 1))) and "step" keeps n_max of the first
+    half and int(n_max * f) of the rest. For an odd C the authors' step forgets the last class; here the middle class
+    counts to the tail. "none" keeps n_max everywhere. Fractions are cut off, as theirs are.
+
+    Raises `InputError` for a setting out of range and where a class would be left without an image.
+    """
+    check_imbalance(imb_type, imb_factor)
+    if num_classes < 1 or num_images < 1:
+        raise InputError(f"cannot split {num_images} images into {num_classes} classes")
+    n_max = num_images / num_classes
+    if imb_type == "exp":
+        last = max(num_classes - 1.0, 1.0)  # one class alone has nothing to decay to
+        sizes = [int(n_max * imb_factor ** (c / last)) for c in range(num_classes)]
+    elif imb_type == "step":
+        head = num_classes // 2 if num_classes > 1 else 1
+        sizes = [int(n_max)] * head + [int(n_max * imb_factor)] * (num_classes - head)
+    else:
+        sizes = [int(n_max)] * num_classes
+    if min(sizes) < 1:
+        way_out = "use more images"
+        if n_max >= 1:
+            digits = 1 + math.ceil(math.log10(n_max))
+            way_out = f"use a factor of at least {math.ceil(10**digits / n_max) / 10**digits:g}, or more images"
+        raise InputError(
+            f"imbalance factor {imb_factor:g} leaves no image for {sizes.count(0)} of {num_classes} classes "
+            f"({n_max:g} images a class on average); {way_out}"
+        )
+    return sizes
+
+
+def check_labels(labels: ArrayLike, num_classes: int | None = None) -> tuple[np.ndarray, int]:
+    """Labels [N] as int64 and the number of classes C, once every class 0 … C-1 is known to have an image.
+
+    `num_classes` defaults to the highest label plus one. Raises `InputError` for no labels, labels that are not
+    integers or lie outside 0 … C-1, and classes without an image.
+    """
+    labels = np.asarray(labels)
+    if labels.size == 0:
+        raise InputError("the data set has zero images")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels must be one integer an image, not {labels.dtype} of shape {labels.shape}")
+    highest = int(labels.max())
+    if num_classes is None:
+        num_classes = highest + 1
+    if labels.min() < 0 or highest >= num_classes:
+        row = int(np.argmax((labels < 0) | (labels >= num_classes)))
+        raise InputError(f"label {labels[row]} at row {row} is outside 0 … {num_classes - 1}")
+    present = np.unique(labels)
+    num_missing = num_classes - len(present)
+    if num_missing:
+        # walked, not laid out: one stray label of a billion must not cost a billion entries
+        have = set(present.tolist())
+        first = ", ".join(map(str, islice((c for c in count() if c not in have), min(num_missing, 10))))
+        more = ", …" if num_missing > 10 else ""
+        raise InputError(
+            f"{num_missing} of {num_classes} classes have no image: {first}{more}; number classes without gaps"
+        )
+    return labels.astype(np.int64), num_classes
+
+
+def longtail_indices(
+    labels: ArrayLike, imb_type: str, imb_factor: float, seed: int = 0, num_classes: int | None = None
+) -> np.ndarray:
+    """Rows of the long-tailed subset, int64 [n], grouped by class in ascending order.
+
+    One legacy NumPy generator serves all classes in turn: each class' ascending row numbers are shuffled and the first
+    `class_sizes` of them taken, so the rows equal the authors' for the same order of labels. A class that has fewer
+    images keeps them all. "none" returns every row in its original order.
+
+    labels [N] integers in 0 … C-1, every class present; raises `InputError` otherwise (see `check_labels`).
+    """
+    check_imbalance(imb_type, imb_factor, seed)
+    labels, num_classes = check_labels(labels, num_classes)
+    if imb_type == "none":
+        return np.arange(len(labels), dtype=np.int64)
+    sizes = class_sizes(len(labels), num_classes, imb_type, imb_factor)
+    rng = np.random.RandomState(seed)
+    by_class = np.argsort(labels, kind="stable")
+    bounds = np.cumsum(np.bincount(labels, minlength=num_classes))[:-1]
+    kept = []
+    for rows, size in zip(np.split(by_class, bounds), sizes, strict=True):
+        rng.shuffle(rows)  # a view of by_class: shuffled in place, the whole class, whatever is kept
+        kept.append(rows[:size])
+    return np.concatenate(kept).astype(np.int64)

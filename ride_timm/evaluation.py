@@ -1,0 +1,46 @@
+"""A model on a test set: one function for the training script and for the command line, so that numbers agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flops import count_macs
+from .metrics import Accuracy
+from .models import Ride
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Ride,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    class_counts: Sequence[int],
+    routed: bool = False,
+    threshold: float = 0.5,
+) -> dict[str, Any]:
+    """Accuracy in percent by shot group, over all processes; routed: also the share of samples by experts used.
+
+    batches: this process' (images [b, 3, H, W], targets [b]); class_counts [C]: training images of every class.
+    """
+    device = next(model.parameters()).device
+    accuracy = Accuracy(model.num_classes, model.num_experts if routed else None, device)
+    was_training = model.training
+    model.eval()
+    for images, targets in batches:
+        if routed:
+            logits, used = model.forward_routed(images, threshold)
+            accuracy.update(logits, targets, used)
+        else:
+            accuracy.update(model.forward_head(model.forward_features(images)), targets)
+    model.train(was_training)
+    return accuracy.reduce().compute(class_counts)
+
+
+def with_macs(metrics: dict[str, Any], model: Ride, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """The metrics with `macs` per image: of the ensemble, or the expectation under the routing they measured."""
+    macs = count_macs(model, input_size)
+    used = metrics.get("experts_used")
+    return metrics | {"macs": round(macs.expected(used) if used else macs.ensemble)}

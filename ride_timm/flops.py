@@ -1,0 +1,95 @@
+"""MACs by thop: of the trunk, of every expert, and what routing is expected to spend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .models import CosineClassifier, Expert, Ride, Router
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one image: trunk, each expert (its head included), each gate; and all parameters."""
+
+    trunk: float
+    experts: tuple[float, ...]
+    gates: tuple[float, ...]
+    params: int
+
+    @property
+    def ensemble(self) -> float:
+        """MACs of the trunk and all experts."""
+        return self.trunk + sum(self.experts)
+
+    def expected(self, experts_used: Sequence[float]) -> float:
+        """Mean MACs under routing, gates included; `experts_used`: fractions of images that use 1, 2, … experts."""
+        if len(experts_used) != len(self.experts):
+            raise InputError(f"{len(experts_used)} shares for {len(self.experts)} experts: give one for each.")
+        if min(experts_used) < 0 or abs(sum(experts_used) - 1) > 1e-3:
+            raise InputError(f"shares {tuple(experts_used)}: expected fractions that sum to 1.")
+        reached = [sum(experts_used[i:]) for i in range(len(experts_used))]
+        own = sum(share * macs for share, macs in zip(reached, self.experts, strict=True))
+        return self.trunk + own + sum(share * macs for share, macs in zip(reached, self.gates, strict=False))
+
+
+def _count_cosine(module: CosineClassifier, inputs: tuple[Tensor], output: Tensor) -> None:
+    # as a linear layer without bias; normalising is not a multiply-accumulate worth counting
+    module.total_ops += torch.DoubleTensor([inputs[0].shape[0] * module.in_features * module.out_features])
+
+
+def _count_pooling(module: nn.AdaptiveAvgPool2d, inputs: tuple[Tensor], output: Tensor) -> None:
+    # thop's rule for AvgPool2d, one operation an output; its rule for the adaptive kind counts the additions too
+    module.total_ops += torch.DoubleTensor([output.numel()])
+
+
+class _Whole(nn.Module):
+    """An expert from the trunk's map to its logits, as a module."""
+
+    def __init__(self, expert: Expert) -> None:
+        super().__init__()
+        self.expert = expert
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expert.forward_both(x)[1]
+
+
+_RULES = {CosineClassifier: _count_cosine, nn.AdaptiveAvgPool2d: _count_pooling}
+
+
+class _Gate(nn.Module):
+    """One gate as a module, which is what thop can count."""
+
+    def __init__(self, router: Router, i: int) -> None:
+        super().__init__()
+        self.router, self.i = router, i
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        return self.router.gate(self.i, features, logits)
+
+
+@torch.no_grad()
+def count_macs(model: Ride, input_size: tuple[int, int, int]) -> Macs:
+    """Count by thop with one zero image of `input_size` (channels, height, width); the model is left as it was."""
+    from thop import profile
+
+    def count(module: nn.Module, *inputs: Tensor) -> float:
+        return float(profile(module, inputs, custom_ops=_RULES, verbose=False)[0])
+
+    copy = deepcopy(model).float().eval().to("cpu", memory_format=torch.contiguous_format)
+    image = torch.zeros(1, *input_size)
+    trunk = count(copy.trunk, image)
+    shared = copy.trunk(image)
+    experts, gates = [], []
+    for i, expert in enumerate(copy.experts):
+        features, logits = expert.forward_both(shared)
+        experts.append(count(_Whole(expert), shared))
+        if copy.router is not None and i + 1 < copy.num_experts:
+            gates.append(count(_Gate(copy.router, i), features, logits))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Macs(trunk, tuple(experts), tuple(gates), params)

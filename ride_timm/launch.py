@@ -1,0 +1,71 @@
+"""What a command owes whoever launched it: threads, signals, one clear error line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from .errors import InputError, RunError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are `InputError`s like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the number is its argument."""
+
+
+class Signals:
+    """Remembers SIGINT and SIGTERM until the loop asks: nothing is torn in the middle of a step or of a write."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._catch)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self.caught = number
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come."""
+        if self.caught is not None:
+            raise Interrupted(self.caught)
+
+
+def set_threads(requested: int | None) -> None:
+    """Share all cores among this machine's processes, unless told otherwise.
+
+    A plain `accelerate launch` sets OMP_NUM_THREADS=1, which halves the speed of two cores; any other value stands.
+    """
+    if requested is not None and requested < 1:
+        raise InputError(f"threads={requested}: expected 1 or more.")
+    if requested is None and os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(requested or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    """Run a command: 0 done, 2 bad input, 1 failed in the run, 128 + signal interrupted; one line on stderr."""
+    try:
+        command(argv)
+        return 0
+    except Interrupted as error:
+        code, message = 128 + error.args[0], "interrupted; --resume goes on after the last finished epoch."
+    except InputError as error:
+        code, message = 2, str(error)
+    except RunError as error:
+        code, message = 1, str(error)
+    if code != 2 or os.environ.get("RANK", "0") == "0":  # every process finds the same bad input: one says so
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code

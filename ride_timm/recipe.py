@@ -1,0 +1,282 @@
+"""Recipes: one YAML, one command, one checkpoint, one row of the results table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from .errors import InputError
+from .losses import LOSSES
+from .schedule import SCHEDULES, lr_factor
+
+DEFAULT_RECIPE = "fashion_lt"
+
+
+def key(group: str, help: str, default: Any = None, low: float | None = None, high: float | None = None,
+        above: float | None = None, choices: tuple = ()) -> Any:  # fmt: skip
+    """A recipe key: its group and text in --help, its default, and what values it takes."""
+    return field(default=default, metadata=dict(group=group, help=help, low=low, high=high, above=above, choices=choices))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the training loop needs to know of one stage."""
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    schedule: dict[str, Any]
+    balanced: bool
+
+    def lr_at(self, epoch: int) -> float:
+        """Learning rate in an epoch, counted from 0."""
+        return self.lr * lr_factor(epoch, self.epochs, **self.schedule)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a run, read from YAML and flags; unknown keys and values out of range are an `InputError`."""
+
+    # fmt: off
+    dataset: str = key("data", "fashion_lt (embedded), cifar10, cifar100, a Hub id owner/name, or a local path", "fashion_lt")
+    data_dir: str | None = key("data", "read the data set from this folder instead of the Hub")
+    imb_type: str = key("data", "long-tailed profile; none takes the data as they are", "exp", choices=("exp", "step", "none"))
+    imb_factor: float = key("data", "images of the rarest class over those of the most frequent (papers write IF 100 for 0.01)", 0.01, above=0, high=1)
+    split_seed: int = key("data", "seed of the long-tailed selection; 0 is the published split", 0, low=0)
+    image_column: str | None = key("data", "column of the images (default: the first image column)")
+    label_column: str | None = key("data", "column of the labels (default: fine_label, label or labels)")
+    test_split: str | None = key("data", "split to test on (default: test, validation or val)")
+    augment: str = key("data", "augmentation and normalisation: cifar, fashion, imagenet, inat", "cifar")
+    input_size: int | None = key("data", "side of the input in pixels (default: the augmentation's)", low=8)
+    holdout: float = key("data", "share of every training class held out for selection", 0.0, low=0, high=0.5)
+
+    model: str = key("model", "timm name of the network", "ride_resnet32")
+    num_experts: int = key("model", "number of experts", 3, low=1)
+    reduce_dimension: bool = key("model", "experts' stages at 3/4 of their width", True)
+    use_norm: bool = key("model", "cosine heads", True)
+    layer2_output_dim: int | None = key("model", "planes of layer2 (CIFAR networks)", low=1)
+    layer3_output_dim: int | None = key("model", "planes of layer3", low=1)
+    layer4_output_dim: int | None = key("model", "planes of layer4 (ImageNet networks)", low=1)
+    share_layer3: bool = key("model", "layer3 in the shared trunk (ImageNet networks)", False)
+    drop_rate: float = key("model", "dropout before the classifiers", 0.0, low=0, high=0.99)
+
+    loss: str = key("stage one", "training loss", "ride", choices=tuple(LOSSES))
+    additional_diversity_factor: float = key("stage one", "RIDE's lambda; 0 means the collaborative loss", -0.45)
+    base_diversity_temperature: float = key("stage one", "temperature of the diversity term", 1.0, above=0)
+    reweight: bool = key("stage one", "deferred re-weighting by effective numbers", True)
+    reweight_epoch: int = key("stage one", "epochs before re-weighting begins; -1 never", 160, low=-1)
+    reweight_factor: float = key("stage one", "spread of the class-wise temperature", 0.05, low=0, high=1)
+    max_margin: float = key("stage one", "largest LDAM margin", 0.5, above=0)
+    gamma: float = key("stage one", "focal loss exponent", 1.0, low=0)
+    distillation: bool = key("stage one", "learn from a teacher as well (needs --teacher)", False)
+    distill_temperature: float = key("stage one", "temperature of the distillation", 1.5, above=0)
+    teacher_mode: str = key("stage one", "mode of the teacher; the authors' was in train mode", "eval", choices=("eval", "train"))
+    epochs: int = key("stage one", "epochs; alone it scales decay and re-weighting epochs with it", 200, low=1)
+    batch_size: int = key("stage one", "images a step, over all processes", 128, low=1)
+    lr: float = key("stage one", "learning rate", 0.1, above=0)
+    weight_decay: float = key("stage one", "weight decay, on every parameter", 5e-4, low=0)
+    schedule: str = key("stage one", "learning-rate schedule", "step", choices=SCHEDULES)
+    decay_epochs: tuple[int, ...] = key("stage one", "epochs at which the step schedule decays", (160, 180), low=0)
+    decay_rate: float = key("stage one", "factor of each decay", 0.01, above=0, high=1)
+    warmup_epochs: int = key("stage one", "epochs of linear warm-up", 5, low=0)
+
+    router_epochs: int = key("router", "epochs", 5, low=1)
+    router_batch_size: int = key("router", "class-balanced images a step, over all processes", 512, low=1)
+    router_lr: float = key("router", "learning rate, cosine to 0", 0.01, above=0)
+    router_weight_decay: float = key("router", "weight decay", 5e-4, low=0)
+    pos_weight: float = key("router", "weight of the samples that a further expert would help", 100.0, above=0)
+    top_choices_num: int = key("router", "how many of the largest logits the gates see", 30, low=1)
+    share_expert_help_pred_fc: bool = key("router", "one last layer for all gates", True)
+    threshold: float = key("router", "a sample goes on to the next expert above this gate probability", 0.5, low=0, high=1)
+
+    optimizer: str = key("run", "any optimizer of timm; sgd is Nesterov, momentum is not", "sgd")
+    momentum: float = key("run", "momentum of SGD", 0.9, low=0, high=0.9999)
+    seed: int = key("run", "seed of weights, order and augmentation", 0, low=0)
+    mixed_precision: str = key("run", "no, bf16 or fp16", "no", choices=("no", "bf16", "fp16"))
+    gradient_accumulation: int = key("run", "batches per optimizer step", 1, low=1)
+    clip_grad: float | None = key("run", "largest gradient norm", above=0)
+    workers: int = key("run", "loader processes for large images (small images need none)", 2, low=0)
+    eval_every: int = key("run", "epochs between evaluations; the last is always evaluated", 10, low=1)
+    select: str = key("run", "which epoch to keep; best is judged on the held-out images", "last", choices=("last", "best"))
+    patience: int | None = key("run", "stop after this many evaluations without a better held-out accuracy", low=1)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            object.__setattr__(self, item.name, _coerce(item, getattr(self, item.name)))
+        if self.holdout == 0 and (self.select == "best" or self.patience is not None):
+            raise InputError("select=best and patience judge on held-out training images: set --holdout, say 0.1.")
+        if self.teacher_mode == "train" and not self.distillation:
+            raise InputError("teacher_mode=train needs distillation: pass --distillation and --teacher.")
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments for `timm.create_model`; those at None or off are left to the network's own defaults."""
+        args = {k: getattr(self, k) for k in ("num_experts", "reduce_dimension", "use_norm", "drop_rate")}
+        optional = ("layer2_output_dim", "layer3_output_dim", "layer4_output_dim", "share_layer3")
+        return args | {k: getattr(self, k) for k in optional if getattr(self, k)}
+
+    @property
+    def loss_args(self) -> dict[str, Any]:
+        """Arguments for `losses.make_loss`."""
+        deferred = dict(reweight_epoch=self.reweight_epoch if self.reweight else -1, max_m=self.max_margin)
+        ride = dict(
+            additional_diversity_factor=self.additional_diversity_factor,
+            base_diversity_temperature=self.base_diversity_temperature,
+            reweight_factor=self.reweight_factor,
+        )
+        return {"ride": deferred | ride, "ldam": deferred, "focal": dict(gamma=self.gamma)}.get(self.loss, {})
+
+    def stage(self, name: str) -> Stage:
+        """The settings of stage "experts" or "router"."""
+        if name == "router":
+            cosine = dict(schedule="cosine")
+            return Stage(
+                name, self.router_epochs, self.router_batch_size, self.router_lr, self.router_weight_decay, cosine, True
+            )
+        schedule = dict(
+            schedule=self.schedule,
+            decay_epochs=self.decay_epochs,
+            decay_rate=self.decay_rate,
+            warmup_epochs=self.warmup_epochs,
+        )
+        return Stage(name, self.epochs, self.batch_size, self.lr, self.weight_decay, schedule, False)
+
+    def override(self, values: dict[str, Any]) -> Recipe:
+        """These values over the recipe's; `epochs` alone scales decay and re-weighting epochs with it."""
+        values = dict(values)
+        if "epochs" in values:
+            item = next(f for f in dataclasses.fields(self) if f.name == "epochs")
+            scale = _coerce(item, values["epochs"]) / self.epochs
+            if "decay_epochs" not in values:
+                values["decay_epochs"] = tuple(round(epoch * scale) for epoch in self.decay_epochs)
+            if "reweight_epoch" not in values and self.reweight_epoch > 0:
+                values["reweight_epoch"] = round(self.reweight_epoch * scale)
+        return dataclasses.replace(self, **values)
+
+    def differing(self, other: Recipe) -> list[str]:
+        """Keys in which two recipes disagree, of those that change a run's numbers."""
+        free = ("workers", "data_dir")
+        names = [item.name for item in dataclasses.fields(self) if item.name not in free]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every key stated."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _coerce(item: dataclasses.Field, value: Any) -> Any:
+    """The value of a key in its type and range, from YAML or from the command line's text."""
+    hint = _HINTS[item.name] if _HINTS else get_type_hints(Recipe)[item.name]
+    kinds = get_args(hint) or (hint,)
+    flag = f"{item.name}={value!r}"
+    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in kinds):
+        if type(None) in kinds:
+            return None
+        raise InputError(f"{flag}: a value is needed.")
+    meta = item.metadata
+    if hint == tuple[int, ...]:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_number(int, v, flag, meta) for v in values)
+    if bool in kinds:
+        if not isinstance(value, bool):
+            raise InputError(f"{flag}: expected true or false.")
+        return value
+    for kind in (int, float):
+        if kind in kinds:
+            return _number(kind, value, flag, meta)
+    if not isinstance(value, str):
+        raise InputError(f"{flag}: expected a text.")
+    if meta["choices"] and value not in meta["choices"]:
+        raise InputError(f"{flag}: expected one of {', '.join(meta['choices'])}.")
+    return value
+
+
+def _number(kind: type, value: Any, flag: str, meta: Any) -> int | float:
+    noun = "a whole number" if kind is int else "a number"
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if not math.isfinite(number) or (kind is int and number != int(number)):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(f"{flag}: expected {noun}.") from None
+    bounds = [f"above {meta['above']:g}"] if meta["above"] is not None else []
+    bounds += [f"{meta['low']:g} or more"] if meta["low"] is not None else []
+    bounds += [f"at most {meta['high']:g}"] if meta["high"] is not None else []
+    inside = (
+        (meta["above"] is None or number > meta["above"])
+        and (meta["low"] is None or number >= meta["low"])
+        and (meta["high"] is None or number <= meta["high"])
+    )
+    if not inside:
+        raise InputError(f"{flag}: expected {noun}, {' and '.join(bounds)}.")
+    return kind(number)
+
+
+_HINTS: dict[str, Any] = {}
+_HINTS.update(get_type_hints(Recipe))
+
+
+def available() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in files(__package__).joinpath("recipes").iterdir()
+                  if entry.name.endswith(".yaml"))  # fmt: skip
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe by its name, or from a YAML file; InputError for what does not exist, does not parse or has other keys."""
+    if str(name) in available():
+        text = files(__package__).joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    elif os.path.isfile(name):
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        raise InputError(f"recipe {str(name)!r}: no such recipe or file; there are {', '.join(available())}.")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {name}: not YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {name}: expected `key: value` lines.")
+    known = [item.name for item in dataclasses.fields(Recipe)]
+    unknown = [str(k) for k in values if k not in known]
+    if unknown:
+        raise InputError(f"recipe {name}: unknown key {', '.join(unknown)}; the keys are {', '.join(known)}.")
+    return Recipe(**values)
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...] | None = None) -> None:
+    """A flag for every recipe key (of some groups); absent flags stay out of the parsed namespace."""
+    made: dict[str, Any] = {}
+    for item in dataclasses.fields(Recipe):
+        group = item.metadata["group"]
+        if groups is not None and group not in groups:
+            continue
+        to = made.setdefault(group, parser.add_argument_group(group) if group not in made else None)
+        options: dict[str, Any] = dict(dest=item.name, default=argparse.SUPPRESS, help=item.metadata["help"])
+        if item.type == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        elif item.type == "tuple[int, ...]":
+            options.update(nargs="*", metavar="N")
+        elif item.metadata["choices"]:
+            options["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
+        else:
+            options["metavar"] = {"i": "N", "f": "X", "s": "TEXT"}[item.type[0]]
+        to.add_argument("--" + item.name.replace("_", "-"), **options)
+
+
+def flags_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe keys that were given on the command line."""
+    return {name: value for name, value in vars(args).items() if name in _HINTS}

@@ -1,0 +1,300 @@
+"""Train RIDE: the experts (stage one), then the router that skips them where one is enough (stage two).
+
+accelerate launch train_accelerate.py [--recipe NAME|FILE] [--stage both|experts|router] [flags of the recipe's keys]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.optim import create_optimizer_v2, list_optimizers
+from tqdm import tqdm
+
+from ride_timm import InputError, RunError
+from ride_timm.checkpoint import RunFolder, create_model, device_name, load_model, provenance
+from ride_timm.data.loader import make_loader
+from ride_timm.data.sources import LongTailData, hold_out, load_longtail
+from ride_timm.data.transforms import get_policy
+from ride_timm.evaluation import evaluate, with_macs
+from ride_timm.launch import Parser, Signals, exit_code, set_threads
+from ride_timm.losses import make_loss
+from ride_timm.metrics import format_table
+from ride_timm.models import Router
+from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
+from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, load_recipe
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
+    parser = Parser(description="Train RIDE: experts, then router.", allow_abbrev=False)
+    parser.add_argument("--recipe", metavar="NAME|FILE", help=f"what to train (default: {DEFAULT_RECIPE})")
+    parser.add_argument("--stage", choices=("both", "experts", "router"), default="both")
+    parser.add_argument("--from", dest="source", metavar="RUN|FILE|SPEC", help="weights to start from")
+    parser.add_argument("--teacher", metavar="RUN|FILE|SPEC", help="teacher of the distillation")
+    parser.add_argument("--output", metavar="DIR", help="run folder (default: runs/<recipe>)")
+    parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch of the run folder")
+    parser.add_argument("--tracker", metavar="NAME", help="a tracker of Accelerate, such as tensorboard or wandb")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads a process (default: all cores, shared)")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    args.output = args.output or os.path.join("runs", Path(args.recipe or DEFAULT_RECIPE).stem)
+    args.from_here = args.stage == "router" and args.source is None
+    folder, flags = RunFolder(args.output), flags_given(args)
+    goes_on = folder.occupied and (args.resume or args.from_here) and args.recipe is None
+    recipe = folder.recipe() if goes_on else load_recipe(args.recipe or DEFAULT_RECIPE)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no":
+        flags.setdefault("mixed_precision", launched)
+    if args.teacher:
+        flags.setdefault("distillation", True)
+    recipe = recipe.override(flags)
+    if recipe.distillation and not args.teacher and args.stage != "router":
+        raise InputError("this recipe learns from a teacher: name one by --teacher.")
+    if recipe.optimizer not in list_optimizers():
+        raise InputError(f"optimizer={recipe.optimizer!r}: timm knows {', '.join(list_optimizers())}.")
+    if not timm.is_model(recipe.model):
+        raise InputError(f"model={recipe.model!r}: no such network; there are {', '.join(timm.list_models('ride*'))}.")
+    if args.stage == "router" and recipe.num_experts == 1:
+        raise InputError("num_experts=1: a router chooses among experts, so it needs at least 2.")
+    return args, recipe
+
+
+class Run:
+    """What both stages share: data, loaders, folder, and what has been reached so far."""
+
+    def __init__(self, args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> None:
+        self.args, self.recipe, self.accelerator = args, recipe, accelerator
+        self.signals = Signals()
+        self.folder = RunFolder(args.output)
+        self.state = self.folder.claim(recipe, args.stage, args.resume, args.from_here)
+        self.policy = get_policy(recipe.augment)
+        self.size = self.policy.input_size(recipe.input_size)
+        with accelerator.local_main_process_first():  # the others find the first one's cache
+            self.data: LongTailData = load_longtail(
+                recipe.dataset,
+                recipe.data_dir,
+                imb_type=recipe.imb_type,
+                imb_factor=recipe.imb_factor,
+                seed=recipe.split_seed,
+                image_column=recipe.image_column,
+                label_column=recipe.label_column,
+                test_split=recipe.test_split,
+            )
+        self.train_set, self.held_out = self.data.train, None
+        if recipe.holdout:
+            self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
+        self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
+        self.teacher = load_model(args.teacher) if args.teacher and args.stage != "router" else None
+        self.history: list[dict[str, Any]] = self.state["history"] if self.state else []
+        self.reached: dict[str, Any] = self.state["stages"] if self.state else {}
+        self.seconds: float = self.state["seconds"] if self.state else 0.0
+        accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+
+    def loader(self, image_set: Any, stage: Stage | None = None) -> Any:
+        """Training batches of a stage, or test batches where there is none."""
+        return make_loader(
+            image_set,
+            self.policy,
+            train=stage is not None,
+            batch_size=stage.batch_size if stage else 500,
+            seed=self.recipe.seed,
+            order="balanced" if stage and stage.balanced else None,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            num_workers=self.recipe.workers,
+            device=self.accelerator.device,
+            input_size=self.size,
+        )
+
+    def objective(self, stage: Stage) -> Objective:
+        recipe = self.recipe
+        if stage.name == "router":
+            torch.manual_seed(recipe.seed)
+            expert = self.model.experts[0]
+            gates = (recipe.num_experts, expert.head_hidden_size, self.data.num_classes)
+            self.model.add_router(Router(*gates, recipe.top_choices_num, recipe.share_expert_help_pred_fc))
+            return RouterObjective(self.model, recipe.pos_weight)
+        loss = make_loss(recipe.loss, self.data.class_counts, **recipe.loss_args)
+        if self.teacher is None:
+            return ExpertsObjective(self.model, loss)
+        return DistillationObjective(self.model, loss, self.teacher, recipe.distill_temperature, recipe.teacher_mode)
+
+    def evaluate(self, loader: Any, stage: Stage) -> dict[str, Any]:
+        """In full precision, with the buffers of the main process, which are the ones that are saved."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        routed = stage.name == "router"
+        return evaluate(self.model, loader, self.data.class_counts, routed, self.recipe.threshold)
+
+    def save(self, stage: str, epoch: int, **more: Any) -> None:
+        if self.accelerator.is_main_process:
+            reached = dict(history=self.history, stages=self.reached, seconds=self.seconds)
+            self.folder.save_state(dict(stage=stage, epoch=epoch, model=self.model.state_dict(), **reached, **more))
+        self.accelerator.wait_for_everyone()
+        self.signals.check()
+
+    def train(self, stage: Stage) -> None:
+        """All epochs of a stage from the last finished one, then its figures on the test set."""
+        accelerator, recipe = self.accelerator, self.recipe
+        loader, test_loader = self.loader(self.train_set, stage), self.loader(self.data.test)
+        held_out_loader = self.loader(self.held_out) if self.held_out is not None else None
+        objective = self.objective(stage)
+        optimizer = create_optimizer_v2(
+            objective.trainable_parameters(),
+            opt=recipe.optimizer,
+            lr=stage.lr,
+            weight_decay=stage.weight_decay,
+            momentum=recipe.momentum,
+        )
+        state = self.state if self.state and self.state["stage"] == stage.name and self.state["epoch"] else None
+        wrapped, optimizer = accelerator.prepare(objective, optimizer)
+        if state:
+            self.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
+        best = state["best"] if state else dict(accuracy=-1.0, epoch=0, model={})
+        first = state["epoch"] if state else 0
+        bar = tqdm(
+            total=stage.epochs * len(loader),
+            initial=first * len(loader),
+            desc=stage.name,
+            disable=not accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        for epoch in range(first, stage.epochs):
+            if epoch - best["epoch"] >= (recipe.patience or stage.epochs) * recipe.eval_every:
+                break
+            started = time.perf_counter()
+            loss = self.train_epoch(stage, epoch, wrapped, optimizer, loader, bar)
+            seconds = time.perf_counter() - started
+            row = dict(stage=stage.name, epoch=epoch + 1, lr=stage.lr_at(epoch), loss=loss, seconds=round(seconds, 2))
+            row |= dict.fromkeys(("all", "many", "medium", "few", "held_out"))
+            last = epoch + 1 == stage.epochs
+            if last or (epoch + 1) % recipe.eval_every == 0:
+                metrics = self.evaluate(test_loader, stage)
+                row |= {name: metrics[name] for name in ("all", "many", "medium", "few")}
+                if held_out_loader is not None:
+                    row["held_out"] = self.evaluate(held_out_loader, stage)["class_mean"]
+                    if row["held_out"] > best["accuracy"]:
+                        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+                        best = dict(accuracy=row["held_out"], epoch=epoch + 1, model=weights)
+            accelerator.log({k: v for k, v in row.items() if isinstance(v, float | int)}, step=len(self.history) + 1)
+            self.history.append(row)
+            self.seconds += time.perf_counter() - started
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            self.save(stage.name, epoch + 1, optimizer=optimizer.state_dict(), scaler=scaler, best=best)
+        bar.close()
+        if recipe.select == "best":
+            self.model.load_state_dict(best["model"])
+        self.finish(stage, self.evaluate(test_loader, stage), best["epoch"] if recipe.select == "best" else epoch + 1)
+        accelerator.free_memory()
+
+    def train_epoch(self, stage: Stage, epoch: int, wrapped: Any, optimizer: Any, loader: Any, bar: tqdm) -> float:
+        """One epoch; its mean loss. Everything random in it follows from seed and epoch, so resuming is exact."""
+        accelerator, accumulation = self.accelerator, self.recipe.gradient_accumulation
+        set_seed((self.recipe.seed * 1_000_003 + epoch) % 2**32, device_specific=True)
+        objective = accelerator.unwrap_model(wrapped)
+        objective.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        wrapped.train()
+        for group in optimizer.param_groups:
+            group["lr"] = stage.lr_at(epoch)
+        losses = torch.zeros(len(loader), device=accelerator.device)  # looked at once an epoch: no sync per step
+        for step, (images, targets) in enumerate(loader):
+            group_start = step - step % accumulation
+            group_size = min(accumulation, len(loader) - group_start)
+            complete = step + 1 == group_start + group_size
+            with nullcontext() if complete else accelerator.no_sync(wrapped):
+                loss = wrapped(images, targets)["loss"]
+                accelerator.backward(loss / group_size)
+            losses[step] = loss.detach()
+            if complete:
+                if self.recipe.clip_grad is not None:
+                    accelerator.clip_grad_norm_(objective.trainable_parameters(), self.recipe.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+            bar.update()
+            self.signals.check()
+        losses = accelerator.reduce(losses, "mean")
+        bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
+        if bad:
+            raise RunError(f"the loss is not finite at epoch {epoch + 1}, step {bad[0] + 1}: try a lower --lr.")
+        return losses.mean().item()
+
+    def finish(self, stage: Stage, metrics: dict[str, Any], epochs: int) -> None:
+        """A stage's figures into results.json, its weights beside them."""
+        metrics = with_macs(metrics, self.model, (3, self.size, self.size)) | dict(epochs=epochs)
+        if stage.name == "router":
+            metrics["threshold"] = self.recipe.threshold
+        self.reached[stage.name] = metrics
+        if self.accelerator.is_main_process:
+            policy = self.policy
+            crop = dict(crop_pct=policy.size / policy.resize, interpolation="bilinear")
+            shape = dict(input_size=(3, self.size, self.size), mean=policy.mean, std=policy.std)
+            self.folder.export(self.model, shape | crop, self.data.class_names)
+            self.folder.write_results(
+                dict(recipe=Path(self.args.output).name if self.args.recipe is None else Path(self.args.recipe).stem)
+                | dict(seed=self.recipe.seed, **provenance(), device=device_name(self.accelerator.device))
+                | dict(precision=self.recipe.mixed_precision, num_processes=self.accelerator.num_processes)
+                | dict(class_counts=self.data.class_counts, seconds=round(self.seconds, 1), stages=self.reached)
+            )
+        self.save("router" if stage.name == "experts" else "done", 0)
+
+
+def report(results: dict[str, Any]) -> None:
+    names = {"experts": "ensemble", "router": "routed"}
+    print(format_table({names[name]: metrics for name, metrics in results["stages"].items()}))
+
+
+def train(argv: list[str] | None) -> None:
+    args, recipe = parse_arguments(argv)
+    set_threads(args.threads)
+    wanted = ["experts", "router"] if args.stage == "both" else [args.stage]
+    if recipe.num_experts == 1:
+        wanted = ["experts"]  # nothing to route
+    folder = RunFolder(args.output)
+    if args.resume and (folder.path / "results.json").is_file():
+        folder.claim(recipe, args.stage, True, False)
+        if wanted[-1] in folder.results()["stages"]:
+            print(f"{args.output} is finished.")
+            return report(folder.results())
+    try:
+        accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision,
+            log_with=args.tracker,
+            project_dir=args.output if args.tracker else None,
+        )
+    except ValueError as error:
+        raise InputError(f"{error}") from error
+    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("mixed_precision=fp16 needs a GPU: use bf16 or no on a CPU.")
+    run = Run(args, recipe, accelerator)
+    if accelerator.is_main_process and run.state is None:
+        run.folder.start(recipe)
+    accelerator.wait_for_everyone()
+    if args.tracker:
+        accelerator.init_trackers("ride_timm", {k: str(v) for k, v in vars(recipe).items()})
+    if run.state:
+        weights = {k: v for k, v in run.state["model"].items() if not k.startswith("router.")}
+        run.model.load_state_dict(weights)
+    for name in wanted:
+        if name not in run.reached:
+            run.train(recipe.stage(name))
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        report(run.folder.results())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(train, None))
