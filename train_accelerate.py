@@ -13,25 +13,28 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import timm
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2, list_optimizers
 from tqdm import tqdm
 
 from ride_timm import InputError, RunError
-from ride_timm.checkpoint import RunFolder, create_model, device_name, load_model, provenance
+from ride_timm.checkpoint import RunFolder, create_model, load_model
 from ride_timm.data.loader import make_loader
-from ride_timm.data.sources import LongTailData, hold_out, load_longtail
+from ride_timm.data.sources import hold_out, load_longtail
 from ride_timm.data.transforms import get_policy
-from ride_timm.evaluation import evaluate, with_macs
+from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, set_threads
 from ride_timm.losses import make_loss
 from ride_timm.metrics import format_table
 from ride_timm.models import Router
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
+from ride_timm.plots import plot_run
 from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, load_recipe
+from ride_timm.selection import Selection
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
@@ -61,15 +64,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         raise InputError("this recipe learns from a teacher: name one by --teacher.")
     if recipe.optimizer not in list_optimizers():
         raise InputError(f"optimizer={recipe.optimizer!r}: timm knows {', '.join(list_optimizers())}.")
-    if not timm.is_model(recipe.model):
-        raise InputError(f"model={recipe.model!r}: no such network; there are {', '.join(timm.list_models('ride*'))}.")
     if args.stage == "router" and recipe.num_experts == 1:
         raise InputError("num_experts=1: a router chooses among experts, so it needs at least 2.")
+    if args.tracker and args.tracker not in (trackers := [str(name) for name in get_available_trackers()]):
+        raise InputError(f"tracker={args.tracker!r}: installed are {', '.join(trackers) or 'none'}.")
+    # with one expert there is nothing to route
+    args.stages = ["experts", "router"] if args.stage == "both" and recipe.num_experts > 1 else [args.stage]
+    args.stages = ["experts"] if args.stage == "both" and recipe.num_experts == 1 else args.stages
     return args, recipe
 
 
 class Run:
-    """What both stages share: data, loaders, folder, and what has been reached so far."""
+    """What both stages share: data, model, folder, and what has been reached so far."""
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> None:
         self.args, self.recipe, self.accelerator = args, recipe, accelerator
@@ -79,7 +85,7 @@ class Run:
         self.policy = get_policy(recipe.augment)
         self.size = self.policy.input_size(recipe.input_size)
         with accelerator.local_main_process_first():  # the others find the first one's cache
-            self.data: LongTailData = load_longtail(
+            self.data = load_longtail(
                 recipe.dataset,
                 recipe.data_dir,
                 imb_type=recipe.imb_type,
@@ -93,10 +99,14 @@ class Run:
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
-        self.teacher = load_model(args.teacher) if args.teacher and args.stage != "router" else None
-        self.history: list[dict[str, Any]] = self.state["history"] if self.state else []
-        self.reached: dict[str, Any] = self.state["stages"] if self.state else {}
-        self.seconds: float = self.state["seconds"] if self.state else 0.0
+        self.teacher = load_model(args.teacher) if args.teacher and "experts" in args.stages else None
+        self.history: list[dict[str, Any]] = []
+        self.reached: dict[str, Any] = {}
+        self.seconds = 0.0
+        if self.state:
+            self.history, self.reached, self.seconds = (self.state[key] for key in ("history", "stages", "seconds"))
+            weights = {name: value for name, value in self.state["model"].items() if not name.startswith("router.")}
+            self.model.load_state_dict(weights)
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
     def loader(self, image_set: Any, stage: Stage | None = None) -> Any:
@@ -105,7 +115,7 @@ class Run:
             image_set,
             self.policy,
             train=stage is not None,
-            batch_size=stage.batch_size if stage else 500,
+            batch_size=stage.batch_size if stage else evaluation_batch(self.size),
             seed=self.recipe.seed,
             order="balanced" if stage and stage.balanced else None,
             rank=self.accelerator.process_index,
@@ -119,11 +129,11 @@ class Run:
         recipe = self.recipe
         if stage.name == "router":
             torch.manual_seed(recipe.seed)
-            expert = self.model.experts[0]
-            gates = (recipe.num_experts, expert.head_hidden_size, self.data.num_classes)
+            gates = (recipe.num_experts, self.model.experts[0].head_hidden_size, self.data.num_classes)
             self.model.add_router(Router(*gates, recipe.top_choices_num, recipe.share_expert_help_pred_fc))
             return RouterObjective(self.model, recipe.pos_weight)
-        loss = make_loss(recipe.loss, self.data.class_counts, **recipe.loss_args)
+        class_counts = np.bincount(self.train_set.labels, minlength=self.data.num_classes).tolist()
+        loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
         if self.teacher is None:
             return ExpertsObjective(self.model, loss)
         return DistillationObjective(self.model, loss, self.teacher, recipe.distill_temperature, recipe.teacher_mode)
@@ -133,8 +143,7 @@ class Run:
         if self.accelerator.num_processes > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        routed = stage.name == "router"
-        return evaluate(self.model, loader, self.data.class_counts, routed, self.recipe.threshold)
+        return evaluate(self.model, loader, self.data.class_counts, stage.name == "router", self.recipe.threshold)
 
     def save(self, stage: str, epoch: int, **more: Any) -> None:
         if self.accelerator.is_main_process:
@@ -156,55 +165,53 @@ class Run:
             weight_decay=stage.weight_decay,
             momentum=recipe.momentum,
         )
-        state = self.state if self.state and self.state["stage"] == stage.name and self.state["epoch"] else None
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
-        if state:
-            self.model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+        selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0
+        if self.state and self.state["stage"] == stage.name and self.state["epoch"]:
+            done, selection.best = self.state["epoch"], self.state["best"]
+            self.model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
             if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(state["scaler"])
-        best = state["best"] if state else dict(accuracy=-1.0, epoch=0, model={})
-        first = state["epoch"] if state else 0
+                accelerator.scaler.load_state_dict(self.state["scaler"])
         bar = tqdm(
             total=stage.epochs * len(loader),
-            initial=first * len(loader),
+            initial=done * len(loader),
             desc=stage.name,
             disable=not accelerator.is_main_process,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        for epoch in range(first, stage.epochs):
-            if epoch - best["epoch"] >= (recipe.patience or stage.epochs) * recipe.eval_every:
-                break
+        while done < stage.epochs and not selection.exhausted(done):
             started = time.perf_counter()
-            loss = self.train_epoch(stage, epoch, wrapped, optimizer, loader, bar)
-            seconds = time.perf_counter() - started
-            row = dict(stage=stage.name, epoch=epoch + 1, lr=stage.lr_at(epoch), loss=loss, seconds=round(seconds, 2))
+            loss = self.train_epoch(stage, done, objective, wrapped, optimizer, loader, bar)
+            row = dict(stage=stage.name, epoch=done + 1, lr=stage.lr_at(done), loss=loss)
+            row |= dict(seconds=round(time.perf_counter() - started, 2))
             row |= dict.fromkeys(("all", "many", "medium", "few", "held_out"))
-            last = epoch + 1 == stage.epochs
-            if last or (epoch + 1) % recipe.eval_every == 0:
+            done += 1
+            metrics = None
+            if done % recipe.eval_every == 0 or done == stage.epochs:
                 metrics = self.evaluate(test_loader, stage)
                 row |= {name: metrics[name] for name in ("all", "many", "medium", "few")}
                 if held_out_loader is not None:
                     row["held_out"] = self.evaluate(held_out_loader, stage)["class_mean"]
-                    if row["held_out"] > best["accuracy"]:
-                        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-                        best = dict(accuracy=row["held_out"], epoch=epoch + 1, model=weights)
-            accelerator.log({k: v for k, v in row.items() if isinstance(v, float | int)}, step=len(self.history) + 1)
+                    selection.update(row["held_out"], done, self.model)
             self.history.append(row)
+            accelerator.log({k: v for k, v in row.items() if isinstance(v, float | int)}, step=len(self.history))
             self.seconds += time.perf_counter() - started
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            self.save(stage.name, epoch + 1, optimizer=optimizer.state_dict(), scaler=scaler, best=best)
+            self.save(stage.name, done, optimizer=optimizer.state_dict(), scaler=scaler, best=selection.best)
         bar.close()
-        if recipe.select == "best":
-            self.model.load_state_dict(best["model"])
-        self.finish(stage, self.evaluate(test_loader, stage), best["epoch"] if recipe.select == "best" else epoch + 1)
+        if recipe.select == "best" and selection.best["model"]:
+            done, metrics = selection.best["epoch"], None
+            self.model.load_state_dict(selection.best["model"])
+        self.finish(stage, metrics or self.evaluate(test_loader, stage), done)
         accelerator.free_memory()
 
-    def train_epoch(self, stage: Stage, epoch: int, wrapped: Any, optimizer: Any, loader: Any, bar: tqdm) -> float:
+    def train_epoch(
+        self, stage: Stage, epoch: int, objective: Objective, wrapped: Any, optimizer: Any, loader: Any, bar: tqdm
+    ) -> float:
         """One epoch; its mean loss. Everything random in it follows from seed and epoch, so resuming is exact."""
         accelerator, accumulation = self.accelerator, self.recipe.gradient_accumulation
         set_seed((self.recipe.seed * 1_000_003 + epoch) % 2**32, device_specific=True)
-        objective = accelerator.unwrap_model(wrapped)
         objective.set_epoch(epoch)
         loader.set_epoch(epoch)
         wrapped.train()
@@ -212,12 +219,12 @@ class Run:
             group["lr"] = stage.lr_at(epoch)
         losses = torch.zeros(len(loader), device=accelerator.device)  # looked at once an epoch: no sync per step
         for step, (images, targets) in enumerate(loader):
-            group_start = step - step % accumulation
-            group_size = min(accumulation, len(loader) - group_start)
-            complete = step + 1 == group_start + group_size
+            start = step - step % accumulation
+            size = min(accumulation, len(loader) - start)
+            complete = step + 1 == start + size
             with nullcontext() if complete else accelerator.no_sync(wrapped):
                 loss = wrapped(images, targets)["loss"]
-                accelerator.backward(loss / group_size)
+                accelerator.backward(loss / size)
             losses[step] = loss.detach()
             if complete:
                 if self.recipe.clip_grad is not None:
@@ -233,22 +240,17 @@ class Run:
         return losses.mean().item()
 
     def finish(self, stage: Stage, metrics: dict[str, Any], epochs: int) -> None:
-        """A stage's figures into results.json, its weights beside them."""
-        metrics = with_macs(metrics, self.model, (3, self.size, self.size)) | dict(epochs=epochs)
+        """A stage's figures, weights and pictures into the folder."""
+        metrics = with_macs(metrics, self.model, (self.model.in_chans, self.size, self.size)) | dict(epochs=epochs)
+        self.reached[stage.name] = metrics
         if stage.name == "router":
             metrics["threshold"] = self.recipe.threshold
-        self.reached[stage.name] = metrics
         if self.accelerator.is_main_process:
-            policy = self.policy
-            crop = dict(crop_pct=policy.size / policy.resize, interpolation="bilinear")
-            shape = dict(input_size=(3, self.size, self.size), mean=policy.mean, std=policy.std)
-            self.folder.export(self.model, shape | crop, self.data.class_names)
-            self.folder.write_results(
-                dict(recipe=Path(self.args.output).name if self.args.recipe is None else Path(self.args.recipe).stem)
-                | dict(seed=self.recipe.seed, **provenance(), device=device_name(self.accelerator.device))
-                | dict(precision=self.recipe.mixed_precision, num_processes=self.accelerator.num_processes)
-                | dict(class_counts=self.data.class_counts, seconds=round(self.seconds, 1), stages=self.reached)
-            )
+            self.folder.export(self.model, self.policy.data_config(self.size), self.data.class_names)
+            facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
+            facts |= dict(seconds=round(self.seconds, 1))
+            self.folder.write_results(self.recipe, self.accelerator.device, self.reached, **facts)
+            plot_run(self.folder.path, self.history, self.folder.results())
         self.save("router" if stage.name == "experts" else "done", 0)
 
 
@@ -260,35 +262,25 @@ def report(results: dict[str, Any]) -> None:
 def train(argv: list[str] | None) -> None:
     args, recipe = parse_arguments(argv)
     set_threads(args.threads)
-    wanted = ["experts", "router"] if args.stage == "both" else [args.stage]
-    if recipe.num_experts == 1:
-        wanted = ["experts"]  # nothing to route
     folder = RunFolder(args.output)
     if args.resume and (folder.path / "results.json").is_file():
         folder.claim(recipe, args.stage, True, False)
-        if wanted[-1] in folder.results()["stages"]:
+        if args.stages[-1] in folder.results()["stages"]:
             print(f"{args.output} is finished.")
             return report(folder.results())
-    try:
-        accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
-            log_with=args.tracker,
-            project_dir=args.output if args.tracker else None,
-        )
-    except ValueError as error:
-        raise InputError(f"{error}") from error
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision, log_with=args.tracker, project_dir=args.output if args.tracker else None
+    )
     if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision=fp16 needs a GPU: use bf16 or no on a CPU.")
     run = Run(args, recipe, accelerator)
-    if accelerator.is_main_process and run.state is None:
+    if accelerator.is_main_process and (run.state is None or not args.resume):
         run.folder.start(recipe)
-    accelerator.wait_for_everyone()
+    if run.state is None:
+        run.save(args.stages[0], 0)
     if args.tracker:
-        accelerator.init_trackers("ride_timm", {k: str(v) for k, v in vars(recipe).items()})
-    if run.state:
-        weights = {k: v for k, v in run.state["model"].items() if not k.startswith("router.")}
-        run.model.load_state_dict(weights)
-    for name in wanted:
+        accelerator.init_trackers("ride_timm", {key: str(value) for key, value in vars(recipe).items()})
+    for name in args.stages:
         if name not in run.reached:
             run.train(recipe.stage(name))
     accelerator.end_training()

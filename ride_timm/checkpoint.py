@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
 
 from .errors import InputError, RunError
@@ -33,6 +35,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
+        partial.chmod(0o644)  # safetensors writes files that only their owner can read
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
@@ -84,7 +87,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output {self.path} is a file: name a folder.")
         state = self.state() if self.occupied else None
-        add_router = from_here and state is not None and state["stage"] == "router" and state["epoch"] == 0
+        finished = state is not None and "experts" in state["stages"]
+        add_router = from_here and finished and state["stage"] == "router" and state["epoch"] == 0
         if from_here and not resume and not add_router and not self.occupied:
             raise InputError(
                 f"no stage one to start from: {self.path} holds no run. Name one by --from, or train it first."
@@ -103,7 +107,7 @@ class RunFolder:
                 raise InputError(f"the recipe disagrees with the run in {self.path}: {differences}.")
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")
-        if from_here and (state is None or state["stage"] == "experts"):
+        if from_here and not finished:
             raise InputError(f"stage one in {self.path} is not finished: resume it by --resume --stage both.")
         return state
 
@@ -125,7 +129,10 @@ class RunFolder:
             table.writerows(state["history"])
             _write_text(self.path / "metrics.csv", text.getvalue())
 
-    def write_results(self, results: dict[str, Any]) -> None:
+    def write_results(self, recipe: Recipe, device: torch.device, stages: dict[str, Any], **facts: Any) -> None:
+        """Write results.json: the figures by stage with all that they depend on; `facts` are further keys."""
+        results = dict(recipe=recipe.name, seed=recipe.seed, **provenance(), device=device_name(device))
+        results |= dict(precision=recipe.mixed_precision, **facts, stages=stages)
         _write_text(self.path / "results.json", json.dumps(results, indent=2) + "\n")
 
     def results(self) -> dict[str, Any]:
@@ -179,18 +186,24 @@ def load_model(spec: str | Path, **kwargs: Any) -> Ride:
     return model.eval()
 
 
+def create_ride_model(name: str, **kwargs: Any) -> Ride:
+    """`timm.create_model` for our networks; InputError for a name or an argument that they do not know."""
+    if not timm.is_model(name) or not model_entrypoint(name).__module__.startswith(__package__):
+        raise InputError(f"model={name!r}: no network with experts; there are {', '.join(timm.list_models('ride*'))}.")
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, ValueError) as error:
+        reason = re.sub(r".*unexpected keyword argument", "it does not take", str(error))
+        raise InputError(f"model {name}: {reason}") from error
+
+
 def create_model(recipe: Recipe, num_classes: int, source: str | None = None) -> Ride:
     """The recipe's network without a router, from its seed, or with the trunk and experts of `source`.
 
     InputError for an argument that the network does not take, or weights of another one.
     """
     torch.manual_seed(recipe.seed)
-    try:
-        model = timm.create_model(recipe.model, num_classes=num_classes, **recipe.model_args)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"model {recipe.model}: {error}") from error
-    if not isinstance(model, Ride):
-        raise InputError(f"model={recipe.model!r} has no experts: there are {', '.join(timm.list_models('ride*'))}.")
+    model = create_ride_model(recipe.model, num_classes=num_classes, **recipe.model_args)
     if source is not None:
         weights = load_model(source).state_dict()
         try:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -99,6 +100,7 @@ class Recipe:
     share_expert_help_pred_fc: bool = key("router", "one last layer for all gates", True)
     threshold: float = key("router", "a sample goes on to the next expert above this gate probability", 0.5, low=0, high=1)
 
+    name: str = key("run", "name of the recipe in the results (default: that of the file)", "")
     optimizer: str = key("run", "any optimizer of timm; sgd is Nesterov, momentum is not", "sgd")
     momentum: float = key("run", "momentum of SGD", 0.9, low=0, high=0.9999)
     seed: int = key("run", "seed of weights, order and augmentation", 0, low=0)
@@ -166,7 +168,7 @@ class Recipe:
 
     def differing(self, other: Recipe) -> list[str]:
         """Keys in which two recipes disagree, of those that change a run's numbers."""
-        free = ("workers", "data_dir")
+        free = ("name", "workers", "data_dir")
         names = [item.name for item in dataclasses.fields(self) if item.name not in free]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
@@ -222,7 +224,7 @@ def _number(kind: type, value: Any, flag: str, meta: Any) -> int | float:
         and (meta["high"] is None or number <= meta["high"])
     )
     if not inside:
-        raise InputError(f"{flag}: expected {noun}, {' and '.join(bounds)}.")
+        raise InputError(f"{flag}: expected {noun}, {' and '.join(bounds)}; it is: {meta['help']}.")
     return kind(number)
 
 
@@ -254,17 +256,23 @@ def load_recipe(name: str | Path) -> Recipe:
     unknown = [str(k) for k in values if k not in known]
     if unknown:
         raise InputError(f"recipe {name}: unknown key {', '.join(unknown)}; the keys are {', '.join(known)}.")
-    return Recipe(**values)
+    return Recipe(**dict(dict(name=Path(name).stem), **values))
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...] | None = None) -> None:
-    """A flag for every recipe key (of some groups); absent flags stay out of the parsed namespace."""
-    made: dict[str, Any] = {}
+def keys_of(group: str) -> list[str]:
+    """Names of the recipe keys of a group."""
+    return [item.name for item in dataclasses.fields(Recipe) if item.metadata["group"] == group]
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """A flag for every recipe key, or for these; absent flags stay out of the parsed namespace."""
+    groups: dict[str, Any] = {}
     for item in dataclasses.fields(Recipe):
-        group = item.metadata["group"]
-        if groups is not None and group not in groups:
+        if names is not None and item.name not in names:
             continue
-        to = made.setdefault(group, parser.add_argument_group(group) if group not in made else None)
+        group = item.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
         options: dict[str, Any] = dict(dest=item.name, default=argparse.SUPPRESS, help=item.metadata["help"])
         if item.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
@@ -274,7 +282,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...] | None = 
             options["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
         else:
             options["metavar"] = {"i": "N", "f": "X", "s": "TEXT"}[item.type[0]]
-        to.add_argument("--" + item.name.replace("_", "-"), **options)
+        groups[group].add_argument("--" + item.name.replace("_", "-"), **options)
 
 
 def flags_given(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class Policy:
         if isinstance(input_size, bool) or not isinstance(input_size, Integral) or input_size < 1:
             raise InputError(f"input size {input_size!r} is not a positive number of pixels")
         return int(input_size)
+
+    def data_config(self, input_size: int) -> dict[str, Any]:
+        """The test transform in timm's words, for a model's config.json."""
+        shape = dict(input_size=(3, input_size, input_size), mean=self.mean, std=self.std)
+        return shape | dict(crop_pct=self.size / self.resize, interpolation="bilinear")
 
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "size": 224, "resize": 256}

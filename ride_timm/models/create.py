@@ -46,8 +46,6 @@ def assemble(
     model_cls: type[Ride] = Ride,
 ) -> Ride:
     """A `Ride` of one trunk and `num_experts` experts, each made (and initialised) on its own."""
-    if not isinstance(num_experts, int) or num_experts < 1:
-        raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
     experts = [make_expert() for _ in range(num_experts)]
     gates = None
     if router:
@@ -59,9 +57,19 @@ def assemble(
 def create_ride(
     build: Callable[..., Ride], variant: str, pretrained: bool, *, num_levels: int, num_experts: int = 3, **kwargs: Any
 ) -> Ride:
-    """Build through timm's factory; the names of all experts' heads go with the cfg, so that timm can swap them."""
+    """Build through timm's factory; the names of what depends on the classes go with the cfg, so timm can swap them.
+
+    These are all experts' heads and the router's layers, which read the logits.
+    """
+    if not isinstance(num_experts, int) or num_experts < 1:
+        raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    overlay.setdefault("classifier", tuple(f"experts.{i}.fc" for i in range(num_experts)))
+    classifier = [f"experts.{i}.fc" for i in range(num_experts)]
+    if kwargs.get("router"):
+        num_last = 1 if kwargs.get("share_expert_help_pred_fc", True) else num_experts - 1
+        classifier += [f"router.hidden.{i}" for i in range(num_experts - 1)]
+        classifier += [f"router.fc.{i}" for i in range(num_last)]
+    overlay.setdefault("classifier", tuple(classifier))
 
     def build_on(device: Any = None, dtype: torch.dtype | None = None, **args: Any) -> Ride:
         with torch.device(device) if device is not None else nullcontext():

@@ -143,6 +143,7 @@ class Ride(nn.Module):
     """
 
     __constants__ = ("routed",)
+    __jit_unused_properties__ = ("drop_rate", "global_pool")  # TorchScript knows the pooling under another type name
 
     def __init__(
         self,
@@ -215,13 +216,13 @@ class Ride(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give every expert a new classifier; a router is re-made for the new logits (it read the old ones)."""
+        if self.routed and num_classes <= 0:
+            raise ValueError("A routed model needs its classifiers: num_classes must be above 0.")
         for expert in self.experts:
             expert.reset_classifier(num_classes, global_pool)
         self.num_classes = num_classes
         self._set_feature_sizes()
         if self.router is not None:
-            if self.routed and num_classes <= 0:
-                raise ValueError("A routed model needs its classifiers: num_classes must be above 0.")
             remake = self.router.resized
             self.router = None
             if num_classes > 0:

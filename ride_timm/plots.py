@@ -1,0 +1,45 @@
+"""Pictures of a run, drawn from its own figures; they need matplotlib (the `plot` extra)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> list[Path]:
+    """Draw curves.png (loss and test accuracy by epoch) and classes.png (accuracy by class, most frequent first).
+
+    Gives the files written; none where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    rows = [row for row in history if row["stage"] == "experts"]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([row["epoch"] for row in rows], [row["loss"] for row in rows])
+    left.set(xlabel="epoch", ylabel="training loss")
+    tested = [row for row in rows if row["all"] is not None]
+    for group in ("all", "many", "medium", "few"):
+        right.plot([row["epoch"] for row in tested], [row[group] for row in tested], marker=".", label=group)
+    right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
+    right.legend()
+    written = [folder / "curves.png"]
+    figure.savefig(written[0], dpi=120)
+
+    counts = results["class_counts"]
+    order = sorted(range(len(counts)), key=lambda c: -counts[c])
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for stage, metrics in results["stages"].items():
+        label = {"experts": "ensemble", "router": "routed"}[stage]
+        axes.plot([metrics["per_class"][c] for c in order], ".", label=label, alpha=0.7)
+    axes.set(xlabel="class, from most to fewest training images", ylabel="test accuracy (%)", ylim=(0, 100))
+    images = axes.twinx()
+    images.fill_between(range(len(order)), [counts[c] for c in order], alpha=0.15, color="grey", step="mid")
+    images.set(yscale="log", ylabel="training images (grey)")
+    axes.legend()
+    written.append(folder / "classes.png")
+    figure.savefig(written[1], dpi=120)
+    return written

@@ -1,0 +1,28 @@
+"""Which epoch to keep and when to stop, judged on held-out training images, never on the test set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Selection:
+    """Remembers the weights of the best held-out accuracy.
+
+    patience: evaluations without a better accuracy after which to stop, or None; eval_every: epochs between them.
+    """
+
+    def __init__(self, patience: int | None, eval_every: int) -> None:
+        self.patience, self.eval_every = patience, eval_every
+        self.best: dict[str, Any] = dict(accuracy=None, epoch=0, model={})
+
+    def update(self, accuracy: float, epoch: int, model: nn.Module) -> None:
+        """Take note of the accuracy after an epoch, counted from 1; of equal ones the first is kept."""
+        if self.best["accuracy"] is None or accuracy > self.best["accuracy"]:
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            self.best = dict(accuracy=accuracy, epoch=epoch, model=weights)
+
+    def exhausted(self, epochs: int) -> bool:
+        """Whether patience has run out after so many epochs."""
+        return self.patience is not None and epochs - self.best["epoch"] >= self.patience * self.eval_every

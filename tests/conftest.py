@@ -1,0 +1,42 @@
+"""What all tests share."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# no test reaches for a network; the Hub's clients read this when they are imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def script():
+    """The training script as a module."""
+    spec = importlib.util.spec_from_file_location("train_accelerate", ROOT / "train_accelerate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_accelerate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    """A folder of small long-tailed images, train/ and test/ by class, that a network learns in a few steps."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (30, 16, 8)), ("test", (10, 10, 10))):
+        for label, count in enumerate(counts):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (32, 32, 3))
+                pixels[..., label] += 100
+                Image.fromarray(pixels.astype("uint8")).save(folder / f"{i:03d}.png")
+    return root

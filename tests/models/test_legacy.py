@@ -1,0 +1,445 @@
+import builtins
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from ride_timm import load_legacy
+from ride_timm.checkpoint import load_model
+from ride_timm.errors import InputError
+from ride_timm.models import CosineClassifier, Ride
+from ride_timm.models.legacy import convert_state_dict, infer_architecture, read_state_dict
+from ride_timm.objectives import RouterObjective
+
+PARITY = Path(__file__).parents[1] / "parity"
+MODELS = json.loads((PARITY / "models.json").read_text())
+CASES = ["resnet32_1expert", "resnet32_2experts_linear_full", "resnet32_ea_3experts"]
+
+
+def golden(case: str):
+    """(the authors' state dict, everything else)"""
+    tensors = load_file(PARITY / f"{case}.safetensors")
+    state = {key.removeprefix("state_dict."): v for key, v in tensors.items() if key.startswith("state_dict.")}
+    return state, {key: value for key, value in tensors.items() if not key.startswith("state_dict.")}
+
+
+def save(path: Path, state_dict, **others) -> Path:
+    checkpoint = dict(arch="ResNet32Model", epoch=200, state_dict=state_dict, monitor_best=0.41, **others)
+    torch.save(checkpoint, path)
+    return path
+
+
+def authors_state_dict(model: Ride) -> dict[str, torch.Tensor]:
+    """The model's weights as the authors' code would have written them."""
+    many = len(model.experts) > 1
+    found = {}
+    for key, value in model.trunk.state_dict().items():
+        found[f"backbone.{key}"] = value
+    for i, expert in enumerate(model.experts):
+        for key, value in expert.stages.state_dict().items():
+            stage, rest = key.split(".", 1)
+            found[f"backbone.{stage}s.{i}.{rest}" if many else f"backbone.{stage}.{rest}"] = value
+        head = f"backbone.linears.{i}" if many else "backbone.linear"
+        if isinstance(expert.fc, CosineClassifier):
+            found[f"{head}.weight"] = expert.fc.weight.detach().t().contiguous()
+        else:
+            found |= {f"{head}.weight": expert.fc.weight.detach(), f"{head}.bias": expert.fc.bias.detach()}
+    if model.router is not None:
+        for i, layer in enumerate(model.router.hidden):
+            for key, value in layer.state_dict().items():
+                found[f"backbone.expert_help_pred_hidden_fcs.{i}.{key}"] = value
+        for i, layer in enumerate(model.router.fc):
+            name = "expert_help_pred_fc" if model.router.share_expert_help_pred_fc else f"expert_help_pred_fcs.{i}"
+            for key, value in layer.state_dict().items():
+                found[f"backbone.{name}.{key}"] = value
+    return found
+
+
+def tiny() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return authors_state_dict(timm.create_model("ride_resnet32", num_experts=2, num_classes=4))
+
+
+# The authors' numbers
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_the_authors(tmp_path, case):
+    state, expected = golden(case)
+    model = load_legacy(save(tmp_path / "model.pth", state))
+    assert not model.training
+    assert model.num_classes == MODELS[case]["kwargs"]["num_classes"]
+    assert model.num_experts == MODELS[case]["kwargs"]["num_experts"]
+    with torch.no_grad():
+        expert_logits = model.forward_experts(expected["input"])[1]
+        output = model(expected["input"])
+    if "params" in MODELS[case]:
+        assert sum(parameter.numel() for parameter in model.parameters()) == MODELS[case]["params"]
+    # The linear heads of this random network reach logits of 2668, where float32 itself, theirs and ours, strays
+    # about 1e-3 from the same sums in float64: 1e-5 has no meaning there, one part in a million has.
+    atol = 1e-6 * expected["output"].abs().max().item() if case == "resnet32_2experts_linear_full" else 1e-5
+    names = {"output": output, "train_output": output, "expert_logits": expert_logits}
+    compared = [name for name in names if name in expected]
+    assert compared
+    for name in compared:
+        bound = max(atol, 1e-6 * expected[name].abs().max().item()) if atol > 1e-5 else atol
+        torch.testing.assert_close(names[name], expected[name], rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_routing_is_the_authors(tmp_path):
+    state, expected = golden("resnet32_ea_3experts")
+    model = load_legacy(save(tmp_path / "model.pth", state))
+    assert model.router.top_choices_num == 30 and model.router.share_expert_help_pred_fc
+    with torch.no_grad():
+        logits, used = model.forward_routed(expected["input"])
+    assert used.tolist() == MODELS["resnet32_ea_3experts"]["experts_used"] == expected["experts_used"][:, 0].tolist()
+    torch.testing.assert_close(logits, expected["routed_output"], rtol=0, atol=1e-5)
+
+
+def test_the_routers_loss_is_the_authors(tmp_path):
+    state, expected = golden("resnet32_ea_3experts")
+    objective = RouterObjective(load_legacy(save(tmp_path / "model.pth", state)), pos_weight=100)
+    result = objective.train()(expected["input"], expected["target"])
+    assert result["loss"].item() == pytest.approx(MODELS["resnet32_ea_3experts"]["train_loss"], rel=1e-5)
+    torch.testing.assert_close(result["logits"], expected["train_output"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_prefixes_of_data_parallel_and_none_at_all(tmp_path, prefix):
+    state, expected = golden("resnet32_1expert")
+    bare = {prefix + key: value for key, value in state.items()}
+    headless = {prefix + key.removeprefix("backbone."): value for key, value in state.items()}
+    for tensors in (bare, headless):
+        model = load_legacy(save(tmp_path / "model.pth", tensors))
+        torch.testing.assert_close(model(expected["input"]), expected["output"], rtol=0, atol=1e-5)
+    torch.save(bare, tmp_path / "naked.pth")  # the state dict itself, without the checkpoint around it
+    assert load_legacy(tmp_path / "naked.pth").num_experts == 1
+
+
+# Other architectures, from our own weights under their names
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("ride_resnet10", dict()),
+        ("ride_resnet10", dict(num_experts=1, reduce_dimension=False, use_norm=False)),
+        ("ride_resnet10", dict(share_layer3=True, num_experts=2, in_chans=1)),
+        ("ride_resnet10", dict(router=True, top_choices_num=4, share_expert_help_pred_fc=False, use_norm=False)),
+        ("ride_resnet32", dict(layer2_output_dim=20, layer3_output_dim=40, num_experts=6)),
+        ("ride_resnet32", dict(router=True, top_choices_num=7)),
+    ],
+)
+def test_models_come_back_from_the_authors_format(tmp_path, name, kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=9, **kwargs)
+    x = torch.randn(4, kwargs.get("in_chans", 3), 48, 48)
+    with torch.no_grad():
+        model.train()(x)  # running statistics of its own
+    model.eval()
+    back = load_legacy(save(tmp_path / "model.pth", authors_state_dict(model)))
+    assert back.pretrained_cfg["architecture"] == name
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(back(x), model(x))
+    if model.router is not None:
+        assert all(torch.equal(a, b) for a, b in zip(back.forward_routed(x), model.forward_routed(x), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("ride_resnet10", dict(num_experts=3)),
+        ("ride_resnet50", dict(num_experts=3)),
+        ("ride_resnet50", dict(num_experts=1, reduce_dimension=False)),
+        ("ride_resnet50", dict(num_experts=1)),
+        ("ride_resnet50", dict(num_experts=6, num_classes=8142)),
+        ("ride_resnet50", dict(num_experts=3, share_layer3=True)),
+        ("ride_resnet50", dict(num_experts=3, router=True, top_choices_num=50)),
+        ("ride_resnet101", dict(num_experts=2, use_norm=False)),
+        ("ride_resnet152", dict(num_experts=4)),
+        ("ride_resnext50", dict(num_experts=3)),
+        ("ride_resnext50", dict(num_experts=1, reduce_dimension=False, use_norm=False)),
+        ("ride_resnext50", dict(num_experts=2, layer3_output_dim=128, layer4_output_dim=320)),
+        ("ride_resnext101", dict(num_experts=3)),
+        ("ride_resnext152", dict(num_experts=3, reduce_dimension=False)),
+        ("ride_resnet32", dict(num_experts=4, num_classes=100)),
+    ],
+)
+def test_architectures_are_inferred_from_shapes(name, kwargs):
+    model = timm.create_model(name, device="meta", **kwargs)
+    theirs = authors_state_dict(model)
+    inferred, arguments = infer_architecture({key.removeprefix("backbone."): v for key, v in theirs.items()})
+    assert inferred == name
+    assert {key: arguments.get(key) for key in kwargs} == kwargs
+    again = timm.create_model(inferred, device="meta", **arguments)
+    converted = convert_state_dict({key.removeprefix("backbone."): v for key, v in theirs.items()}, again)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in converted.items()} == shapes
+
+
+def test_the_authors_key_names():
+    keys = set(authors_state_dict(timm.create_model("ride_resnet50", device="meta", router=True)))
+    for key in (
+        "conv1.weight",
+        "layer2.3.bn3.running_var",
+        "layer3s.2.0.downsample.1.num_batches_tracked",
+        "layer4s.0.2.conv3.weight",
+        "linears.1.weight",
+        "expert_help_pred_hidden_fcs.1.bias",
+        "expert_help_pred_fc.weight",
+    ):
+        assert f"backbone.{key}" in keys
+    assert set(golden("resnet32_ea_3experts")[0]) == set(
+        authors_state_dict(timm.create_model("ride_resnet32", device="meta", router=True))
+    )
+
+
+# Nothing in the file runs
+
+
+@pytest.fixture
+def parse_config(monkeypatch):
+    """The authors' module with its ConfigParser, for as long as the file is written."""
+    module = types.ModuleType("parse_config")
+
+    class ConfigParser:
+        def __init__(self):
+            self._config = {"arch": {"type": "ResNet32Model"}, "n_gpu": 1}
+            self._save_dir = Path("saved/models")
+            self.children = [self]
+
+    ConfigParser.__module__, ConfigParser.__qualname__ = "parse_config", "ConfigParser"
+    module.ConfigParser = ConfigParser
+    monkeypatch.setitem(sys.modules, "parse_config", module)
+    return module
+
+
+def test_a_pickled_config_parser_of_a_missing_module(tmp_path, parse_config, monkeypatch):
+    path = save(tmp_path / "model.pth", tiny(), config=parse_config.ConfigParser(), criterion=parse_config.ConfigParser)
+    monkeypatch.delitem(sys.modules, "parse_config")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    model = load_legacy(path)
+    assert model.num_experts == 2 and "parse_config" not in sys.modules
+
+
+class Hostile:
+    """Calls a function with arguments when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_calls(marker: Path):
+    import os
+
+    code = f"open({str(marker)!r}, 'w').close()"
+    return {
+        "os.system": Hostile(os.system, f"touch '{marker}'"),
+        "subprocess": Hostile(subprocess.check_call, ["touch", str(marker)]),
+        "exec": Hostile(builtins.exec, code),
+        "eval": Hostile(builtins.eval, code),
+        "open": Hostile(io.open, str(marker), "w"),
+        "method": Hostile(Path.touch, marker),
+    }
+
+
+@pytest.mark.parametrize("kind", ["os.system", "subprocess", "exec", "eval", "open", "method"])
+@pytest.mark.parametrize("place", ["config", "state_dict", "whole"])
+def test_hostile_pickles_do_nothing(tmp_path, kind, place):
+    marker, path = tmp_path / "marker", tmp_path / "model.pth"
+    call = hostile_calls(marker)[kind]
+    if place == "config":
+        save(path, tiny(), config=call)
+    elif place == "state_dict":
+        save(path, tiny() | {"backbone.conv1.weight": call})
+    else:
+        torch.save(call, path)
+    try:
+        model = load_legacy(path)
+    except InputError as error:
+        assert str(path) in str(error)
+    else:  # an inert object where nobody looks
+        assert place == "config" and model.num_experts == 2
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # the trap was live
+    assert marker.exists()
+
+
+def test_a_hostile_pickle_without_the_zip_around_it(tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "model.pth"
+    path.write_bytes(pickle.dumps({"state_dict": tiny(), "config": hostile_calls(marker)["exec"]}))
+    with pytest.raises(InputError, match="no readable torch checkpoint"):
+        load_legacy(path)
+    assert not marker.exists()
+
+
+# Files that are something else
+
+
+def test_truncated_files(tmp_path):
+    whole = save(tmp_path / "whole.pth", tiny()).read_bytes()
+    path = tmp_path / "cut.pth"
+    for size in (0, 1, 4, 100, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=rf"{re.escape(str(path))}: no readable torch checkpoint"):
+            load_legacy(path)
+
+
+def test_a_damaged_pickle(tmp_path):
+    whole = save(tmp_path / "whole.pth", tiny())
+    path = tmp_path / "damaged.pth"
+    for at in (2, 20, 100, 400, 900):
+        with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+            for entry in source.infolist():
+                data = source.read(entry)
+                if entry.filename.endswith("data.pkl"):
+                    data = data[:at] + b"\xff\x00\x93R" + data[at + 4 :]
+                target.writestr(entry, data)
+        with pytest.raises(InputError):
+            load_legacy(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no readable torch checkpoint"),
+        (b"not a checkpoint at all\n" * 50, "no readable torch checkpoint"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(200), "no readable torch checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoint(tmp_path, content, message):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    for load in (load_legacy, load_model):
+        with pytest.raises(InputError, match=message):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"state_dict": None}, {"state_dict": {"a": 1}}, [1, 2], torch.zeros(3), {"epoch": 3}, {"state_dict": {7: 8}}],
+    ids=str,
+)
+def test_checkpoints_of_other_things(tmp_path, content):
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(InputError, match="expected a dict of tensors under 'state_dict'"):
+        load_legacy(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("content", [{}, {"conv1.weight": torch.zeros(16, 3, 3, 3)}, {"fc.weight": torch.zeros(3, 4)}])
+def test_checkpoints_of_other_networks(tmp_path, content):
+    torch.save({"state_dict": content}, tmp_path / "model.pth")
+    with pytest.raises(InputError, match=r"not a RIDE checkpoint of the authors: tensor 'l?i?n?e?a?r?c?o?n?v?1?\.weight"):
+        load_legacy(tmp_path / "model.pth")
+
+
+def test_a_zip_of_other_things(tmp_path):
+    path = tmp_path / "model.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(InputError, match="no readable torch checkpoint"):
+        load_legacy(path)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.pth: no such file"):
+        load_legacy(tmp_path / "nowhere.pth")
+    with pytest.raises(InputError, match="no such file"):
+        load_legacy(tmp_path)
+
+
+# Tensors that do not fit
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "conv1.weight",
+        "layer1.0.conv1.weight",
+        "layer1.4.bn2.running_mean",
+        "layer2s.0.0.conv1.weight",
+        "layer2s.1.0.conv1.weight",
+        "layer3s.0.0.conv2.weight",
+        "layer3s.1.4.conv2.weight",
+        "linears.0.weight",
+        "linears.1.weight",
+    ],
+)
+def test_a_missing_tensor_is_named(tmp_path, key):
+    state = tiny()
+    del state[f"backbone.{key}"]
+    with pytest.raises(InputError) as caught:
+        load_legacy(save(tmp_path / "model.pth", state))
+    named = str(caught.value)
+    assert key in named or (key.startswith("linears") and "linear" in named)
+
+
+def test_an_extra_tensor_is_named(tmp_path):
+    for key in ("backbone.layer1.9.weight", "backbone.layer3s.2.0.conv1.weight", "backbone.linears.0.bias", "fc.bias"):
+        with pytest.raises(InputError, match=re.escape(key.removeprefix("backbone."))):
+            load_legacy(save(tmp_path / "model.pth", tiny() | {key: torch.zeros(4)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("layer1.2.conv1.weight", (16, 16, 1, 1)),
+        ("layer2s.1.0.conv1.weight", (32, 16, 3, 3)),
+        ("bn1.bias", (17,)),
+        ("linears.1.weight", (48, 5)),
+        ("linears.0.weight", (48,)),
+        ("conv1.weight", ()),
+        ("conv1.weight", (16,)),
+        ("layer2s.0.0.conv2.weight", ()),
+        ("layer1.0.conv2.weight", ()),
+    ],
+)
+def test_a_misshapen_tensor_is_named(tmp_path, key, shape):
+    with pytest.raises(InputError) as caught:
+        load_legacy(save(tmp_path / "model.pth", tiny() | {f"backbone.{key}": torch.zeros(shape)}))
+    assert key in str(caught.value) or "linears" in str(caught.value)
+
+
+def test_a_misshapen_tensor_of_an_imagenet_network_is_named():
+    model = timm.create_model("ride_resnext50", device="meta", num_classes=10)
+    state = {key.removeprefix("backbone."): value for key, value in authors_state_dict(model).items()}
+    for key in ("layer1.0.conv2.weight", "layer3s.0.0.conv3.weight", "linears.0.weight", "conv1.weight"):
+        for shape in ((), (3,)):
+            with pytest.raises(InputError, match=re.escape(key)):
+                name, kwargs = infer_architecture(state | {key: torch.empty(shape, device="meta")})
+                convert_state_dict(state, timm.create_model(name, device="meta", **kwargs))
+
+
+def test_a_network_of_another_depth_is_named():
+    model = timm.create_model("ride_resnet10", device="meta")
+    state = {key.removeprefix("backbone."): value for key, value in authors_state_dict(model).items()}
+    extra = {key.replace("layer1.0.", "layer1.1."): v for key, v in state.items() if key.startswith("layer1.0.")}
+    with pytest.raises(InputError, match=r"\(2, 1, 1, 1\) blocks is none of the authors'"):
+        infer_architecture(state | extra)
+
+
+def test_many_problems_are_counted(tmp_path):
+    state = {key: value for key, value in tiny().items() if "layer1.3" not in key}
+    with pytest.raises(InputError, match=r"missing layer1\.3\.conv1\.weight; .* and 7 more"):
+        load_legacy(save(tmp_path / "model.pth", state))
+
+
+def test_read_state_dict_gives_the_tensors_as_they_are(tmp_path):
+    state = tiny()
+    read = read_state_dict(save(tmp_path / "model.pth", {f"module.{key}": value for key, value in state.items()}))
+    assert {f"backbone.{key}" for key in read} == set(state)
+    assert all(torch.equal(value, read[key.removeprefix("backbone.")]) for key, value in state.items())

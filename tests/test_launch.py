@@ -1,0 +1,84 @@
+"""Exit codes, signals and threads."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from ride_timm import InputError, RunError
+from ride_timm.launch import Interrupted, Parser, Signals, exit_code, set_threads
+
+
+def _raise(error):
+    def command(argv):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("bad\n  thing"), 2),
+        (RunError("broke"), 1),
+        (Interrupted(signal.SIGINT), 130),
+        (Interrupted(signal.SIGTERM), 143),
+    ],
+)
+def test_exit_codes_with_one_line_on_stderr(error, code, capsys):
+    assert exit_code(_raise(error), None) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def test_success_is_silent(capsys):
+    assert exit_code(lambda argv: None, None) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_bad_input_is_reported_by_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code(_raise(InputError("x")), None) == 2 and capsys.readouterr().err == ""
+    assert exit_code(_raise(RunError("x")), None) == 1 and capsys.readouterr().err != ""
+
+
+def test_parser_complaints_are_input_errors():
+    with pytest.raises(InputError, match="unrecognized arguments: --nope"):
+        Parser().parse_args(["--nope"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_check(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signals = Signals()
+        signals.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted) as caught:
+            signals.check()
+        assert caught.value.args == (number,)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_threads(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(1)
+        set_threads(None)
+        assert torch.get_num_threads() == 1  # a value that somebody chose stands
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what a plain accelerate launch sets
+        set_threads(None)
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+        set_threads(None)
+        assert torch.get_num_threads() == 1
+        set_threads(2)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(InputError, match="threads=0: expected 1 or more"):
+            set_threads(0)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,268 @@
+"""Journeys of the training script: real processes on real image files."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from ride_timm.__main__ import main
+from ride_timm.checkpoint import RunFolder
+from ride_timm.launch import exit_code
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "train_accelerate.py")
+TINY = ["--model", "test_ride_resnet", "--num-experts", "2", "--imb-type", "none", "--augment", "cifar"]
+TINY += ["--epochs", "3", "--router-epochs", "2", "--warmup-epochs", "1", "--batch-size", "16", "--lr", "0.02"]
+TINY += ["--router-batch-size", "32", "--drop-rate", "0.1", "--eval-every", "2"]
+
+
+def _environment(**more):
+    quiet = dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    return {**os.environ, **quiet, **more, "PYTHONPATH": str(ROOT)}
+
+
+def _run(*flags, launcher=(sys.executable,), **kwargs):
+    command = [*launcher, SCRIPT, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment(), **kwargs)
+
+
+def _flags(colours, output, *more):
+    return ["--dataset", str(colours), "--output", str(output), "--threads", "1", *TINY, *more]
+
+
+def _rows(folder):
+    with open(folder / "metrics.csv") as lines:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
+
+
+@pytest.fixture(scope="module")
+def finished(colours, tmp_path_factory):
+    """An uninterrupted run of both stages."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = _run(*_flags(colours, output))
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def test_a_run_leaves_the_whole_folder_and_a_table(finished):
+    output, done = finished
+    expected = {"recipe.yaml", "state.pt", "metrics.csv", "results.json", "config.json", "model.safetensors"}
+    assert expected <= {path.name for path in output.iterdir()}
+    assert not [path for path in output.iterdir() if path.name.endswith(".partial")]
+    results = json.loads((output / "results.json").read_text())
+    assert results["num_processes"] == 1 and results["class_counts"] == [30, 16, 8] and results["seed"] == 0
+    experts, router = results["stages"]["experts"], results["stages"]["router"]
+    assert experts["all"] > 60  # three colours; chance is a third
+    assert experts["many"] is None and experts["epochs"] == 3
+    assert sum(router["experts_used"]) == pytest.approx(1) and router["threshold"] == 0.5
+    assert router["macs"] <= experts["macs"] * 1.01
+    for word in ("ensemble", "routed", "many", "medium", "few", "MACs", "experts used"):
+        assert word in done.stdout
+    rows = _rows(output)
+    assert [(row["stage"], row["epoch"]) for row in rows] == [
+        ("experts", "1"), ("experts", "2"), ("experts", "3"), ("router", "1"), ("router", "2")
+    ]  # fmt: skip
+    assert [row["all"] != "" for row in rows] == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_evaluate_gives_the_results_again_exactly(finished, colours, routed, capsys):
+    output, _ = finished
+    main(["evaluate", "--model", f"local-dir:{output}", "--json", "--threads", "1", *(["--routed"] if routed else [])])
+    found = json.loads(capsys.readouterr().out)
+    stored = RunFolder(output).results()["stages"]["router" if routed else "experts"]
+    for key in set(stored) - {"epochs", "threshold"}:
+        assert found[key] == stored[key], key
+
+
+def test_an_existing_run_is_left_alone_and_a_finished_one_resumes_at_once(finished, colours):
+    output, _ = finished
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    again = _run(*_flags(colours, output))
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].startswith("error: ") and "--resume" in again.stderr
+    resumed = _run("--output", output, "--resume")
+    assert resumed.returncode == 0 and "is finished" in resumed.stdout and "ensemble" in resumed.stdout
+    assert before == {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+
+
+def _kill_when(process, output, stage, epoch, number):
+    """Send a signal as soon as an epoch of a stage is on disk."""
+    for _ in range(2400):
+        time.sleep(0.05)
+        rows = _rows(output) if (output / "metrics.csv").exists() else []
+        if any(row["stage"] == stage and int(row["epoch"]) >= epoch for row in rows):
+            process.send_signal(number)
+            return process.wait(60)
+        assert process.poll() is None, process.stderr.read()
+    raise AssertionError("the epoch never came")
+
+
+def test_a_killed_run_resumes_bit_identical(finished, colours, tmp_path):
+    """Terminated in stage one, killed outright in stage two, resumed each time: nothing differs from one go."""
+    whole, _ = finished
+    output = tmp_path / "torn"
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment())
+    process = subprocess.Popen([sys.executable, SCRIPT, *_flags(colours, output)], **pipes)
+    assert _kill_when(process, output, "experts", 1, signal.SIGTERM) == 143
+    error = process.stderr.read().splitlines()[-1]
+    assert error.startswith("error: interrupted") and "--resume" in error
+    assert RunFolder(output).state()["stage"] == "experts"
+    process = subprocess.Popen([sys.executable, SCRIPT, "--output", str(output), "--resume", "--threads", "1"], **pipes)
+    assert _kill_when(process, output, "router", 1, signal.SIGKILL) == -signal.SIGKILL
+    assert _run("--output", output, "--resume", "--threads", "1").returncode == 0
+    assert _rows(output) == _rows(whole)
+    ours, theirs = RunFolder(output).state(), RunFolder(whole).state()
+    assert ours["model"].keys() == theirs["model"].keys()
+    for name, value in theirs["model"].items():
+        assert torch.equal(ours["model"][name], value), name
+    assert (output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    mine, one_go = (RunFolder(path).results()["stages"] for path in (output, whole))
+    assert mine == one_go
+
+
+def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp_path, capsys):
+    output = tmp_path / "two"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    launcher += ("--main_process_port", "29531")
+    command = [*launcher, SCRIPT, *_flags(colours, output)]
+    environment = _environment(ACCELERATE_USE_CPU="1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    results = RunFolder(output).results()
+    assert results["num_processes"] == 2
+    assert results["stages"]["experts"]["all"] > 50
+    main(["evaluate", "--model", str(output), "--json", "--threads", "1"])
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["images"] == 30 and alone["per_class"] == results["stages"]["experts"]["per_class"]
+    assert done.stderr.count("experts:") and done.stdout.count("ensemble") == 1
+
+
+def test_router_from_another_run_and_from_the_folder_itself(finished, colours, tmp_path):
+    """Stage two alone gives what both stages in a row give."""
+    whole, _ = finished
+    output, shared = tmp_path / "parts", ["--threads", "1"]
+    assert _run(*_flags(colours, output, "--stage", "experts")).returncode == 0
+    assert list(RunFolder(output).results()["stages"]) == ["experts"]
+    assert _run("--stage", "router", "--output", output, *shared).returncode == 0
+    other = tmp_path / "other"
+    assert _run(*_flags(colours, other, "--stage", "router", "--from", output)).returncode == 0
+    expected = RunFolder(whole).results()["stages"]
+    assert RunFolder(output).results()["stages"] == expected
+    assert RunFolder(other).results()["stages"]["router"] == expected["router"]
+
+
+@pytest.fixture
+def train(script, monkeypatch):
+    """The script in this process, from a clean slate."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield lambda argv: exit_code(script.train, [str(part) for part in argv])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "nope"], r"recipe 'nope'"),
+        (["--no-such-flag"], r"unrecognized arguments"),
+        (["--epochs", "0"], r"epochs='0'"),
+        (["--batch-size", "many"], r"batch_size='many'"),
+        (["--num-experts", "0"], r"num_experts='0'"),
+        (["--lr", "-1"], r"lr='-1'"),
+        (["--imb-factor", "100"], r"IF 100 for 0.01"),
+        (["--model", "resnet18"], r"no network with experts"),
+        (["--dataset", "/no/such/place"], r"/no/such/place"),
+        (["--label-column", "genus"], r"no column 'genus'"),
+        (["--augment", "sepia"], r"unknown augmentation 'sepia'"),
+        (["--optimizer", "hope"], r"optimizer='hope'"),
+        (["--tracker", "hope"], r"tracker='hope'"),
+        (["--mixed-precision", "fp16"], r"fp16 needs a GPU"),
+        (["--stage", "router"], r"no stage one to start from"),
+        (["--stage", "router", "--num-experts", "1"], r"num_experts=1"),
+        (["--from", "/no/such/run"], r"could not be loaded"),
+        (["--distillation"], r"--teacher"),
+        (["--threads", "0"], r"threads=0"),
+        (["--select", "best"], r"--holdout"),
+    ],
+)
+def test_bad_input_ends_in_two_and_writes_nothing(train, flags, message, tmp_path, monkeypatch, capsys):
+    if "fp16" in flags and torch.cuda.is_available():
+        pytest.skip("fp16 is fine on a GPU")
+    monkeypatch.chdir(tmp_path)
+    assert train([*flags, "--output", tmp_path / "run"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_model_is_refused(train, finished, colours, tmp_path, capsys):
+    output, _ = finished
+    flags = _flags(colours, tmp_path / "run", "--from", output)
+    flags[flags.index("--num-experts") + 1] = "3"
+    assert train(flags) == 2
+    assert "holds another model than the recipe's" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_step_and_keeps_the_checkpoint(train, colours, tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = _flags(colours, output, "--stage", "experts", "--warmup-epochs", "0", "--schedule", "constant")
+    assert train([*flags, "--lr", "1e30", "--epochs", "50"]) == 1
+    assert re.search(r"error: the loss is not finite at epoch \d+, step \d+", capsys.readouterr().err)
+    state = RunFolder(output).state()
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_a_corrupt_image_names_its_row(train, tmp_path, capsys):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    torn = tmp_path / "images" / "train" / "b" / "1.png"
+    torn.write_bytes(torn.read_bytes()[:40])
+    assert train(_flags(tmp_path / "images", tmp_path / "run")) == 1
+    assert re.search(r"error: .*row 5 of split .train.", capsys.readouterr().err)
+
+
+def test_selection_accumulation_clipping_and_tracking(train, colours, tmp_path):
+    output = tmp_path / "run"
+    flags = _flags(colours, output, "--stage", "experts", "--holdout", "0.3", "--select", "best", "--patience", "1")
+    flags += ["--gradient-accumulation", "2", "--clip-grad", "1", "--mixed-precision", "bf16", "--eval-every", "1"]
+    assert train([*flags, "--optimizer", "adamw", "--schedule", "cosine", "--lr", "0.01", "--epochs", "6"]) == 0
+    rows = _rows(output)
+    held_out = [float(row["held_out"]) for row in rows]
+    best = held_out.index(max(held_out)) + 1
+    results = RunFolder(output).results()
+    assert results["stages"]["experts"]["epochs"] == best and results["precision"] == "bf16"
+    assert len(rows) == min(6, best + 1)  # patience of one evaluation
+    assert results["stages"]["experts"]["all"] == float(rows[best - 1]["all"])
+    assert results["class_counts"] == [30, 16, 8]
+
+
+def test_distillation_and_one_expert(train, finished, colours, tmp_path, capsys):
+    teacher, _ = finished
+    flags = _flags(colours, tmp_path / "student", "--teacher", teacher, "--teacher-mode", "train")
+    flags[flags.index("--num-experts") + 1] = "1"
+    assert train([*flags, "--distillation", "--loss", "ce", "--epochs", "1"]) == 0
+    results = RunFolder(tmp_path / "student").results()
+    assert list(results["stages"]) == ["experts"]  # one expert: nothing to route
+    assert "routed" not in capsys.readouterr().out
