@@ -27,7 +27,7 @@ from ride_timm.data.loader import make_loader
 from ride_timm.data.sources import hold_out, load_longtail
 from ride_timm.data.transforms import get_policy
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
-from ride_timm.launch import Parser, Signals, exit_code, set_threads
+from ride_timm.launch import Parser, Signals, exit_code, has_bf16, set_threads
 from ride_timm.losses import make_loss
 from ride_timm.metrics import format_table
 from ride_timm.models import Router
@@ -57,6 +57,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         flags.setdefault("mixed_precision", launched)
+    elif "mixed_precision" not in flags and recipe.mixed_precision == "bf16" and not goes_on and not has_bf16():
+        print("notice: no bf16 on this machine, training in fp32", file=sys.stderr)
+        flags["mixed_precision"] = "no"
     if args.teacher:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
@@ -68,9 +71,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         raise InputError("num_experts=1: a router chooses among experts, so it needs at least 2.")
     if args.tracker and args.tracker not in (trackers := [str(name) for name in get_available_trackers()]):
         raise InputError(f"tracker={args.tracker!r}: installed are {', '.join(trackers) or 'none'}.")
-    # with one expert there is nothing to route
-    args.stages = ["experts", "router"] if args.stage == "both" and recipe.num_experts > 1 else [args.stage]
-    args.stages = ["experts"] if args.stage == "both" and recipe.num_experts == 1 else args.stages
+    both = ["experts", "router"] if recipe.num_experts > 1 else ["experts"]  # one expert: nothing to route
+    args.stages = both if args.stage == "both" else [args.stage]
     return args, recipe
 
 

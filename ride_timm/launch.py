@@ -55,6 +55,13 @@ def set_threads(requested: int | None) -> None:
     torch.set_num_threads(requested or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def has_bf16() -> bool:
+    """Whether this machine computes in bfloat16 itself; where it would only imitate it, float32 is faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Run a command: 0 done, 2 bad input, 1 failed in the run, 128 + signal interrupted; one line on stderr."""
     try:
@@ -66,6 +73,8 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
         code, message = 2, str(error)
     except RunError as error:
         code, message = 1, str(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        code, message = 1, f"out of memory: try a smaller --batch-size ({error})"
     if code != 2 or os.environ.get("RANK", "0") == "0":  # every process finds the same bad input: one says so
         print("error: " + " ".join(message.split()), file=sys.stderr)
     return code

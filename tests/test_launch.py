@@ -22,6 +22,7 @@ def _raise(error):
     [
         (InputError("bad\n  thing"), 2),
         (RunError("broke"), 1),
+        (MemoryError(), 1),
         (Interrupted(signal.SIGINT), 130),
         (Interrupted(signal.SIGTERM), 143),
     ],

@@ -46,6 +46,8 @@ def assemble(
     model_cls: type[Ride] = Ride,
 ) -> Ride:
     """A `Ride` of one trunk and `num_experts` experts, each made (and initialised) on its own."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes={num_classes}: expected 0 or more.")
     experts = [make_expert() for _ in range(num_experts)]
     gates = None
     if router:

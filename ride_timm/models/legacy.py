@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
+from statistics import multimode
 from typing import Any
 
 import timm
@@ -46,71 +46,80 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         foreign = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(_Inert, name) for name in foreign]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged pickle makes the unpickler raise what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"checkpoint {path}: no readable torch checkpoint, nothing was loaded ({reason})") from error
     state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
+    ):
         raise InputError(f"checkpoint {path}: expected a dict of tensors under 'state_dict'.")
     return {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state_dict.items()}
 
 
-def _num_blocks(state_dict: dict[str, Tensor], stage: int) -> int:
-    pattern = re.compile(rf"layer{stage}(?:s\.0)?\.(\d+)\.conv1\.weight")
-    return len([key for key in state_dict if pattern.fullmatch(key)])
+def _size(state_dict: dict[str, Tensor], key: str, dim: int) -> int:
+    if key not in state_dict:
+        raise InputError(f"not a RIDE checkpoint of the authors: tensor {key!r} is missing.")
+    shape = state_dict[key].shape
+    if dim >= len(shape):
+        raise InputError(f"not a RIDE checkpoint of the authors: tensor {key!r} has shape {list(shape)}.")
+    return shape[dim]
+
+
+def _highest(state_dict: dict[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that the pattern's group finds among the keys; 0 where none does."""
+    return max((int(match[1]) + 1 for key in state_dict if (match := re.match(pattern, key))), default=0)
+
+
+def _has(state_dict: dict[str, Tensor], pattern: str) -> bool:
+    return any(re.match(pattern, key) for key in state_dict)
 
 
 def infer_architecture(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Model name and arguments for `timm.create_model`, from the names and shapes of an authors' checkpoint."""
-    try:
-        return _infer_architecture(state_dict)
-    except (KeyError, IndexError) as error:
-        raise InputError(f"not a RIDE checkpoint of the authors: tensor {error.args[0]!r} is missing.") from error
-
-
-def _infer_architecture(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    experts = {int(match[1]) for key in state_dict if (match := re.match(r"linears\.(\d+)\.weight", key))}
-    num_experts = len(experts) or 1
-    head = "linears.0" if experts else "linear"
-    use_norm = f"{head}.bias" not in state_dict
-    stem = state_dict["conv1.weight"]
+    # counted in three places, so that one missing or left-over tensor is found to be just that
+    counts = [_highest(state_dict, rf"{part}s\.(\d+)\.") for part in ("layer2", "layer3", "layer4", "linear")]
+    num_experts = max(multimode(count for count in counts if count), default=1)
+    head = "linears.0" if _has(state_dict, r"linears\.") else "linear"
+    use_norm = not _has(state_dict, r"linears?\.(\d+\.)?bias")
+    kernel_size = _size(state_dict, "conv1.weight", 3)
     kwargs: dict[str, Any] = dict(
         num_experts=num_experts,
-        num_classes=state_dict[f"{head}.weight"].shape[1 if use_norm else 0],
+        num_classes=_size(state_dict, f"{head}.weight", 1 if use_norm else 0),
         use_norm=use_norm,
-        in_chans=stem.shape[1],
+        in_chans=_size(state_dict, "conv1.weight", 1),
     )
 
     def width(stage: int) -> int:
-        name = f"layer{stage}s.0" if f"layer{stage}s.0.0.conv1.weight" in state_dict else f"layer{stage}"
-        if f"{name}.0.conv3.weight" in state_dict:
-            return state_dict[f"{name}.0.conv3.weight"].shape[0] // 4
-        return state_dict[f"{name}.0.conv2.weight"].shape[0]
+        name = f"layer{stage}s.0" if _has(state_dict, rf"layer{stage}s\.") else f"layer{stage}"
+        if _has(state_dict, r"layer\w+\.(0\.)?0\.conv3\."):
+            return _size(state_dict, f"{name}.0.conv3.weight", 0) // 4
+        return _size(state_dict, f"{name}.0.conv2.weight", 0)
 
-    if stem.shape[-1] == 3:
+    if kernel_size == 3:
         name, own, reduced, full = "ride_resnet32", (2, 3), (24, 48), (32, 64)
-        blocks: tuple[int, ...] = (5, 5, 5)
     else:
-        blocks = tuple(_num_blocks(state_dict, stage) for stage in (1, 2, 3, 4))
+        blocks = tuple(_highest(state_dict, rf"layer{i}(?:s\.\d+)?\.(\d+)\.") for i in (1, 2, 3, 4))
         if blocks not in _NAMES:
             raise InputError(f"a network of {blocks} blocks is none of the authors': expected one of {list(_NAMES)}.")
-        grouped = state_dict["layer1.0.conv2.weight"]
-        resnext = "layer1.0.conv3.weight" in state_dict and grouped.shape[0] != grouped.shape[1]
+        middle = [_size(state_dict, "layer1.0.conv2.weight", dim) for dim in (0, 1)]
+        resnext = "layer1.0.conv3.weight" in state_dict and middle[0] != middle[1]
         name, own = ("ride_resnext" if resnext else "ride_resnet") + _NAMES[blocks], (3, 4)
         reduced, full = REDUCED_PLANES[2:], FULL_PLANES[2:]
-        if num_experts > 1 and "layer3.0.conv1.weight" in state_dict:
+        if num_experts > 1 and _has(state_dict, r"layer3\.") and not _has(state_dict, r"layer3s\."):
             kwargs["share_layer3"] = True
     widths = (width(own[0]), width(own[1]))
     kwargs["reduce_dimension"] = widths != full
     if widths not in (reduced, full):
         kwargs.update({f"layer{stage}_output_dim": planes for stage, planes in zip(own, widths, strict=True)})
-    gates = [key for key in state_dict if re.fullmatch(r"expert_help_pred_fcs?(\.0)?\.weight", key)]
-    if gates:
-        hidden = state_dict["expert_help_pred_hidden_fcs.0.weight"].shape[0]
+    if _has(state_dict, r"expert_help_pred_"):
+        shared = not _has(state_dict, r"expert_help_pred_fcs\.")
+        last = "expert_help_pred_fc.weight" if shared else "expert_help_pred_fcs.0.weight"
+        hidden = _size(state_dict, "expert_help_pred_hidden_fcs.0.weight", 0)
         kwargs.update(
             router=True,
-            top_choices_num=state_dict[gates[0]].shape[1] - hidden,
-            share_expert_help_pred_fc=gates[0] == "expert_help_pred_fc.weight",
+            top_choices_num=_size(state_dict, last, 1) - hidden,
+            share_expert_help_pred_fc=shared,
         )
     return name, kwargs
 
@@ -144,12 +153,12 @@ def convert_state_dict(state_dict: dict[str, Tensor], model: Ride) -> dict[str, 
         if legacy not in state_dict:
             problems.append(f"missing {legacy}")
             continue
-        value = state_dict[legacy]
-        if cosine and re.fullmatch(r"experts\.\d+\.fc\.weight", key):
-            value = value.t().contiguous()  # theirs is [D, C]
-        if value.shape != ours.shape:
-            problems.append(f"{legacy} has shape {list(state_dict[legacy].shape)}, expected that of {list(ours.shape)}")
-        converted[key] = value
+        turned = cosine and re.fullmatch(r"experts\.\d+\.fc\.weight", key)  # theirs is [D, C]
+        found, expected = list(state_dict[legacy].shape), list(ours.shape)[:: -1 if turned else 1]
+        if found != expected:
+            problems.append(f"{legacy} has shape {found}, expected {expected}")
+            continue
+        converted[key] = state_dict[legacy].t().contiguous() if turned else state_dict[legacy]
     problems += [f"unexpected {key}" for key in state_dict if key not in used]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -163,9 +172,12 @@ def load_legacy(path: str | Path) -> Ride:
     Raises InputError for a file that cannot be read, is not theirs, or does not fit tensor by tensor.
     """
     state_dict = read_state_dict(path)
-    name, kwargs = infer_architecture(state_dict)
-    tags = get_arch_pretrained_cfgs(name)
-    tag = next((t for t, cfg in tags.items() if cfg.num_classes == kwargs["num_classes"]), None)
-    model = timm.create_model(tag or name, **kwargs)
-    model.load_state_dict(convert_state_dict(state_dict, model))
+    try:
+        name, kwargs = infer_architecture(state_dict)
+        tags = get_arch_pretrained_cfgs(name)
+        tag = next((t for t, cfg in tags.items() if cfg.num_classes == kwargs["num_classes"]), None)
+        model = timm.create_model(tag or name, **kwargs)
+        model.load_state_dict(convert_state_dict(state_dict, model))
+    except (ValueError, TypeError, RuntimeError) as error:  # a network that cannot be built has wrong shapes, too
+        raise InputError(f"checkpoint {path}: {error}") from error
     return model.eval()

@@ -340,10 +340,17 @@ def test_checkpoints_of_other_things(tmp_path, content):
         load_legacy(tmp_path / "model.pth")
 
 
-@pytest.mark.parametrize("content", [{}, {"conv1.weight": torch.zeros(16, 3, 3, 3)}, {"fc.weight": torch.zeros(3, 4)}])
-def test_checkpoints_of_other_networks(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "missing"),
+    [
+        ({}, "conv1.weight"),
+        ({"fc.weight": torch.zeros(3, 4)}, "conv1.weight"),
+        ({"conv1.weight": torch.zeros(16, 3, 3, 3)}, "linear.weight"),
+    ],
+)
+def test_checkpoints_of_other_networks(tmp_path, content, missing):
     torch.save({"state_dict": content}, tmp_path / "model.pth")
-    with pytest.raises(InputError, match=r"not a RIDE checkpoint of the authors: tensor 'l?i?n?e?a?r?c?o?n?v?1?\.weight"):
+    with pytest.raises(InputError, match=f"not a RIDE checkpoint of the authors: tensor '{missing}' is missing"):
         load_legacy(tmp_path / "model.pth")
 
 
@@ -375,6 +382,7 @@ def test_no_such_file(tmp_path):
         "layer2s.1.0.conv1.weight",
         "layer3s.0.0.conv2.weight",
         "layer3s.1.4.conv2.weight",
+        "layer3s.0.0.conv1.weight",
         "linears.0.weight",
         "linears.1.weight",
     ],
@@ -384,8 +392,7 @@ def test_a_missing_tensor_is_named(tmp_path, key):
     del state[f"backbone.{key}"]
     with pytest.raises(InputError) as caught:
         load_legacy(save(tmp_path / "model.pth", state))
-    named = str(caught.value)
-    assert key in named or (key.startswith("linears") and "linear" in named)
+    assert key in str(caught.value) and "model.pth" in str(caught.value)
 
 
 def test_an_extra_tensor_is_named(tmp_path):
@@ -411,7 +418,7 @@ def test_an_extra_tensor_is_named(tmp_path):
 def test_a_misshapen_tensor_is_named(tmp_path, key, shape):
     with pytest.raises(InputError) as caught:
         load_legacy(save(tmp_path / "model.pth", tiny() | {f"backbone.{key}": torch.zeros(shape)}))
-    assert key in str(caught.value) or "linears" in str(caught.value)
+    assert key in str(caught.value)
 
 
 def test_a_misshapen_tensor_of_an_imagenet_network_is_named():
@@ -420,8 +427,9 @@ def test_a_misshapen_tensor_of_an_imagenet_network_is_named():
     for key in ("layer1.0.conv2.weight", "layer3s.0.0.conv3.weight", "linears.0.weight", "conv1.weight"):
         for shape in ((), (3,)):
             with pytest.raises(InputError, match=re.escape(key)):
-                name, kwargs = infer_architecture(state | {key: torch.empty(shape, device="meta")})
-                convert_state_dict(state, timm.create_model(name, device="meta", **kwargs))
+                damaged = state | {key: torch.empty(shape, device="meta")}
+                name, kwargs = infer_architecture(damaged)
+                convert_state_dict(damaged, timm.create_model(name, device="meta", **kwargs))
 
 
 def test_a_network_of_another_depth_is_named():

@@ -44,7 +44,7 @@ def settle(model: Ride, batch) -> Ride:
 
 @pytest.fixture(scope="module")
 def routed() -> tuple[Ride, torch.Tensor]:
-    """A tiny model in double precision, so that no gate hangs on rounding, whose gates send about half on; its batch."""
+    """A tiny model whose gates send about half on, in double precision so that none hangs on rounding; its batch."""
     batch = images(B=24, dtype=torch.float64)
     model = settle(build(router=True, top_choices_num=4, share_expert_help_pred_fc=False).double(), batch)
     torch.manual_seed(5)
@@ -295,6 +295,7 @@ def test_the_last_gate_layer_can_be_shared_or_not():
         (dict(num_experts=0), ValueError, "num_experts=0"),
         (dict(num_experts=-2), ValueError, "num_experts=-2"),
         (dict(num_experts=1.5), ValueError, "num_experts=1.5"),
+        (dict(num_classes=-1), ValueError, "num_classes=-1: expected 0 or more"),
         (dict(routed=True), ValueError, "routed=True needs a router"),
         (dict(router=True, num_experts=1), ValueError, "at least 2"),
         (dict(router=True, top_choices_num=0), ValueError, "top_choices_num=0"),
@@ -313,7 +314,9 @@ def test_the_cifar_network_cannot_narrow(kwargs):
         timm.create_model("ride_resnet32", **kwargs)
 
 
-@pytest.mark.parametrize(("name", "foreign"), [("ride_resnet32", "share_layer3"), ("ride_resnet10", "layer2_output_dim")])
+@pytest.mark.parametrize(
+    ("name", "foreign"), [("ride_resnet32", "share_layer3"), ("ride_resnet10", "layer2_output_dim")]
+)
 def test_arguments_of_the_other_family_are_unknown(name, foreign):
     with pytest.raises(TypeError, match=foreign):
         timm.create_model(name, **{foreign: 1})
@@ -416,7 +419,9 @@ def test_input_channels(name, in_chans):
     assert model.in_chans == in_chans and model(images(name, in_chans=in_chans)).shape == (4, 11)
 
 
-@pytest.mark.parametrize(("name", "size"), [(n, s) for n in SMALL for s in (28, 32, 49, 160) if n[-1] == "t" or s < 160])
+@pytest.mark.parametrize(
+    ("name", "size"), [(n, s) for n in SMALL for s in (28, 32, 49, 160) if n[-1] == "t" or s < 160]
+)
 def test_any_input_size(name, size):
     model, x = build(name), images(name, B=2, size=size)
     assert model(x).shape == (2, 11) and model.forward_experts(x)[0].shape[:2] == (2, 3)

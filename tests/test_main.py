@@ -1,0 +1,301 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from ride_timm.__main__ import main
+from ride_timm.checkpoint import RunFolder
+from ride_timm.launch import exit_code
+from ride_timm.recipe import load_recipe
+
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+FASHION = dict(input_size=(3, 28, 28), mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0, interpolation="bilinear")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads():
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)  # the commands take all cores
+
+
+def run_folder(path, num_classes=10, router=True):
+    """Untrained weights as a run leaves them."""
+    torch.manual_seed(0)
+    model = timm.create_model("ride_resnet32", num_classes=num_classes, router=router, top_choices_num=3)
+    folder = RunFolder(path)
+    folder.start(load_recipe("fashion_lt"))
+    folder.export(model.eval(), FASHION, CLASSES[:num_classes])
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    torch.manual_seed(1)
+    for name, mode, side in (("a.png", "RGB", 28), ("b.png", "L", 60)):
+        noise = (255 * torch.rand(side, side, 3)).byte().numpy()
+        Image.fromarray(noise).convert(mode).save(folder / name)
+    return [str(folder / "a.png"), str(folder / "b.png")]
+
+
+def output(capsys, *argv) -> str:
+    assert exit_code(main, [str(part) for part in argv]) == 0
+    captured = capsys.readouterr()
+    assert not captured.err or "error:" not in captured.err
+    return captured.out
+
+
+def refusal(capsys, *argv) -> str:
+    """The one line of a command that ends in exit code 2."""
+    assert exit_code(main, [str(part) for part in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured.err
+    return captured.err
+
+
+# flops, models, datasets
+
+
+def test_flops_json(capsys):
+    found = json.loads(output(capsys, "flops", "ride_resnet32", "--num-experts", 3, "--json"))
+    assert set(found) == {"macs", "params", "expert_macs"}
+    assert found["macs"] == pytest.approx(102.17e6, rel=1e-3) and len(found["expert_macs"]) == 3
+    model = timm.create_model("ride_resnet32")
+    assert found["params"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_flops_under_routing(capsys):
+    argv = ("flops", "ride_resnet32", "--num-experts", 3, "--experts-used", "40.99,9.47,49.54")
+    found = json.loads(output(capsys, *argv, "--json"))
+    assert found["expected_macs"] == pytest.approx(78_583_101, rel=1e-3)
+    assert found["expected_macs"] < found["macs"]
+    text = output(capsys, *argv)
+    assert f"{found['macs']:,}" in text and f"{found['expected_macs']:,}" in text and "expert 3" in text
+
+
+def test_flops_take_the_networks_arguments(capsys):
+    argv = ("flops", "test_ride_resnet", "--num-experts", 2, "--num-classes", 7, "--no-use-norm", "--input-size", 64)
+    found = json.loads(output(capsys, *argv, "--share-layer3", "--layer4-output-dim", 40, "--json"))
+    kwargs = dict(num_experts=2, num_classes=7, use_norm=False, share_layer3=True, layer4_output_dim=40)
+    model = timm.create_model("test_ride_resnet", **kwargs)
+    assert found["params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert len(found["expert_macs"]) == 2
+
+
+def test_models_are_listed(capsys):
+    rows = json.loads(output(capsys, "models", "--json"))
+    names = [row["name"] for row in rows]
+    assert {"ride_resnet10", "ride_resnet32", "ride_resnet50", "ride_resnext101"} <= set(names)
+    assert not any(name.startswith("test_") for name in names)
+    row = rows[names.index("ride_resnet32")]
+    assert row["input_size"] == 32 and {"cifar100_lt100", "fashion_lt"} <= set(row["tags"]) and row["params"] > 700_000
+    text = output(capsys, "models")
+    assert all(name in text for name in names) and "cifar100_lt100" in text
+
+
+def test_datasets_show(capsys):
+    found = json.loads(output(capsys, "datasets", "show", "fashion_lt", "--json"))
+    assert found["classes"] == 10 and found["test"] == 1000 and sum(found["class_counts"]) == found["train"]
+    assert found["many"] + found["medium"] + found["few"] == 10
+    assert "1,000 test images" in output(capsys, "datasets", "show", "fashion_lt")
+
+
+# evaluate
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    """The printed JSON of evaluate, plain and routed: the embedded test images, once."""
+    import contextlib
+    import io
+
+    found = {}
+    for kind, flags in (("plain", []), ("routed", ["--routed"])):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert exit_code(main, ["evaluate", "--model", str(run), "--json", *flags]) == 0
+        found[kind] = json.loads(printed.getvalue())
+    return found
+
+
+def test_evaluate(evaluated):
+    found = evaluated["plain"]
+    assert {"all", "many", "medium", "few", "top5", "macs", "images", "correct"} <= set(found)
+    assert "experts_used" not in found
+    assert found["images"] == 1000 and found["correct"] == round(10 * found["all"])
+    assert 0 <= found["all"] <= 40 and found["top5"] >= found["all"]  # it has not learned anything
+
+
+def test_evaluate_routed(evaluated):
+    found, plain = evaluated["routed"], evaluated["plain"]
+    assert len(found["experts_used"]) == 3 and sum(found["experts_used"]) == pytest.approx(1)
+    assert found["macs"] < plain["macs"] or found["experts_used"][2] == 1
+
+
+def test_evaluate_prints_a_table(capsys, run, evaluated):
+    text = output(capsys, "evaluate", "--model", f"local-dir:{run}", "--dataset", "fashion_lt")
+    assert "ensemble" in text and "few" in text
+    assert f"{evaluated['plain']['correct']} of 1000 test images right" in text
+
+
+# predict
+
+
+def test_predict(capsys, run, photos):
+    lines = output(capsys, "predict", "--model", run, *photos).splitlines()
+    assert len(lines) == 2 and all(line.startswith(photo) for line, photo in zip(lines, photos, strict=True))
+    assert all(any(f": {name} " in line for name in CLASSES) and line.endswith(" %") for line in lines)
+
+
+@pytest.mark.parametrize(("threshold", "used"), [("0", 3), ("1", 1)])
+def test_predict_routed_in_json(capsys, run, photos, threshold, used):
+    argv = ("predict", "--model", run, *photos, "--routed", "--threshold", threshold, "--json")
+    rows = json.loads(output(capsys, *argv))
+    assert [row["image"] for row in rows] == photos and [row["experts_used"] for row in rows] == [used, used]
+    for row in rows:
+        assert row["label"] == CLASSES[row["index"]] == row["top"][0]["label"] and len(row["top"]) == 5
+        chances = [choice["probability"] for choice in row["top"]]
+        assert chances == sorted(chances, reverse=True) and 0 < sum(chances) <= 1.00001
+        assert row["probability"] == chances[0]
+
+
+def test_predictions_are_the_models(capsys, run, photos):
+    from timm.data import create_transform, resolve_model_data_config
+
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    rows = json.loads(output(capsys, "predict", "--model", run, *photos, "--json"))
+    for row, photo in zip(rows, photos, strict=True):
+        with torch.inference_mode():
+            chances = model(transform(Image.open(photo).convert("RGB"))[None]).softmax(1)[0]
+        assert row["index"] == chances.argmax().item() and "experts_used" not in row
+        assert row["probability"] == pytest.approx(chances.max().item(), abs=1e-5)
+
+
+# Bad input
+
+
+def test_unknown_models(capsys, photos):
+    assert "ride_resnet77" in refusal(capsys, "flops", "ride_resnet77")
+    assert "resnet18" in refusal(capsys, "flops", "resnet18", "--num-experts", "2")
+    for command in (("evaluate", "--dataset", "fashion_lt"), ("predict", photos[0])):
+        assert "ride_resnet77" in refusal(capsys, command[0], "--model", "ride_resnet77", *command[1:])
+
+
+@pytest.mark.parametrize("spec", ["nowhere.pth", "nowhere/run", "local-dir:nowhere"])
+def test_missing_files(capsys, tmp_path, monkeypatch, photos, spec):
+    monkeypatch.chdir(tmp_path)
+    assert "nowhere" in refusal(capsys, "predict", "--model", spec, photos[0])
+    assert "nowhere" in refusal(capsys, "evaluate", "--model", spec, "--dataset", "fashion_lt")
+
+
+def test_not_a_run_folder(capsys, tmp_path, photos):
+    assert "no config.json" in refusal(capsys, "predict", "--model", tmp_path, photos[0])
+    assert "no config.json" in refusal(capsys, "evaluate", "--model", tmp_path, "--dataset", "fashion_lt")
+
+
+def test_a_damaged_run_folder(capsys, tmp_path, run, photos):
+    for name, content in (("model.safetensors", b"short"), ("config.json", b"{")):
+        broken = tmp_path / name
+        shutil.copytree(run, broken)
+        (broken / name).write_bytes(content)
+        assert str(broken) in refusal(capsys, "predict", "--model", broken, photos[0])
+
+
+def test_a_file_that_is_no_checkpoint(capsys, tmp_path, photos):
+    (tmp_path / "model.pth").write_text("hello")
+    message = refusal(capsys, "predict", "--model", tmp_path / "model.pth", photos[0])
+    assert "no readable torch checkpoint" in message
+
+
+def test_a_model_of_other_classes(capsys, tmp_path):
+    other = run_folder(tmp_path, num_classes=4, router=False)
+    message = refusal(capsys, "evaluate", "--model", other)
+    assert "has 4 classes, the data set fashion_lt 10" in message
+
+
+def test_routed_without_a_router(capsys, tmp_path, photos):
+    plain = run_folder(tmp_path, router=False)
+    for command in (("evaluate",), ("predict", photos[0])):
+        assert "has no router" in refusal(capsys, command[0], "--model", plain, "--routed", *command[1:])
+
+
+def test_unreadable_images(capsys, tmp_path, run, photos):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    (tmp_path / "cut.png").write_bytes(Path(photos[0]).read_bytes()[:200])
+    (tmp_path / "text.jpg").write_text("not an image")
+    for name in ("broken.png", "cut.png", "text.jpg", "missing.png", "."):
+        message = refusal(capsys, "predict", "--model", run, photos[0], tmp_path / name)
+        assert str(tmp_path / name) in message and "cannot be read" in message
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ("50,50", "2 shares for 3 experts"),
+        ("50,30,30", "expected fractions that sum to 1"),
+        ("120,-20,0", "expected fractions that sum to 1"),
+        ("a,b,c", "expected percentages"),
+        ("50,,50", "expected percentages"),
+        ("nan,nan,nan", "expected fractions that sum to 1"),
+    ],
+)
+def test_bad_shares(capsys, shares, message):
+    assert message in refusal(capsys, "flops", "test_ride_resnet", "--input-size", 32, f"--experts-used={shares}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-experts", "0"), "num_experts"),
+        (("--num-experts", "1.5"), "num_experts"),
+        (("--num-experts", "many"), "num_experts"),
+        (("--num-experts", "1", "--experts-used", "100"), "at least 2"),
+        (("--layer2-output-dim", "8"), "layer2_output_dim=8"),
+        (("--layer4-output-dim", "64"), "layer4_output_dim"),
+        (("--num-classes", "-3"), "num_classes=-3"),
+        (("--num-classes", "ten"), "ten"),
+        (("--threads", "0"), "threads=0"),
+        (("--no-such-flag",), "no-such-flag"),
+    ],
+)
+def test_bad_network_arguments(capsys, flags, message):
+    assert message in refusal(capsys, "flops", "ride_resnet32", *flags)
+
+
+def test_unknown_data(capsys, tmp_path, run):
+    missing = tmp_path / "nowhere"
+    assert str(missing) in refusal(capsys, "evaluate", "--model", run, "--dataset", missing)
+    assert str(missing) in refusal(capsys, "datasets", "show", missing)
+    assert "no-such-data" in refusal(capsys, "datasets", "check", "no-such-data")
+    assert "no-such-recipe" in refusal(capsys, "evaluate", "--model", run, "--recipe", "no-such-recipe")
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refusal(capsys, "datasets", "show", tmp_path / "empty")
+
+
+def test_no_data_named(capsys, tmp_path, run):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, alone / name)
+    assert "--dataset or --recipe" in refusal(capsys, "evaluate", "--model", alone)
+
+
+@pytest.mark.parametrize("argv", [(), ("train",), ("predict", "--model", "x"), ("evaluate",)])
+def test_incomplete_commands(capsys, argv):
+    refusal(capsys, *argv)
