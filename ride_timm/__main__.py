@@ -139,7 +139,7 @@ def flops_command(args: argparse.Namespace) -> None:
     shares = _shares(args.experts_used) if args.experts_used else None
     if shares:
         kwargs["router"] = True
-    model = create_ride_model(args.name, **kwargs)
+    model = create_ride_model(args.subject, **kwargs)
     size = recipe.input_size or model.pretrained_cfg["input_size"][-1]
     macs: Macs = count_macs(model, (model.in_chans, size, size))
     found = dict(macs=round(macs.ensemble), params=macs.params, expert_macs=[round(m) for m in macs.experts])
@@ -147,7 +147,7 @@ def flops_command(args: argparse.Namespace) -> None:
         found["expected_macs"] = round(macs.expected(shares))
     if args.json:
         return _print_json(found)
-    print(f"{args.name}, {model.num_experts} experts, {model.num_classes} classes, {size} x {size} pixels")
+    print(f"{args.subject}, {model.num_experts} experts, {model.num_classes} classes, {size} x {size} pixels")
     print(f"parameters        {macs.params:>16,}")
     print(f"MACs              {found['macs']:>16,}   (trunk {round(macs.trunk):,})")
     for i, own in enumerate(found["expert_macs"]):
@@ -157,7 +157,7 @@ def flops_command(args: argparse.Namespace) -> None:
 
 
 def datasets_command(args: argparse.Namespace) -> None:
-    args.dataset = args.name
+    args.dataset = args.subject
     recipe = _recipe_for(args)
     data = _load_data(recipe)
     counts = data.class_counts
@@ -233,7 +233,7 @@ def build_parser() -> Parser:
     predict.add_argument("images", nargs="+", metavar="IMAGE")
 
     flops = command("flops", flops_command, "multiply-accumulates of a network, by expert and under routing")
-    flops.add_argument("name", metavar="MODEL")
+    flops.add_argument("subject", metavar="MODEL")
     flops.add_argument("--num-classes", type=int, metavar="C")
     flops.add_argument("--experts-used", metavar="P1,P2,…", help="percentages of images that use 1, 2, … experts")
     model_keys = [name for name in keys_of("model") if name != "model"]
@@ -241,7 +241,7 @@ def build_parser() -> Parser:
 
     datasets = command("datasets", datasets_command, "show a long-tailed data set, or check that all of it can be read")
     datasets.add_argument("action", choices=("show", "check"))
-    datasets.add_argument("name", metavar="NAME", help="fashion_lt, cifar10, cifar100, a Hub id or a path")
+    datasets.add_argument("subject", metavar="NAME", help="fashion_lt, cifar10, cifar100, a Hub id or a path")
     datasets.add_argument("--recipe", metavar="NAME|FILE", help="take the other settings from this recipe")
     datasets.add_argument("--all", action="store_true", help="list every class")
     add_flags(datasets, [name for name in keys_of("data") if name not in ("dataset", "holdout", "augment")])

@@ -159,7 +159,7 @@ def test_load_model_errors(spec, message):
 
 
 def test_load_model_of_an_empty_folder(tmp_path):
-    with pytest.raises(InputError, match="holds no config.json"):
+    with pytest.raises(InputError, match=r"holds no config\.json"):
         load_model(tmp_path)
 
 

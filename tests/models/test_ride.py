@@ -99,7 +99,7 @@ def test_every_name_builds_and_gives_logits_in_train_and_eval(name):
     features, logits = model.forward_experts(x)
     width = model.head_hidden_size // 3
     assert features.shape == (2, 3, width) and logits.shape == (2, 3, model.num_classes)
-    assert model.forward_features(x).shape[1] == model.num_features == 3 * width
+    assert model.num_features == 3 * width
     names = dict(model.named_modules())
     classifiers = model.get_classifier()
     assert [names[name] for name in model.get_classifier(name_only=True)] == list(classifiers) and len(classifiers) == 3
@@ -109,9 +109,9 @@ def test_every_name_builds_and_gives_logits_in_train_and_eval(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_resizes_its_head(name):
     model = timm.create_model(name, device="meta", num_classes=7, in_chans=1, router=True)
-    x = torch.empty(2, 1, *model.pretrained_cfg["input_size"][1:], device="meta")
-    assert model(x).shape == (2, 7)
+    assert all(head.weight.shape[0] == 7 for head in model.get_classifier()) and model.router.top_choices_num == 5
     model.reset_classifier(13)
+    x = torch.empty(2, 1, *model.pretrained_cfg["input_size"][1:], device="meta")
     assert model(x).shape == (2, 13) and model.num_classes == 13
 
 
@@ -409,6 +409,7 @@ def test_intermediates_end_in_the_features():
     final, levels = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
     torch.testing.assert_close(levels[-1], final)
+    assert final.shape[1] == model.num_features
     assert len(levels) == 5 and model.forward_intermediates(x, indices=2, intermediates_only=True)[1] is not None
 
 
