@@ -29,7 +29,6 @@ from ride_timm.data.transforms import get_policy
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_bf16, set_threads
 from ride_timm.losses import make_loss
-from ride_timm.metrics import format_table
 from ride_timm.models import Router
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
@@ -167,6 +166,8 @@ class Run:
             weight_decay=stage.weight_decay,
             momentum=recipe.momentum,
         )
+        if recipe.sync_bn:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0
         if self.state and self.state["stage"] == stage.name and self.state["epoch"]:
@@ -256,11 +257,6 @@ class Run:
         self.save("router" if stage.name == "experts" else "done", 0)
 
 
-def report(results: dict[str, Any]) -> None:
-    names = {"experts": "ensemble", "router": "routed"}
-    print(format_table({names[name]: metrics for name, metrics in results["stages"].items()}))
-
-
 def train(argv: list[str] | None) -> None:
     args, recipe = parse_arguments(argv)
     set_threads(args.threads)
@@ -268,13 +264,17 @@ def train(argv: list[str] | None) -> None:
     if args.resume and (folder.path / "results.json").is_file():
         folder.claim(recipe, args.stage, True, False)
         if args.stages[-1] in folder.results()["stages"]:
-            print(f"{args.output} is finished.")
-            return report(folder.results())
+            return print(f"{args.output} is finished.\n{folder.table()}")
     accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision, log_with=args.tracker, project_dir=args.output if args.tracker else None
+        mixed_precision=recipe.mixed_precision,
+        dynamo_backend="inductor" if recipe.compile else None,
+        log_with=args.tracker,
+        project_dir=args.output if args.tracker else None,
     )
     if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision=fp16 needs a GPU: use bf16 or no on a CPU.")
+    if recipe.sync_bn and accelerator.device.type == "cpu":
+        raise InputError("sync_bn needs GPUs: leave it out on CPUs.")
     run = Run(args, recipe, accelerator)
     if accelerator.is_main_process and (run.state is None or not args.resume):
         run.folder.start(recipe)
@@ -287,7 +287,7 @@ def train(argv: list[str] | None) -> None:
             run.train(recipe.stage(name))
     accelerator.end_training()
     if accelerator.is_main_process:
-        report(run.folder.results())
+        print(run.folder.table())
 
 
 if __name__ == "__main__":

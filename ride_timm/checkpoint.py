@@ -21,6 +21,7 @@ from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
 
 from .errors import InputError, RunError
+from .metrics import format_table
 from .models import Ride, load_legacy
 from .recipe import Recipe, load_recipe
 
@@ -137,6 +138,11 @@ class RunFolder:
 
     def results(self) -> dict[str, Any]:
         return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+
+    def table(self) -> str:
+        """The figures of the stages as a plain-text table."""
+        names = {"experts": "ensemble", "router": "routed"}
+        return format_table({names[stage]: metrics for stage, metrics in self.results()["stages"].items()})
 
     def export(self, model: Ride, data_config: dict[str, Any], class_names: tuple[str, ...]) -> None:
         """Plain weights and timm's config.json; `data_config`: input_size, mean, std, crop_pct of the test images."""

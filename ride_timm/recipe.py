@@ -24,7 +24,9 @@ DEFAULT_RECIPE = "fashion_lt"
 def key(group: str, help: str, default: Any = None, low: float | None = None, high: float | None = None,
         above: float | None = None, choices: tuple = ()) -> Any:  # fmt: skip
     """A recipe key: its group and text in --help, its default, and what values it takes."""
-    return field(default=default, metadata=dict(group=group, help=help, low=low, high=high, above=above, choices=choices))
+    return field(
+        default=default, metadata=dict(group=group, help=help, low=low, high=high, above=above, choices=choices)
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Recipe:
     momentum: float = key("run", "momentum of SGD", 0.9, low=0, high=0.9999)
     seed: int = key("run", "seed of weights, order and augmentation", 0, low=0)
     mixed_precision: str = key("run", "no, bf16 or fp16", "no", choices=("no", "bf16", "fp16"))
+    compile: bool = key("run", "torch.compile the training step (pays on GPUs; on CPUs it did not)", False)
+    sync_bn: bool = key("run", "BatchNorm statistics over all GPUs instead of each process' share", False)
     gradient_accumulation: int = key("run", "batches per optimizer step", 1, low=1)
     clip_grad: float | None = key("run", "largest gradient norm", above=0)
     workers: int = key("run", "loader processes for large images (small images need none)", 2, low=0)
@@ -168,7 +172,7 @@ class Recipe:
 
     def differing(self, other: Recipe) -> list[str]:
         """Keys in which two recipes disagree, of those that change a run's numbers."""
-        free = ("name", "workers", "data_dir")
+        free = ("name", "workers", "data_dir", "compile")
         names = [item.name for item in dataclasses.fields(self) if item.name not in free]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
