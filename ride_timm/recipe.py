@@ -107,7 +107,7 @@ class Recipe:
     momentum: float = key("run", "momentum of SGD", 0.9, low=0, high=0.9999)
     seed: int = key("run", "seed of weights, order and augmentation", 0, low=0)
     mixed_precision: str = key("run", "no, bf16 or fp16", "no", choices=("no", "bf16", "fp16"))
-    compile: bool = key("run", "torch.compile the training step (pays on GPUs; on CPUs it did not)", False)
+    compile: bool = key("run", "torch.compile the training step (no gain on 2 CPU cores)", False)
     sync_bn: bool = key("run", "BatchNorm statistics over all GPUs instead of each process' share", False)
     gradient_accumulation: int = key("run", "batches per optimizer step", 1, low=1)
     clip_grad: float | None = key("run", "largest gradient norm", above=0)
