@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from tqdm import tqdm
 
 from ride_timm import InputError, RunError
@@ -64,8 +64,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     recipe = recipe.override(flags)
     if recipe.distillation and not args.teacher and args.stage != "router":
         raise InputError("this recipe learns from a teacher: name one by --teacher.")
-    if recipe.optimizer not in list_optimizers():
-        raise InputError(f"optimizer={recipe.optimizer!r}: timm knows {', '.join(list_optimizers())}.")
+    for name in (recipe.optimizer, recipe.router_optimizer):
+        if name not in list_optimizers():
+            raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
     if args.stage == "router" and recipe.num_experts == 1:
         raise InputError("num_experts=1: a router chooses among experts, so it needs at least 2.")
     if args.tracker and args.tracker not in (trackers := [str(name) for name in get_available_trackers()]):
@@ -86,16 +87,7 @@ class Run:
         self.policy = get_policy(recipe.augment)
         self.size = self.policy.input_size(recipe.input_size)
         with accelerator.local_main_process_first():  # the others find the first one's cache
-            self.data = load_longtail(
-                recipe.dataset,
-                recipe.data_dir,
-                imb_type=recipe.imb_type,
-                imb_factor=recipe.imb_factor,
-                seed=recipe.split_seed,
-                image_column=recipe.image_column,
-                label_column=recipe.label_column,
-                test_split=recipe.test_split,
-            )
+            self.data = load_longtail(**recipe.data_args)
         self.train_set, self.held_out = self.data.train, None
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
@@ -159,9 +151,12 @@ class Run:
         loader, test_loader = self.loader(self.train_set, stage), self.loader(self.data.test)
         held_out_loader = self.loader(self.held_out) if self.held_out is not None else None
         objective = self.objective(stage)
+        parameters = objective.trainable_parameters()
+        if not stage.decay_norm_and_bias:
+            parameters = param_groups_weight_decay(objective, stage.weight_decay)
         optimizer = create_optimizer_v2(
-            objective.trainable_parameters(),
-            opt=recipe.optimizer,
+            parameters,
+            opt=stage.optimizer,
             lr=stage.lr,
             weight_decay=stage.weight_decay,
             momentum=recipe.momentum,

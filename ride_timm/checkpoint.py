@@ -41,7 +41,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(written.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors wrap a full disk
-        raise RunError(f"{path} could not be written, is the disk full? What stood there before still does. ({error})") from error
+        message = f"{path} could not be written, is the disk full? What stood there before still does. ({error})"
+        raise RunError(message) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,19 @@ from .flops import count_macs
 from .metrics import Accuracy
 from .models import Ride
 
+Answer = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # images -> (logits [B, C], experts used [B] if routed)
+
 
 def evaluation_batch(input_size: int) -> int:
     """Images a forward pass: the same wherever a model is evaluated, since the last digits follow the shapes."""
     return 500 if input_size <= 64 else 128
+
+
+def answer_of(model: Ride, routed: bool = False, threshold: float = 0.5) -> Answer:
+    """How a model answers: as the whole ensemble, or routed."""
+    if routed:
+        return lambda images: model.forward_routed(images, threshold)
+    return lambda images: (model.forward_head(model.forward_features(images)), None)
 
 
 @torch.inference_mode()
@@ -25,21 +34,21 @@ def evaluate(
     class_counts: Sequence[int],
     routed: bool = False,
     threshold: float = 0.5,
+    answer: Answer | None = None,
 ) -> dict[str, Any]:
     """Accuracy in percent by shot group, over all processes; routed: also the share of samples by experts used.
 
-    batches: this process' (images [b, 3, H, W], targets [b]); class_counts [C]: training images of every class.
+    batches: this process' (images [b, 3, H, W], targets [b]); class_counts [C]: training images of every class;
+    answer: another way to the model's answers, such as a faster one of `inference`, routed or not as said.
     """
     device = next(model.parameters()).device
     accuracy = Accuracy(model.num_classes, model.num_experts if routed else None, device)
+    answer = answer or answer_of(model, routed, threshold)
     was_training = model.training
     model.eval()
     for images, targets in batches:
-        if routed:
-            logits, used = model.forward_routed(images, threshold)
-            accuracy.update(logits, targets, used)
-        else:
-            accuracy.update(model.forward_head(model.forward_features(images)), targets)
+        logits, used = answer(images)
+        accuracy.update(logits, targets, used)
     model.train(was_training)
     return accuracy.reduce().compute(class_counts)
 

@@ -43,3 +43,20 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
     written.append(folder / "classes.png")
     figure.savefig(written[1], dpi=120)
     return written
+
+
+def plot_curve(path: Path, curve: list[dict[str, Any]], prefixes: list[dict[str, Any]]) -> None:
+    """Draw accuracy against MACs: routing by its thresholds, and 1, 2, … experts always as single points (a PNG)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for group in ("all", "many", "medium", "few"):
+        if curve[0][group] is None:
+            continue
+        (line,) = axes.plot([p["macs"] / 1e6 for p in curve], [p[group] for p in curve], label=f"{group}, routed")
+        points = [p["macs"] / 1e6 for p in prefixes], [p[group] for p in prefixes]
+        axes.plot(*points, "o", color=line.get_color(), label="1, 2, … experts always" if group == "all" else None)
+    axes.set(xlabel="MACs an image, millions", ylabel="accuracy (%)")
+    axes.legend()
+    figure.savefig(path, dpi=120, format="png")

@@ -36,8 +36,10 @@ class Stage:
     name: str
     epochs: int
     batch_size: int
+    optimizer: str
     lr: float
     weight_decay: float
+    decay_norm_and_bias: bool
     schedule: dict[str, Any]
     balanced: bool
 
@@ -72,6 +74,7 @@ class Recipe:
     layer4_output_dim: int | None = key("model", "planes of layer4 (ImageNet networks)", low=1)
     share_layer3: bool = key("model", "layer3 in the shared trunk (ImageNet networks)", False)
     drop_rate: float = key("model", "dropout before the classifiers", 0.0, low=0, high=0.99)
+    drop_path_rate: float = key("model", "stochastic depth (networks that know it)", 0.0, low=0, high=0.99)
 
     loss: str = key("stage one", "training loss", "ride", choices=tuple(LOSSES))
     additional_diversity_factor: float = key("stage one", "RIDE's lambda; 0 means the collaborative loss", -0.45)
@@ -87,7 +90,8 @@ class Recipe:
     epochs: int = key("stage one", "epochs; alone it scales decay and re-weighting epochs with it", 200, low=1)
     batch_size: int = key("stage one", "images a step, over all processes", 128, low=1)
     lr: float = key("stage one", "learning rate", 0.1, above=0)
-    weight_decay: float = key("stage one", "weight decay, on every parameter", 5e-4, low=0)
+    weight_decay: float = key("stage one", "weight decay", 5e-4, low=0)
+    decay_norm_and_bias: bool = key("stage one", "weight decay on norms and biases too, as the authors do", True)
     schedule: str = key("stage one", "learning-rate schedule", "step", choices=SCHEDULES)
     decay_epochs: tuple[int, ...] = key("stage one", "epochs at which the step schedule decays", (160, 180), low=0)
     decay_rate: float = key("stage one", "factor of each decay", 0.01, above=0, high=1)
@@ -96,6 +100,7 @@ class Recipe:
     router_epochs: int = key("router", "epochs", 5, low=1)
     router_batch_size: int = key("router", "class-balanced images a step, over all processes", 512, low=1)
     router_lr: float = key("router", "learning rate, cosine to 0", 0.01, above=0)
+    router_optimizer: str = key("router", "any optimizer of timm", "sgd")
     router_weight_decay: float = key("router", "weight decay", 5e-4, low=0)
     pos_weight: float = key("router", "weight of the samples that a further expert would help", 100.0, above=0)
     top_choices_num: int = key("router", "how many of the largest logits the gates see", 30, low=1)
@@ -129,8 +134,14 @@ class Recipe:
     def model_args(self) -> dict[str, Any]:
         """Arguments for `timm.create_model`; those at None or off are left to the network's own defaults."""
         args = {k: getattr(self, k) for k in ("num_experts", "reduce_dimension", "use_norm", "drop_rate")}
-        optional = ("layer2_output_dim", "layer3_output_dim", "layer4_output_dim", "share_layer3")
+        optional = ("layer2_output_dim", "layer3_output_dim", "layer4_output_dim", "share_layer3", "drop_path_rate")
         return args | {k: getattr(self, k) for k in optional if getattr(self, k)}
+
+    @property
+    def data_args(self) -> dict[str, Any]:
+        """Arguments for `data.sources.load_longtail`."""
+        names = ("dataset", "data_dir", "imb_type", "imb_factor", "image_column", "label_column", "test_split")
+        return {name: getattr(self, name) for name in names} | dict(seed=self.split_seed)
 
     @property
     def loss_args(self) -> dict[str, Any]:
@@ -146,9 +157,16 @@ class Recipe:
     def stage(self, name: str) -> Stage:
         """The settings of stage "experts" or "router"."""
         if name == "router":
-            cosine = dict(schedule="cosine")
             return Stage(
-                name, self.router_epochs, self.router_batch_size, self.router_lr, self.router_weight_decay, cosine, True
+                name,
+                self.router_epochs,
+                self.router_batch_size,
+                self.router_optimizer,
+                self.router_lr,
+                self.router_weight_decay,
+                True,
+                dict(schedule="cosine"),
+                True,
             )
         schedule = dict(
             schedule=self.schedule,
@@ -156,7 +174,8 @@ class Recipe:
             decay_rate=self.decay_rate,
             warmup_epochs=self.warmup_epochs,
         )
-        return Stage(name, self.epochs, self.batch_size, self.lr, self.weight_decay, schedule, False)
+        decay = (self.weight_decay, self.decay_norm_and_bias)
+        return Stage(name, self.epochs, self.batch_size, self.optimizer, self.lr, *decay, schedule, False)
 
     def override(self, values: dict[str, Any]) -> Recipe:
         """These values over the recipe's; `epochs` alone scales decay and re-weighting epochs with it."""

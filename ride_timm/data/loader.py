@@ -1,4 +1,4 @@
-"""Batches: the order of an epoch, each process' share of it, and the images, decoded once or by workers.
+"""Batches: a process' share of an epoch, its images decoded once or by workers.
 
 Everything random is a pure function of (seed, epoch, place in the epoch). So a run resumed at an epoch's start needs no
 saved sampler state, and neither the number of processes nor the number of workers changes what is seen.
@@ -7,9 +7,6 @@ saved sampler state, and neither the number of processes nor the number of worke
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from numbers import Integral
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,163 +15,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import InputError, RunError
+from .orders import (
+    BATCH,
+    SAMPLE,
+    ClassBalancedOrder,
+    Order,
+    SequentialOrder,
+    Shares,
+    ShuffledOrder,
+    check_integer,
+)
 from .sources import ImageSet
-from .transforms import BatchAugment, Policy, build_transform, fit, get_policy
-
-# one stream of random numbers per purpose, so that no two purposes share draws
-_SHUFFLE, _CLASS, _BUCKET, _BATCH, _SAMPLE = range(5)
-
-
-def _integer(value: int, name: str, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        raise InputError(f"{name} {value!r} is not an integer of at least {low}")
-    return int(value)
+from .transforms import BatchAugment, Fit, Policy, build_augment, build_crop, get_policy
 
 
 def _torch_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-class Order(Protocol):
-    """The images of an epoch: `order(epoch)` gives positions int64 [len(order)], the same for the same epoch."""
-
-    def __call__(self, epoch: int) -> np.ndarray: ...
-
-    def __len__(self) -> int: ...
-
-
-class SequentialOrder:
-    """Every image once, in order, in every epoch."""
-
-    def __init__(self, n: int) -> None:
-        self.n = _integer(n, "number of images", 1)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        return np.arange(self.n, dtype=np.int64)
-
-
-class ShuffledOrder:
-    """Every image once, in an order of its own for every epoch."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.n = _integer(n, "number of images", 1)
-        self.seed = _integer(seed, "seed", 0)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, _SHUFFLE, _integer(epoch, "epoch", 0)]).permutation(self.n)
-
-
-class ClassBalancedOrder:
-    """N draws an epoch: a class uniformly, then the next image of its shuffled bucket. Stage two of arXiv:2010.01809.
-
-    A bucket that is used up is shuffled anew, and it goes on in the next epoch where it stopped in the last. Where it
-    stopped follows from the class draws of the epochs before, so no state is kept.
-    """
-
-    def __init__(self, labels: ArrayLike, seed: int) -> None:
-        labels = np.asarray(labels)
-        self.n = _integer(len(labels), "number of images", 1)
-        self.seed = _integer(seed, "seed", 0)
-        present, counts = np.unique(labels, return_counts=True)
-        self.classes = present.tolist()
-        self.buckets = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-        # epoch, and how many images each bucket has given before it: a shortcut for the next epoch, not a state
-        self._reached = 0, np.zeros(len(self.buckets), dtype=np.int64)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        draws = self._draw_classes(_integer(epoch, "epoch", 0))
-        before = self._drawn_before(epoch)
-        places = np.split(np.argsort(draws, kind="stable"), np.cumsum(self._count(draws))[:-1])
-        order = np.empty(self.n, dtype=np.int64)
-        for k, (bucket, place) in enumerate(zip(self.buckets, places, strict=True)):
-            if len(place):
-                order[place] = bucket[self._bucket_sequence(k, int(before[k]), len(place))]
-        return order
-
-    def _draw_classes(self, epoch: int) -> np.ndarray:
-        """Which bucket each draw of the epoch takes from, [N]."""
-        return np.random.default_rng([self.seed, _CLASS, epoch]).integers(len(self.buckets), size=self.n)
-
-    def _count(self, draws: np.ndarray) -> np.ndarray:
-        return np.bincount(draws, minlength=len(self.buckets))
-
-    def _drawn_before(self, epoch: int) -> np.ndarray:
-        """How many images each bucket has given before this epoch."""
-        reached, total = self._reached if self._reached[0] <= epoch else (0, np.zeros_like(self._reached[1]))
-        for earlier in range(reached, epoch):
-            total = total + self._count(self._draw_classes(earlier))
-        self._reached = epoch, total
-        return total
-
-    def _bucket_sequence(self, k: int, start: int, length: int) -> np.ndarray:
-        """Entries start … start+length-1 of bucket k's endless sequence of permutations."""
-        size = len(self.buckets[k])
-        first, last = start // size, (start + length - 1) // size
-        # Permutation j sorts the random keys j*size … (j+1)*size-1 of the class' stream, which can be entered anywhere.
-        bits = np.random.PCG64([self.seed, _BUCKET, self.classes[k]]).advance(first * size)
-        keys = np.random.Generator(bits).random((last - first + 1, size))
-        permutations = np.argsort(keys, axis=1, kind="stable").reshape(-1)
-        return permutations[start - first * size :][:length]
-
-
-class Share(NamedTuple):
-    """One step: the global batch start … stop-1 of the epoch, and low … high-1 of it that this rank takes."""
-
-    step: int
-    start: int
-    stop: int
-    low: int
-    high: int
-
-
-@dataclass(frozen=True)
-class Shares:
-    """An epoch of `num_draws` cut into global batches, and those into contiguous shares that differ by at most one.
-
-    The last, partial batch is kept. In training, all ranks take the same number of steps, so a last batch with fewer
-    samples than processes is dropped: a rank without samples could not join the others' gradient exchange. In
-    evaluation nothing is dropped or repeated; a rank just skips a batch that has nothing for it.
-    """
-
-    num_draws: int
-    batch_size: int
-    train: bool
-    rank: int = 0
-    num_processes: int = 1
-
-    def __post_init__(self) -> None:
-        _integer(self.batch_size, "batch size", 1)
-        _integer(self.num_processes, "number of processes", 1)
-        if _integer(self.rank, "rank", 0) >= self.num_processes:
-            raise InputError(f"rank {self.rank} is not below the number of processes, {self.num_processes}")
-        if self.train and min(self.batch_size, self.num_draws) < self.num_processes:
-            what = (
-                f"batch size {self.batch_size}" if self.batch_size < self.num_processes else f"{self.num_draws} images"
-            )
-            raise InputError(f"{what} cannot serve {self.num_processes} processes: each needs a sample in every step")
-
-    def __iter__(self) -> Iterator[Share]:
-        for step, start in enumerate(range(0, self.num_draws, self.batch_size)):
-            stop = min(start + self.batch_size, self.num_draws)
-            low, high = (start + (stop - start) * r // self.num_processes for r in (self.rank, self.rank + 1))
-            if (stop - start >= self.num_processes) if self.train else high > low:
-                yield Share(step, start, stop, low, high)
-
-    def __len__(self) -> int:
-        full, rest = divmod(self.num_draws, self.batch_size)
-        steps = full + (rest > 0)
-        if self.train:
-            return steps - (0 < rest < self.num_processes)
-        return sum(1 for _ in self)
 
 
 class _Batches:
@@ -182,13 +38,13 @@ class _Batches:
 
     def __init__(self, order: Order, shares: Shares, seed: int, device: str | torch.device) -> None:
         self.order, self.shares = order, shares
-        self.seed = _integer(seed, "seed", 0)
+        self.seed = check_integer(seed, "seed", 0)
         self.device = torch.device(device)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Epochs count from 0; the next iteration gives this one."""
-        self.epoch = _integer(epoch, "epoch", 0)
+        self.epoch = check_integer(epoch, "epoch", 0)
 
     def __len__(self) -> int:
         """Steps that this rank takes in an epoch."""
@@ -201,7 +57,7 @@ def decode(image_set: ImageSet, size: int | None = None) -> Tensor:
     Raises `RunError`, naming the row, for an image that cannot be read;
     `InputError` if sizes differ and none is given.
     """
-    resize = fit(size) if size else None
+    resize = Fit(size) if size else None
     pixels = None
     for i in range(len(image_set)):
         image = image_set[i][0]
@@ -262,7 +118,7 @@ class TensorBatches(_Batches):
             positions = order[low:high]
             images = self.pixels.index_select(0, positions)
             if self.shares.train:
-                generator = torch.Generator().manual_seed(_torch_seed(self.seed, _BATCH, epoch, step))
+                generator = torch.Generator().manual_seed(_torch_seed(self.seed, BATCH, epoch, step))
                 draws = self.augment.draw(stop - start, generator).part(low - start, high - start)
                 images = self.augment(images, draws)
             else:
@@ -273,22 +129,34 @@ class TensorBatches(_Batches):
 class _Samples:
     """Map-style data set for the workers: (epoch, position in the epoch, index) -> (image [3, H, W], label)."""
 
-    def __init__(self, image_set: ImageSet, policy: Policy, train: bool, input_size: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        image_set: ImageSet,
+        policy: Policy,
+        train: bool,
+        input_size: int | None,
+        seed: int,
+        reduced_decode: bool,
+    ) -> None:
         self.image_set, self.train, self.seed = image_set, train, seed
-        self.transform = build_transform(policy, train, input_size)
+        self.crop = build_crop(policy, train, input_size, reduced_decode)
+        self.augment = build_augment(policy, train, input_size)
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int] | RunError:
         epoch, position, index = key
-        try:
-            image, label = self.image_set[index]
-        except RunError as error:
-            return error  # raised in a worker, it would arrive buried in a traceback
         if not self.train:
-            return self.transform(image), label
+            return self._sample(index)
         # torchvision draws from the global CPU generator: lend it this sample's stream, then give it back untouched
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_torch_seed(self.seed, _SAMPLE, epoch, position))
-            return self.transform(image), label
+            torch.default_generator.manual_seed(_torch_seed(self.seed, SAMPLE, epoch, position))
+            return self._sample(index)
+
+    def _sample(self, index: int) -> tuple[Tensor, int] | RunError:
+        try:
+            image, label = self.image_set.read(index, self.crop)
+        except RunError as error:
+            return error  # raised in a worker, it would arrive buried in a traceback
+        return self.augment(image), label
 
 
 def _collate(samples: list) -> tuple[Tensor, Tensor] | RunError:
@@ -303,7 +171,7 @@ class WorkerBatches(_Batches):
     """Batches of large images, decoded and augmented one by one, by worker processes if there are any.
 
     Yields as `TensorBatches` does. A sample's random choices depend on the seed, the epoch and its position in the
-    epoch only; the global generators are neither read nor moved.
+    epoch only; the global generators are neither read nor moved. reduced_decode: as in `build_crop`.
     """
 
     def __init__(
@@ -317,18 +185,19 @@ class WorkerBatches(_Batches):
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         input_size: int | None = None,
+        reduced_decode: bool = True,
     ) -> None:
         super().__init__(order, shares, seed, device)
-        num_workers = _integer(num_workers, "number of workers", 0)
+        num_workers = check_integer(num_workers, "number of workers", 0)
         self.keys = _Keys(order, shares)
         self.loader = DataLoader(
-            _Samples(image_set, get_policy(policy), shares.train, input_size, self.seed),
+            _Samples(image_set, get_policy(policy), shares.train, input_size, self.seed, reduced_decode),
             batch_sampler=self.keys,
             num_workers=num_workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=num_workers > 0,
-            prefetch_factor=4 if num_workers else None,
+            prefetch_factor=2 if num_workers else None,  # a worker; each batch of 256 at 224 pixels takes 154 MB
             generator=torch.Generator(),  # its own: DataLoader draws a base seed, even if nobody uses it
         )
 
@@ -377,6 +246,7 @@ def make_loader(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
     input_size: int | None = None,
+    reduced_decode: bool = True,
 ) -> TensorBatches | WorkerBatches:
     """The loader of a set: held in memory where the policy is one of small images, else read by workers.
 
@@ -384,12 +254,14 @@ def make_loader(
     batch_size: over all processes together.
     order: None, or "balanced" to draw classes uniformly (training only).
     input_size: side of the input; the policy's own by default. Small images of another size are resized as decoded.
+    reduced_decode: decode large JPEGs at 1/2, 1/4 or 1/8 of their size where that is enough for the input. The crops
+        are the same, the pixels nearly so; False decodes in full, for the authors' pixels.
 
     Raises `InputError` for arguments out of range, before an image is read.
     """
     policy = get_policy(policy)
     size = policy.input_size(input_size)
-    _integer(num_workers, "number of workers", 0)
+    check_integer(num_workers, "number of workers", 0)
     if len(image_set) == 0:
         raise InputError(f"split {image_set.split!r} has zero images")
     if order not in (None, "balanced") or (order and not train):
@@ -402,4 +274,6 @@ def make_loader(
     common = {"order": chosen, "shares": shares, "seed": seed, "device": device}
     if policy.in_memory:
         return TensorBatches(decode(image_set, size), image_set.labels, policy, **common)
-    return WorkerBatches(image_set, policy, num_workers=num_workers, input_size=size, **common)
+    return WorkerBatches(
+        image_set, policy, num_workers=num_workers, input_size=size, reduced_decode=reduced_decode, **common
+    )

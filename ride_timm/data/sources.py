@@ -9,19 +9,22 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import as_file, files
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
 from numpy.typing import ArrayLike
 
 from ..errors import InputError, RunError
 from .longtail import check_imbalance, check_labels, longtail_indices
+from .reduced_decode import upright
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,15 +54,43 @@ class ImageSet:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[Image, int]:
+        return self.read(i, upright)
+
+    def read(self, i: int, load: Callable[[Image], Image]) -> tuple[Image, int]:
+        """(what `load` makes of the image, label). `load` is given the image as opened, not yet decoded, so it can
+        decode less than all of it; see `reduced_decode`.
+
+        Raises `RunError`, naming split and row, for an image that is missing or that cannot be read.
+        """
         row = int(self.rows[i])
         where = f"the image in row {row} of split {self.split!r}"
         try:
-            image = self.images[row][self.image_column]
-            if image is not None:
-                return image.convert("RGB"), int(self.labels[i])
+            opened = self._open(row)
+            if opened is not None:
+                with opened:
+                    return load(opened), int(self.labels[i])
         except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, …
             raise RunError(f"{where} cannot be read ({_first_line(error)})") from error
         raise RunError(f"{where} is missing: the row holds none")
+
+    @cached_property
+    def _stored(self) -> Dataset:
+        """The split, its images as they are stored: {"bytes", "path"}; without bytes, the path leads to them."""
+        from datasets import Image
+
+        return self.images.cast_column(self.image_column, Image(decode=False))
+
+    def _open(self, row: int) -> Image | None:
+        """The image of this row of the split, undecoded if its bytes are at hand; None where the row holds none."""
+        stored = self._stored[row][self.image_column]
+        if stored is None:
+            return None
+        if self.images.features[self.image_column].mode is None:
+            if stored["bytes"] is not None:
+                return PIL.Image.open(BytesIO(stored["bytes"]))
+            if stored["path"] is not None and Path(stored["path"]).is_file():
+                return PIL.Image.open(stored["path"])
+        return self.images[row][self.image_column]  # `datasets` knows how: a URL, or a mode the column imposes
 
     def select(self, positions: ArrayLike) -> ImageSet:
         """The set of the images at these positions of this one, in the given order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from ..errors import InputError
+from .reduced_decode import Box, read_resized
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -80,27 +84,85 @@ def get_policy(policy: str | Policy) -> Policy:
     return POLICIES[policy]
 
 
-def fit(size: int, resize: int | None = None) -> Callable:
-    """PIL image -> PIL image of size x size: shorter side to `resize` (default `size`), then a centre crop."""
-    return T.Compose([T.Resize(resize or size), T.CenterCrop(size)])
+class Fit:
+    """PIL image -> RGB PIL image of size x size: shorter side to `resize` (default `size`), then a centre crop.
+
+    The image need not be decoded yet; a JPEG may then be decoded at reduced size, its shorter side at least `resize`.
+    """
+
+    def __init__(self, size: int, resize: int | None = None, reduced_decode: bool = False) -> None:
+        self.resize, self.reduced_decode = resize or size, reduced_decode
+        self.crop = T.CenterCrop(size)
+
+    def __call__(self, image: Image) -> Image:
+        return self.crop(read_resized(image, self.plan, self.reduced_decode))
+
+    def plan(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
+        """The whole image, and the size that torchvision's Resize gives it."""
+        short = min(width, height)
+        return (0, 0, width, height), (int(self.resize * width / short), int(self.resize * height / short))
 
 
-def build_transform(policy: str | Policy, train: bool, input_size: int | None = None) -> Callable:
-    """The transform of one image: PIL RGB image -> normalised float32 [3, S, S].
+class RandomResizedCrop(T.RandomResizedCrop):
+    """torchvision's, for an image that need not be decoded yet: PIL image -> RGB PIL image of size x size.
 
-    S is `input_size` or the policy's own. Random choices come from torch's global generator, as torchvision's do.
+    The box is drawn in the full image; a JPEG may then be decoded at a reduced size at which the box is not smaller
+    than the output.
+    """
+
+    def __init__(self, size: int, reduced_decode: bool = False) -> None:
+        super().__init__(size)
+        self.reduced_decode = reduced_decode
+
+    def forward(self, image: Image) -> Image:
+        return read_resized(image, self.plan, self.reduced_decode)
+
+    def plan(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
+        """A random box, and the output size."""
+        shape = torch.empty(height, width, device="meta")  # get_params looks at the size alone
+        top, left, h, w = self.get_params(shape, self.scale, self.ratio)
+        return (left, top, left + w, top + h), (self.size[1], self.size[0])
+
+
+def build_crop(
+    policy: str | Policy, train: bool, input_size: int | None = None, reduced_decode: bool = True
+) -> Fit | RandomResizedCrop:
+    """The first step of a transform: PIL image, best not decoded yet -> RGB PIL image [S, S].
+
+    reduced_decode: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that is enough; small images never.
     """
     policy = get_policy(policy)
     size = policy.input_size(input_size)
+    reduced_decode = reduced_decode and not policy.in_memory
     if not train:
-        steps = [fit(size, round(policy.resize * size / policy.size))]
-    elif policy.padding is not None:
-        steps = [fit(size), T.RandomCrop(size, padding=policy.padding), T.RandomHorizontalFlip()]
-        steps += [T.RandomRotation(policy.degrees)]
-    else:
-        steps = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
+        return Fit(size, round(policy.resize * size / policy.size), reduced_decode)
+    if policy.padding is not None:
+        return Fit(size, reduced_decode=reduced_decode)
+    return RandomResizedCrop(size, reduced_decode)
+
+
+def build_augment(policy: str | Policy, train: bool, input_size: int | None = None) -> Callable:
+    """What follows the first step: RGB PIL image [S, S] -> normalised float32 [3, S, S]."""
+    policy = get_policy(policy)
+    steps = []
+    if train:
+        if policy.padding is not None:
+            steps += [T.RandomCrop(policy.input_size(input_size), padding=policy.padding)]
+        steps += [T.RandomHorizontalFlip()]
+        steps += [T.RandomRotation(policy.degrees)] if policy.degrees else []
         steps += [T.ColorJitter(policy.jitter, policy.jitter, policy.jitter)] if policy.jitter else []
     return T.Compose([*steps, T.ToTensor(), T.Normalize(policy.mean, policy.std)])
+
+
+def build_transform(
+    policy: str | Policy, train: bool, input_size: int | None = None, reduced_decode: bool = True
+) -> Callable:
+    """The transform of one image, crop and augmentation: PIL image -> normalised float32 [3, S, S].
+
+    S is `input_size` or the policy's own. Random choices come from torch's global generator, as torchvision's do.
+    """
+    crop = build_crop(policy, train, input_size, reduced_decode)
+    return T.Compose([crop, *build_augment(policy, train, input_size).transforms])
 
 
 class Draws(NamedTuple):
@@ -149,7 +211,7 @@ class BatchAugment:
     def warp(self, images: Tensor, draws: Draws) -> Tensor:
         """Crop, flip and rotate: uint8 [B, S, S, 3] -> uint8 [B, S, S, 3]."""
         B, S = len(images), self.size
-        x_map, y_map, source = (value.to(images.device) for value in self._inverse_maps(draws))
+        x_map, y_map, source = self._inverse_maps(draws, images.device).split([3, 3, 6])
         steps = torch.arange(S, dtype=torch.int32, device=images.device)
 
         def coordinate(step_x: Tensor, step_y: Tensor, start: Tensor) -> Tensor:  # three [B] -> [B, S, S]
@@ -173,10 +235,10 @@ class BatchAugment:
         values = values.div_(255).sub_(self.mean).div_(self.std)
         return values.view(B, S, S, 3).permute(0, 3, 1, 2)
 
-    def _inverse_maps(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """From output pixels back to input pixels, as int32: the x and y maps of the rotation [3, B] in 16.16 fixed
-        point (step along x, step along y, start), and what crop and flip make of them [6, B]: sign of x, offset into
-        the flat batch (1 is its first pixel), and the inclusive bounds of x and y inside canvas and image.
+    def _inverse_maps(self, draws: Draws, device: torch.device) -> Tensor:
+        """From output pixels back to input pixels, int32 [12, B]: the x and y maps of the rotation, 3 rows each, in
+        16.16 fixed point (step along x, step along y, start), and what crop and flip make of them, 6 rows: sign of x,
+        offset into the flat batch (1 is its first pixel), and the inclusive bounds of x and y inside canvas and image.
         """
         S, pad = self.size, self.policy.padding
         # PIL.Image.rotate, then affine_fixed of its Geometry.c, to the rounding
@@ -198,4 +260,6 @@ class BatchAugment:
         y_low, y_high = (-y_shift).clip(min=0), (S - 1 - y_shift).clip(max=S - 1)
         offset = 1 + np.arange(len(flip)) * S * S + y_shift * S + x_shift
         source = np.stack([x_sign, offset, x_low, x_high, y_low, y_high]).astype(np.int32)
-        return torch.from_numpy(x_map), torch.from_numpy(y_map), torch.from_numpy(source)
+        maps = torch.from_numpy(np.concatenate([x_map, y_map, source]))
+        # one copy, from pinned memory: from ordinary memory the GPU would be waited for in every step
+        return maps.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else maps.to(device)

@@ -2,6 +2,7 @@
 
 from .legacy import load_legacy
 from .ride import CosineClassifier, Expert, Ride, Stages
+from .ride_any import build_ride_any
 from .ride_resnet import build_ride_resnet
 from .ride_resnet_cifar import build_ride_resnet_cifar
 from .router import Router
@@ -12,6 +13,7 @@ __all__ = [
     "Ride",
     "Router",
     "Stages",
+    "build_ride_any",
     "build_ride_resnet",
     "build_ride_resnet_cifar",
     "load_legacy",

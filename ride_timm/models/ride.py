@@ -53,16 +53,25 @@ class Stages(nn.Sequential):
         self.feature_info = feature_info
         self.grad_checkpointing = False
 
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
     def forward(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return self.forward_levels(x)[-1]
+            return self.forward_levels(x)[0]
         for module in self:
             x = module(x)
         return x
 
     @torch.jit.ignore
-    def forward_levels(self, x: Tensor) -> list[Tensor]:
-        """x [B, C, H, W] -> the feature maps of all levels, in order."""
+    def forward_levels(
+        self, x: Tensor, norm: bool = False, size: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x [B, C, H, W] -> (its output, the feature maps of all levels in order).
+
+        norm and size are for stages of other kinds: these have no norm at the end, and know the size of their maps.
+        """
         tapped = {info["module"] for info in self.feature_info}
         levels = []
         for name, module in self.named_children():
@@ -72,7 +81,7 @@ class Stages(nn.Sequential):
                 x = module(x)
             if name in tapped:
                 levels.append(x)
-        return levels or [x]
+        return x, levels
 
     def prune(self, num_levels: int) -> None:
         """Keep the modules up to and including the last of the first `num_levels` levels."""
@@ -115,6 +124,12 @@ class Expert(nn.Module):
         self.fc = create_head(self.head_hidden_size, num_classes, self.use_norm).to(**get_device_dtype(self))
         self.train(self.training)
 
+    @torch.jit.ignore
+    def prune(self, num_levels: int, prune_norm: bool = False, prune_head: bool = True) -> None:
+        """Keep the first levels of the stages; where that drops some, the classifier is to be reset afterwards."""
+        self.stages.prune(num_levels)
+        self.num_features = self.stages.feature_info[-1]["num_chs"]
+
     def forward_features(self, x: Tensor) -> Tensor:
         return self.stages(x)
 
@@ -147,7 +162,7 @@ class Ride(nn.Module):
 
     def __init__(
         self,
-        trunk: Stages,
+        trunk: nn.Module,
         experts: Sequence[Expert],
         num_classes: int,
         in_chans: int = 3,
@@ -164,6 +179,8 @@ class Ride(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_experts = len(experts)
+        self.output_fmt = getattr(experts[0].stages, "output_fmt", "NCHW")
+        self.channel_axis = 1 if self.output_fmt == "NCHW" else -1
         self._set_feature_sizes()
 
     def _set_feature_sizes(self) -> None:
@@ -180,7 +197,7 @@ class Ride(nn.Module):
         return self.experts[0].drop_rate
 
     @property
-    def global_pool(self) -> SelectAdaptivePool2d:
+    def global_pool(self) -> SelectAdaptivePool2d | str:
         return self.experts[0].global_pool
 
     @torch.jit.ignore
@@ -205,7 +222,7 @@ class Ride(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stages in [self.trunk] + [expert.stages for expert in self.experts]:
-            stages.grad_checkpointing = enable
+            stages.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> tuple[nn.Module, ...] | tuple[str, ...]:
@@ -240,12 +257,12 @@ class Ride(nn.Module):
         """Feature maps by level: the trunk's, then the experts' concatenated on the channel axis (timm's contract)."""
         assert output_fmt in ("NCHW",), "Output shape must be NCHW."
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        levels = self.trunk.forward_levels(x)
-        x = levels[-1]
+        x, levels = self.trunk.forward_levels(x)
         if len(levels) < len(self.feature_info) and not (stop_early and max_index < len(levels)):
-            by_expert = [expert.stages.forward_levels(x) for expert in self.experts]
-            levels += [torch.cat(maps, 1) for maps in zip(*by_expert, strict=True)]
-            x = levels[-1]
+            size = levels[-1].shape[-2:] if levels else None
+            by_expert = [expert.stages.forward_levels(x, norm, size) for expert in self.experts]
+            levels += [torch.cat(maps, 1) for maps in zip(*(maps for _, maps in by_expert), strict=True)]
+            x = torch.cat([output for output, _ in by_expert], self.channel_axis)
         intermediates = [levels[i] for i in take_indices]
         return intermediates if intermediates_only else (x, intermediates)
 
@@ -257,11 +274,12 @@ class Ride(nn.Module):
         in_trunk, pruned = len(self.trunk.feature_info), max_index + 1 < len(self.feature_info)
         if max_index < in_trunk:
             self.trunk.prune(max_index + 1)
-            self.experts = self.experts[:1]  # an empty expert passes the trunk's map on
+            width = self.trunk.feature_info[-1]["num_chs"]
+            self.experts = nn.ModuleList([Expert(Stages({}, []), width, 0, False, "")])  # passes the trunk's map on
             self.num_experts = 1
-        for expert in self.experts:
-            expert.stages.prune(max(0, max_index + 1 - in_trunk))
-            expert.num_features = (expert.stages.feature_info or self.trunk.feature_info)[-1]["num_chs"]
+        else:
+            for expert in self.experts:
+                expert.prune(max_index + 1 - in_trunk, prune_norm, prune_head)
         if prune_head or pruned:
             self.router = None
             self.reset_classifier(0, "")
@@ -269,21 +287,24 @@ class Ride(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> the experts' maps, concatenated: [B, E·D, h, w]."""
+        """Images [B, in_chans, H, W] -> the experts' maps, concatenated on the channel axis: [B, E·D, h, w].
+
+        Where a backbone's maps are [B, h, w, D] or tokens [B, N, D] (`output_fmt` NHWC, NLC) that axis is the last.
+        """
         x = self.trunk(x)
         maps = []
         for expert in self.experts:
             maps.append(expert.forward_features(x))
-        return torch.cat(maps, 1)
+        return torch.cat(maps, self.channel_axis)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Maps [B, E·D, h, w] -> mean logits [B, C]; pre_logits (or no classes): pooled features [B, E·D]."""
-        maps = x.chunk(self.num_experts, dim=1)
+        maps = x.chunk(self.num_experts, dim=self.channel_axis)
         outputs = []
         for i, expert in enumerate(self.experts):
             outputs.append(expert.forward_pre_logits(maps[i]) if pre_logits else expert.forward_head(maps[i]))
         if pre_logits or self.num_classes <= 0:
-            return torch.cat(outputs, 1)
+            return torch.cat(outputs, self.channel_axis)
         return torch.stack(outputs, 1).mean(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -310,19 +331,21 @@ class Ride(nn.Module):
         if self.router is None:
             raise RuntimeError("This model has no router: train one (stage two), or create it with router=True.")
         x = self.trunk(x)
-        active = torch.arange(x.shape[0], device=x.device)
-        used = torch.ones_like(active)
+        used = torch.ones(x.shape[0], dtype=torch.long, device=x.device)
+        active = None  # rows of the samples that went on; None: all of them, and nothing needs copying
         total, output = None, None
         for i, expert in enumerate(self.experts):
             features, logits = expert.forward_both(x)
             total = logits if total is None else total + logits
-            mean = total / (i + 1)
-            output = mean if output is None else output.index_copy(0, active, mean)
+            mean = total / (i + 1) if i else total
+            output = mean if active is None else output.index_copy(0, active, mean)
             if i + 1 == self.num_experts:
                 break
-            go_on = self.router.gate(i, features, mean).sigmoid() > threshold
-            active, x, total = active[go_on], x[go_on], total[go_on]
-            if active.numel() == 0:
+            go_on = (self.router.gate(i, features, mean).sigmoid() > threshold).nonzero().squeeze(1)
+            if len(go_on) == 0:
                 break
-            used[active] = i + 2
+            if len(go_on) < len(x):
+                x, total = x[go_on], total[go_on]  # indexing keeps channels last, index_select does not
+                active = go_on if active is None else active[go_on]
+            used[slice(None) if active is None else active] = i + 2
         return output, used

@@ -1,0 +1,81 @@
+"""Images to measure with, and a loader that holds the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def exponential_counts(num_classes: int, largest: int, smallest: int) -> list[int]:
+    """Training images of each class, falling exponentially: 500 to 5 over 100 classes is CIFAR-100-LT (10,847)."""
+    fall = (smallest / largest) ** (1 / max(num_classes - 1, 1))
+    return [int(largest * fall**c + 1e-9) for c in range(num_classes)]
+
+
+def class_counts_of(num_classes: int) -> list[int]:
+    """CIFAR-100-LT's counts for 100 classes, otherwise from ImageNet-LT's largest to its smallest class."""
+    return exponential_counts(num_classes, *((500, 5) if num_classes == 100 else (1280, 5)))
+
+
+class ArrayImages:
+    """An image set held decoded: item i is (PIL image, label), as an `ImageSet` of ride_timm gives it."""
+
+    split = "train"
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        self.pixels, self.labels, self.rows = pixels, labels, np.arange(len(labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[i]), int(self.labels[i])
+
+
+def random_images(class_counts: list[int], size: int) -> ArrayImages:
+    """As many random images of each class as these counts say."""
+    labels = np.repeat(np.arange(len(class_counts)), class_counts)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), size, size, 3), dtype=np.uint8)
+    return ArrayImages(pixels, labels)
+
+
+def random_batch(batch_size: int, num_classes: int, size: int) -> tuple[Tensor, Tensor]:
+    """Images float32 [B, 3, S, S] in the default memory layout, and targets [B]."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, size, size, generator=generator)
+    return images, torch.randint(num_classes, (batch_size,), generator=generator)
+
+
+class Clocked:
+    """The first `warm_up + steps` batches of a loader; `seconds` is what the loop over the last `steps` of them took.
+
+    The clock starts before the batch is asked for and stops when the body of the last step is through.
+    """
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], steps: int, warm_up: int = 0) -> None:
+        self.batches, self.steps, self.warm_up = batches, steps, warm_up
+        self.seconds = float("nan")
+
+    def __len__(self) -> int:
+        return self.warm_up + self.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        started, iterator = time.perf_counter(), iter(self.batches)
+        for step in range(len(self)):
+            if step == self.warm_up and step:
+                started = time.perf_counter()
+            yield next(iterator)
+        self.seconds = time.perf_counter() - started
+
+    @property
+    def per_step(self) -> float:
+        return self.seconds / self.steps

@@ -1,0 +1,62 @@
+"""Our side: the training script's own loop, loader and objective, without its run folder."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from record import ROOT
+from timm.optim import create_optimizer_v2
+from tqdm import tqdm
+
+sys.path.insert(0, str(ROOT))  # the training script is no package, and this checkout is what is measured
+
+from ride_timm.checkpoint import create_model
+from ride_timm.data.transforms import get_policy
+from ride_timm.recipe import Recipe, load_recipe
+from train_accelerate import Run
+
+
+def make_recipe(
+    model: str, batch_size: int, size: int, precision: str, num_experts: int = 3, compiled: bool = False
+) -> Recipe:
+    """The CIFAR-100-LT recipe with another network, batch or precision."""
+    augment = "cifar" if model == "ride_resnet32" else "imagenet"
+    values = dict(model=model, batch_size=batch_size, num_experts=num_experts, augment=augment, input_size=size)
+    return load_recipe("cifar100_lt").override(values | dict(mixed_precision=precision, compile=compiled))
+
+
+class Training(Run):
+    """Stage one on an image set, up to the loop: `train_batches(batches)` is one epoch over these.
+
+    Model, objective, loader and loop are the script's; its `train` is where optimizer and `prepare` are taken from.
+    """
+
+    def __init__(self, recipe: Recipe, image_set: Any, num_classes: int) -> None:
+        AcceleratorState._reset_state(True)  # one process measures several precisions
+        self.recipe = recipe
+        backend = "inductor" if recipe.compile else None
+        self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision, dynamo_backend=backend, cpu=True)
+        self.policy = get_policy(recipe.augment)
+        self.size = self.policy.input_size(recipe.input_size)
+        self.signals = SimpleNamespace(check=lambda: None)
+        self.train_set, self.data, self.teacher = image_set, SimpleNamespace(num_classes=num_classes), None
+        self.model = create_model(recipe, num_classes)
+        self.stage = recipe.stage("experts")
+        self.stage_objective = self.objective(self.stage)
+        optimizer = create_optimizer_v2(
+            self.stage_objective.trainable_parameters(),
+            opt=recipe.optimizer,
+            lr=self.stage.lr,
+            weight_decay=self.stage.weight_decay,
+            momentum=recipe.momentum,
+        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.stage_objective, optimizer)
+
+    def train_batches(self, batches: Any) -> float:
+        """The script's loop over these batches; their mean loss."""
+        bar = tqdm(disable=True)
+        return self.train_epoch(self.stage, 0, self.stage_objective, self.wrapped, self.optimizer, batches, bar)

@@ -1,0 +1,155 @@
+"""What every benchmark shares: its flags, alternating runs, and a line of provenance in results.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results.jsonl"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
+    """The flags that all benchmarks know."""
+    made = argparse.ArgumentParser(
+        description=description.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument("--rounds", type=int, default=rounds, help="alternating runs of each variant")
+    made.add_argument("--threads", type=int, default=cores(), help="threads of torch")
+    made.add_argument("--no-record", action="store_true", help="append nothing to benchmarks/results.jsonl")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, checked and applied; from here on the clock of `disturbance` runs."""
+    global _start
+    args = made.parse_args(argv)
+    for name in ("rounds", "threads", "steps", "batch_size"):
+        if getattr(args, name, 1) < 1:
+            made.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    torch.set_num_threads(args.threads)
+    _start = _clocks()
+    return args
+
+
+def _clocks() -> tuple[float, float, float] | None:
+    """Seconds: of the wall, of all cores' work on the machine, and of our part of it (ended children included)."""
+    try:
+        user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    except (OSError, ValueError):
+        return None
+    ours = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return time.perf_counter(), (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"), ours
+
+
+_start: tuple[float, float, float] | None = None
+
+
+def disturbance() -> float | None:
+    """Percent of the cores' time that other processes took since `parse`; None where it cannot be known."""
+    now = _clocks()
+    if now is None or _start is None:
+        return None
+    wall, machine, ours = (after - before for after, before in zip(now, _start, strict=True))
+    return max(0.0, 100 * (machine - ours) / (wall * (os.cpu_count() or 1)))
+
+
+def alternate(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run the variants in turn, A B C A B C …, so that a slow minute of the machine hits all of them.
+
+    A variant returns its own seconds; name -> its seconds by round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            seconds[name].append(run())
+    return seconds
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, min and max."""
+    return dict(median=statistics.median(values), min=min(values), max=max(values))
+
+
+def show(figures: dict[str, dict[str, float]], unit: str = "s", digits: int = 3) -> None:
+    """A line a variant: median (min … max)."""
+    width = max(map(len, figures))
+    for name, figure in figures.items():
+        low, high = (f"{figure[key]:.{digits}f}" for key in ("min", "max"))
+        print(f"{name:<{width}}  {figure['median']:.{digits}f} {unit}  ({low} … {high})")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git(*command: str) -> str | None:
+    try:
+        ran = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
+def provenance() -> dict[str, Any]:
+    """Commit (and whether files that are run differ from it), versions, processor, threads and date."""
+    changed = _git("status", "--porcelain", "--", "ride_timm", "train_accelerate.py", "benchmarks/*.py")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_since": None if changed is None else bool(changed),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow")},
+        "processor": processor(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def record(benchmark: str, args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Tell who disturbed, and append one JSON line unless told otherwise. Of a path only the last part is kept."""
+    others = disturbance()
+    if others is not None:
+        print(f"other processes took {others:.0f} % of the cores' time" + (": repeat when it is quiet" * (others > 5)))
+    if args.no_record:
+        return
+    given = {key: Path(value).name if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del given["no_record"]
+    line = {
+        "benchmark": benchmark,
+        "figures": _rounded(figures),
+        "arguments": given,
+        **provenance(),
+        "disturbed_percent": _rounded(others),
+    }
+    with RESULTS.open("a", encoding="utf-8") as results:
+        results.write(json.dumps(line, ensure_ascii=False) + "\n")

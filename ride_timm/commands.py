@@ -1,0 +1,245 @@
+"""The commands that run a trained model: evaluate, predict, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import load_model, write_atomically
+from .errors import InputError
+from .inference import Timed, inference_of, prepare
+from .models import Ride
+from .recipe import Recipe, available, flags_given, load_recipe
+
+_RECIPE_OF = {"fashion_lt": "fashion_lt", "cifar10": "cifar10_lt", "cifar100": "cifar100_lt"}
+_DATA_KEYS = ("dataset", "imb_type", "imb_factor", "split_seed", "image_column", "label_column")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _own_recipe(spec: str | None) -> Recipe | None:
+    """The recipe of a run folder, as it was run; None for other models."""
+    path = Path(spec.removeprefix("local-dir:")) / "recipe.yaml" if spec else None
+    return load_recipe(path) if path is not None and path.is_file() else None
+
+
+def recipe_for(args: argparse.Namespace) -> Recipe:
+    """The recipe to take the data from: named, the run's own, or the one that fits the data set."""
+    flags = flags_given(args)
+    flags.pop("model", None)
+    if args.recipe:
+        recipe = load_recipe(args.recipe)
+    elif (own := _own_recipe(getattr(args, "model", None))) is not None:
+        recipe = own
+    elif flags.get("dataset") in _RECIPE_OF:
+        recipe = load_recipe(_RECIPE_OF[flags["dataset"]])
+    elif "dataset" in flags:
+        recipe = Recipe(augment="imagenet")
+    else:
+        raise InputError(f"what to read? Name --dataset or --recipe (there are {', '.join(available())}).")
+    return recipe.override(flags)
+
+
+def load_data(recipe: Recipe) -> Any:
+    from .data.sources import load_longtail
+
+    return load_longtail(**recipe.data_args)
+
+
+def _load(args: argparse.Namespace, needs_router: bool) -> Ride:
+    model = load_model(args.model)
+    if needs_router and model.router is None:
+        raise InputError(f"{args.model} has no router: leave --routed out, or train stage two.")
+    return model
+
+
+# evaluate
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    """InputError for flags that do not go together or a curve that could not be written, before anything is read."""
+    if args.macs_budget is not None:
+        if not (math.isfinite(args.macs_budget) and args.macs_budget > 0):
+            raise InputError(f"macs-budget={args.macs_budget}: expected MACs per image, such as 80e6.")
+        if not args.routed:
+            raise InputError("macs-budget chooses a routing threshold: give --routed as well.")
+        if "threshold" in flags_given(args):
+            raise InputError("macs-budget chooses the threshold itself: leave --threshold out.")
+    if args.curve is not None:
+        path = Path(args.curve)
+        if path.suffix not in (".png", ".csv"):
+            raise InputError(f"curve={args.curve}: name a .png or a .csv file.")
+        if not path.parent.is_dir():
+            raise InputError(f"curve={args.curve}: there is no folder {path.parent}.")
+        if path.suffix == ".png":
+            try:
+                import matplotlib  # noqa: F401
+            except ImportError:
+                raise InputError(f"curve={args.curve}: a picture needs matplotlib (pip install matplotlib); "
+                                 "a .csv does not.") from None  # fmt: skip
+
+
+def evaluate_command(args: argparse.Namespace) -> None:
+    from .data.loader import make_loader
+    from .data.transforms import get_policy
+    from .evaluation import evaluate, evaluation_batch
+    from .flops import count_macs
+    from .metrics import format_table
+    from .routing import check_budget, collect_outcomes, prefix_points, routing_curve, thin
+
+    _check_evaluate(args)
+    inference = inference_of(args)
+    recipe = recipe_for(args)
+    model = _load(args, args.routed or args.curve is not None).to(memory_format=torch.channels_last)  # as in training
+    data = load_data(recipe)
+    if data.num_classes != model.num_classes:
+        raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = get_policy(recipe.augment).input_size(recipe.input_size)
+    macs = count_macs(model, (model.in_chans, size, size))
+    if args.macs_budget is not None:
+        check_budget(macs, args.macs_budget)
+    model = model.to(device)
+
+    def batches(image_set: Any) -> Any:
+        where = dict(input_size=size, device=device, num_workers=recipe.workers)
+        return make_loader(image_set, recipe.augment, train=False, batch_size=evaluation_batch(size), seed=0, **where)
+
+    threshold, chosen = recipe.threshold, None
+    if args.macs_budget is not None:
+        chosen = _choose_threshold(model, macs, data, recipe, _own_recipe(args.model), batches, args.macs_budget)
+        threshold = chosen["threshold"]
+    test = batches(data.test)
+    answer = Timed(prepare(model, inference, args.routed, threshold, size))
+    metrics = evaluate(model, test, data.class_counts, args.routed, threshold, answer)
+    used = metrics.get("experts_used")
+    metrics |= dict(macs=round(macs.expected(used) if used else macs.ensemble), images=len(data.test))
+    metrics["correct"] = round(metrics["all"] * len(data.test) / 100)
+    rows = {"routed" if args.routed else "ensemble": metrics}
+    if args.routed:
+        metrics["threshold"] = threshold
+    if chosen:
+        metrics |= dict(macs_budget=args.macs_budget, chosen_on=chosen)
+    if args.time:
+        metrics |= dict(images_per_second=round(answer.images_per_second, 1), inference=str(inference))
+    if args.curve is not None:
+        outcomes = collect_outcomes(model, test)
+        prefixes = prefix_points(outcomes, macs, data.class_counts)
+        curve = thin(routing_curve(outcomes, macs, data.class_counts))
+        _write_curve(Path(args.curve), curve, prefixes)
+        metrics |= dict(curve=curve, prefixes=prefixes)
+        rows |= {f"{i + 1} expert{'s' * (i > 0)} always": point for i, point in enumerate(prefixes)}
+    if args.json:
+        return print_json(metrics)
+    print(format_table(rows))
+    print(f"{metrics['correct']} of {metrics['images']} test images right")
+    if chosen:
+        over = ": above the budget" if metrics["macs"] > args.macs_budget else ""
+        print(f"threshold {threshold:.4g}, for at most {args.macs_budget / 1e6:.1f} M MACs an image; chosen on "
+              f"{chosen['images']} {chosen['source']}, class-balanced: {chosen['all']:.2f} % at "
+              f"{chosen['macs'] / 1e6:.1f} M there, {metrics['macs'] / 1e6:.1f} M on the test set{over}")  # fmt: skip
+    if args.time:
+        print(
+            f"{metrics['images_per_second']:,.1f} images/s ({inference}; {device}, {torch.get_num_threads()} threads)"
+        )
+    if args.curve is not None:
+        print(f"{len(curve)} points of the routing curve in {args.curve}")
+
+
+def _choose_threshold(
+    model: Ride, macs: Any, data: Any, recipe: Recipe, own: Recipe | None, batches: Any, macs_budget: float
+) -> dict[str, Any]:
+    """The best point within the budget on a stratified part of the training set, every class weighing alike.
+
+    That is the very part the run held out; where none is known, a fifth of what the model has seen in training: on
+    such images it is surer than on new ones, so that on those more of them may go on than was expected.
+    """
+    from .data.sources import hold_out
+    from .routing import collect_outcomes, point_for_budget, routing_curve
+
+    unseen = own is not None and own.holdout > 0 and all(getattr(own, k) == getattr(recipe, k) for k in _DATA_KEYS)
+    held_out = hold_out(data.train, own.holdout if unseen else 0.2, recipe.split_seed)[1]
+    outcomes = collect_outcomes(model, batches(held_out))
+    curve = routing_curve(outcomes, macs, data.class_counts, outcomes.balanced_weights())
+    point = point_for_budget(curve, macs_budget)
+    source = (
+        "training images that the run held out" if unseen else "training images, which the model has SEEN in training"
+    )
+    return point | dict(images=len(held_out), seen_in_training=not unseen, source=source)
+
+
+def _write_curve(path: Path, curve: list[dict[str, Any]], prefixes: list[dict[str, Any]]) -> None:
+    from .plots import plot_curve
+    from .routing import curve_table
+
+    if path.suffix == ".png":
+        write_atomically(path, lambda partial: plot_curve(partial, curve, prefixes))
+    else:
+        write_atomically(path, lambda partial: partial.write_text(curve_table(curve, prefixes), encoding="utf-8"))
+
+
+# predict
+
+
+@torch.inference_mode()
+def predict_command(args: argparse.Namespace) -> None:
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    inference = inference_of(args)
+    images = []
+    for path in args.images:
+        try:
+            images.append(Image.open(path).convert("RGB"))
+        except OSError as error:
+            raise InputError(f"image {path} cannot be read: {error}") from error
+    model = _load(args, args.routed)
+    config = resolve_model_data_config(model)
+    transform = create_transform(**config, is_training=False)
+    names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
+    routed = args.routed or model.routed
+    answer = prepare(model, inference, routed, args.threshold, config["input_size"][-1])
+    predictions = []
+    for path, image in zip(args.images, images, strict=True):
+        logits, used = answer(transform(image)[None])
+        top = logits.softmax(1)[0].topk(min(5, model.num_classes))
+        choices = [
+            dict(label=names[i], index=i, probability=round(p, 6))
+            for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ]
+        routing = dict(experts_used=int(used)) if used is not None else {}
+        predictions.append(dict(image=str(path), **choices[0], **routing, top=choices))
+    if args.json:
+        return print_json(predictions)
+    for found in predictions:
+        experts = f"  ({found['experts_used']} of {model.num_experts} experts)" if routed else ""
+        print(f"{found['image']}: {found['label']} {100 * found['probability']:.1f} %{experts}")
+
+
+# export
+
+
+def export_command(args: argparse.Namespace) -> None:
+    from .export import check_export, export
+
+    check_export(args.output)
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise InputError(f"threshold={args.threshold}: expected a probability, 0 to 1.")
+    if args.input_size is not None and args.input_size < 8:
+        raise InputError(f"input-size={args.input_size}: expected 8 or more pixels.")
+    model = _load(args, args.routed != "none")
+    own = _own_recipe(args.model)
+    threshold = args.threshold if args.threshold is not None else own.threshold if own else 0.5
+    folder = export(model, args.output, args.routed, threshold, args.input_size)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    if args.json:
+        return print_json(dict(folder=str(folder), files=files))
+    for name, size in files.items():
+        print(f"{folder / name}  {size:,} bytes")

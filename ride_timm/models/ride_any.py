@@ -1,0 +1,349 @@
+"""RIDE on any backbone of timm that can be cut: `timm.create_model("ride", backbone="convnext_tiny")`."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    register_notrace_module,
+)
+from torch import Tensor, nn
+
+from .create import assemble, create_ride, ride_cfg
+from .cuts import Cut, Skip, find_cut, keep_expert, keep_trunk, resolve_split, skip, stage_names, stem_names
+from .ride import CosineClassifier, Expert, Ride
+
+DEFAULT_BACKBONE = "resnet18"
+
+
+class TimmStages(nn.Module):
+    """A native timm network stripped to some of its stages, with the feature levels among them.
+
+    feature_info: as the network's own, its modules named from here; `first` is the index of its first level there.
+    """
+
+    def __init__(self, net: nn.Module, cut: Cut, stages: range) -> None:
+        super().__init__()
+        self.net = net
+        self.cut = cut
+        self.output_fmt = "NLC" if cut.tokens else getattr(net, "output_fmt", "NCHW")
+        at = [self._stage_of(info["module"]) for info in net.feature_info]
+        levels = [i for i, stage in enumerate(at) if stage in stages or (stage < 0 and stages.start == 0)]
+        self.first = levels[0] if levels else 0
+        self.feature_info = [dict(net.feature_info[i], module=f"net.{net.feature_info[i]['module']}") for i in levels]
+
+    def _stage_of(self, module: str) -> int:
+        """The stage that a feature level's module lies in; -1 for the stem, as many as there are for what follows."""
+        stages = stage_names(self.net, self.cut)
+        for i, names in enumerate(stages):
+            if any(f"{module}.".startswith(f"{name}.") for name in names):
+                return i
+        parts = (part for pattern in self.cut.stem for part in (pattern, f"{pattern}.*"))
+        return -1 if any(fnmatch.fnmatchcase(module, part) for part in parts) else len(stages) - 1
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.net.set_grad_checkpointing(enable)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.forward_features(x)
+
+    @torch.jit.ignore
+    def forward_levels(
+        self, x: Tensor, norm: bool = False, size: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Images, or a trunk's output -> (output, the maps [B, D, h, w] of all levels in order).
+
+        size: (h, w) of the trunk's maps, which tokens do not tell.
+        """
+        if not self.feature_info:
+            return self(x), []
+        indices = list(range(self.first, self.first + len(self.feature_info)))
+        if not self.cut.tokens or size is None:
+            return self.net.forward_intermediates(x, indices=indices, norm=norm)
+        x, levels = self.net.forward_intermediates(x[..., None], indices=indices, norm=norm, output_fmt="NLC")
+        return x, [level.transpose(1, 2).unflatten(2, tuple(size)) for level in levels]
+
+    def prune(self, num_levels: int) -> None:
+        """Of a trunk, keep what the first `num_levels` levels need."""
+        self.feature_info = self.feature_info[:num_levels]
+        module = self.feature_info[-1]["module"].removeprefix("net.")
+        last = self._stage_of(module)
+        keep_trunk(self.net, self.cut, last + 1)
+        if last < 0:  # a stem's level stands before its pooling
+            parts = stem_names(self.net, self.cut)
+            skip(self.net, parts[parts.index(module) + 1 :] if module in parts else [])
+
+
+@register_notrace_module
+class ConvClassifier(nn.Conv2d):
+    """A native 1x1 convolution as classifier, fed with pooled features [B, D] or a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return F.conv2d(x[:, :, None, None], self.weight, self.bias).flatten(1)
+        return F.conv2d(x, self.weight, self.bias)
+
+
+class TimmExpert(Expert):
+    """The last stages of a native timm network with its own norm and pooling; the classifier stands in `fc`."""
+
+    __jit_unused_properties__ = ("global_pool",)
+
+    def __init__(self, stages: TimmStages, use_norm: bool) -> None:
+        nn.Module.__init__(self)
+        self.stages = stages
+        self.use_norm = use_norm
+        self.drop_rate = 0.0
+        self._take_classifier()
+
+    def _take_classifier(self) -> None:
+        net = self.stages.net
+        head = net.get_classifier()
+        name = next(name for name, module in net.named_modules() if module is head)
+        net.set_submodule(name, Skip().train(net.training))
+        self.num_features, self.head_hidden_size = net.num_features, net.head_hidden_size
+        if self.use_norm and net.num_classes > 0:
+            place = next(head.parameters())
+            head = CosineClassifier(net.head_hidden_size, net.num_classes).to(place.device, place.dtype)
+        elif isinstance(head, nn.Conv2d):
+            conv = ConvClassifier(head.in_channels, head.out_channels, 1, bias=head.bias is not None, device="meta")
+            conv.weight, conv.bias = head.weight, head.bias
+            head = conv
+        self.fc = head.train(net.training)
+
+    @property
+    def global_pool(self) -> str | None:
+        net = self.stages.net
+        for owner in (getattr(net, "head", None), net):
+            pool = getattr(owner, "global_pool", getattr(owner, "pool_type", None))
+            pool = getattr(pool, "pool_type", pool)
+            if isinstance(pool, str):
+                return pool
+        return None
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Let the network make itself a new classifier (and pooling), as it does without experts."""
+        self.stages.net.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
+        self._take_classifier()
+
+    @torch.jit.ignore
+    def prune(self, num_levels: int, prune_norm: bool = False, prune_head: bool = True) -> None:
+        stages = self.stages
+        pruned = num_levels < len(stages.feature_info)
+        stages.feature_info = stages.feature_info[:num_levels]
+        last = stages.first + num_levels - 1
+        stages.net.prune_intermediate_layers([last], prune_norm=prune_norm, prune_head=prune_head)
+        if prune_head or pruned:
+            self._take_classifier()
+
+    def forward_pre_logits(self, x: Tensor) -> Tensor:
+        return self.stages.net.forward_head(x, pre_logits=True)
+
+
+def _nested(pattern: str) -> str:
+    """A native matcher's pattern, for the same names inside trunk and experts."""
+    return r"^(?:trunk|experts\.\d+\.stages)\.net\.(?:" + re.sub(r"(^|[|(])\^", r"\1", pattern) + ")"
+
+
+class AnyRide(Ride):
+    """`Ride` on stripped timm networks, which know best how their parameters group."""
+
+    __jit_unused_properties__ = ("drop_rate", "global_pool")
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        net, cut = self.trunk.net, self.trunk.cut
+        if not hasattr(net, "group_matcher"):  # MetaFormer has none: by stage
+            stages = stage_names(net, cut)[0][0].rpartition(".")[0]
+            return dict(stem=_nested("|".join(cut.stem)), blocks=_nested(rf"{re.escape(stages)}\.(\d+)"))
+        native = net.group_matcher(coarse)
+        groups: dict[str, Any] = {}
+        for name, spec in native.items():
+            if isinstance(spec, str):
+                groups[name] = _nested(spec)
+            elif spec is not None:
+                groups[name] = [(_nested(pattern), suffix) for pattern, suffix in spec]
+        return groups
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        names: set[str] = set()
+        for prefix, module in self.named_modules():
+            if isinstance(module, TimmStages) and hasattr(module.net, "no_weight_decay"):
+                patterns = module.net.no_weight_decay()
+                for name, _ in module.net.named_parameters():
+                    if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+                        names.add(f"{prefix}.net.{name}")
+        return names
+
+
+def _known(backbone: str) -> PretrainedCfg:
+    if not isinstance(backbone, str) or not timm.is_model(backbone.partition(".")[0]):
+        close = get_close_matches(str(backbone), timm.list_models(), 3)
+        raise ValueError(
+            f"backbone={backbone!r}: timm has no such model" + (f"; close to it: {', '.join(close)}." if close else ".")
+        )
+    try:
+        return get_pretrained_cfg(backbone)
+    except RuntimeError as error:
+        raise ValueError(f"backbone={backbone!r}: {error}") from error
+
+
+def _load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | str | Path) -> nn.Module:
+    """The backbone with its published weights, or with those of a file; ValueError where there are none, or others."""
+    overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
+    if overlay and not Path(source).is_file():
+        raise ValueError(f"backbone_pretrained={str(source)!r}: no such file.")
+    try:
+        return make(pretrained=True, **overlay)
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        where = "published weights" if source is True else f"weights in {source}"
+        lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        reason = "; ".join([line for line in lines if "size mismatch" in line] or lines)[:300]
+        raise ValueError(
+            f"backbone={backbone!r}: its {where} could not be loaded, or do not fit it: {reason}"
+        ) from error
+
+
+def build_ride_any(
+    backbone: str,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    num_experts: int = 3,
+    split: str | None = None,
+    backbone_pretrained: bool | str | Path = False,
+    use_norm: bool = False,
+    router: bool = False,
+    top_choices_num: int = 5,
+    share_expert_help_pred_fc: bool = True,
+    routed: bool = False,
+    **backbone_args: Any,
+) -> Ride:
+    """Stem and first stages of a timm network shared, its last stages, norm and head per expert.
+
+    split: the first stage that each expert owns, by its name in the network (default: the last half of the stages,
+    of a plain transformer the last third of the blocks); backbone_pretrained: start trunk and experts from the
+    backbone's published weights, or from a file of such weights: experts then differ by their new classifiers only;
+    use_norm: cosine heads (scale 30) instead of the native ones; backbone_args: what the backbone itself takes, such
+    as img_size, drop_path_rate, global_pool. The other arguments are those of `build_ride_resnet`.
+    """
+    _known(backbone)
+
+    def make(**kwargs: Any) -> nn.Module:
+        return timm.create_model(backbone, num_classes=num_classes, in_chans=in_chans, **backbone_args, **kwargs)
+
+    if backbone_pretrained:
+        net = _load_backbone(make, backbone, backbone_pretrained)
+        source = deepcopy(net)
+    else:
+        net, source = make(), None
+    cut = find_cut(net, backbone)
+    first = resolve_split(net, cut, backbone, split)
+    total = len(stage_names(net, cut))
+
+    def make_expert() -> TimmExpert:
+        tail = make() if source is None else deepcopy(source)
+        if source is not None:
+            tail.reset_classifier(num_classes)
+        expert = TimmExpert(TimmStages(keep_expert(tail, cut, first), cut, range(first, total)), use_norm)
+        expert.drop_rate = backbone_args.get("drop_rate", 0.0)
+        return expert
+
+    return assemble(
+        TimmStages(keep_trunk(net, cut, first), cut, range(first)),
+        make_expert,
+        num_experts=num_experts,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        router=router,
+        top_choices_num=top_choices_num,
+        share_expert_help_pred_fc=share_expert_help_pred_fc,
+        routed=routed,
+        model_cls=AnyRide,
+    )
+
+
+_FROM_BACKBONE = ("input_size", "test_input_size", "min_input_size", "fixed_input_size", "pool_size", "crop_pct",
+                  "crop_mode", "interpolation", "mean", "std", "num_classes")  # fmt: skip
+
+
+def _cfg(backbone: str, **kwargs: Any) -> dict[str, Any]:
+    """The backbone's pretrained cfg as ours: what its weights expect, under our names."""
+    cfg = _known(backbone)
+    first_conv = (cfg.first_conv,) if isinstance(cfg.first_conv, str) else tuple(cfg.first_conv or ())
+    ours = {key: getattr(cfg, key) for key in _FROM_BACKBONE}
+    return ride_cfg(**ours, first_conv=tuple(f"trunk.net.{name}" for name in first_conv), **kwargs)
+
+
+def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
+    with torch.device("meta"):
+        probe = timm.create_model(_known(backbone) and backbone)
+    num_levels = 3 if find_cut(probe, backbone).tokens else len(probe.feature_info)
+    if pretrained:
+        kwargs["backbone_pretrained"] = False  # the whole network's weights follow
+    return create_ride(build_ride_any, variant, pretrained, num_levels=num_levels, backbone=backbone, **kwargs)
+
+
+_NAMED = {
+    "ride_swin_tiny": "swin_tiny_patch4_window7_224",
+    "ride_swin_small": "swin_small_patch4_window7_224",
+    "ride_convnext_tiny": "convnext_tiny",
+    "ride_vit_small_patch16_224": "vit_small_patch16_224",
+}
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.imagenet_lt": _cfg(backbone) for name, backbone in _NAMED.items()}
+    | {"ride.untrained": _cfg(DEFAULT_BACKBONE)}
+)
+
+
+def _create_named(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
+    return _create(name, _NAMED[name], pretrained, dict(dict(use_norm=True), **kwargs))
+
+
+@register_model
+def ride(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """Any backbone of timm that can be cut (`backbone`, a ResNet-18 unless told otherwise), with its native heads."""
+    backbone = kwargs.pop("backbone", DEFAULT_BACKBONE)
+    if not isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg):  # a saved network's own stands as it is
+        cfg = {key: value for key, value in _cfg(backbone).items() if key in (*_FROM_BACKBONE, "first_conv")}
+        kwargs["pretrained_cfg_overlay"] = cfg | (kwargs.get("pretrained_cfg_overlay") or {})
+    return _create("ride", backbone, pretrained, kwargs)
+
+
+@register_model
+def ride_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """Swin-T, patch embedding and stages 1-2 shared, stages 3-4 per expert; cosine heads."""
+    return _create_named("ride_swin_tiny", pretrained, kwargs)
+
+
+@register_model
+def ride_swin_small(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """Swin-S, patch embedding and stages 1-2 shared, stages 3-4 per expert; cosine heads."""
+    return _create_named("ride_swin_small", pretrained, kwargs)
+
+
+@register_model
+def ride_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ConvNeXt-T, stem and stages 1-2 shared, stages 3-4 per expert; cosine heads."""
+    return _create_named("ride_convnext_tiny", pretrained, kwargs)
+
+
+@register_model
+def ride_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Ride:
+    """ViT-S/16, embedding and blocks 1-8 shared, blocks 9-12 per expert; cosine heads."""
+    return _create_named("ride_vit_small_patch16_224", pretrained, kwargs)

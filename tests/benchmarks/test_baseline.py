@@ -1,0 +1,178 @@
+"""The baseline computes what ours computes, and every benchmark runs."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+
+from ride_timm.losses import make_loss
+from ride_timm.objectives import ExpertsObjective
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """name -> the benchmark as a module; what it imports from its own folder is forgotten again."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(BENCHMARKS))
+    threads = torch.get_num_threads()
+
+    def load(name):
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    yield load
+    sys.path.remove(str(BENCHMARKS))
+    for name in {path.stem for path in BENCHMARKS.glob("*.py")} - before:
+        sys.modules.pop(name, None)
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(True)  # the next test may want another precision
+
+
+def plain_name(name):
+    """experts.1.stages.layer2.0.conv1.weight -> layer2s.1.0.conv1.weight"""
+    name = re.sub(r"^experts\.(\d+)\.stages\.(layer\d)\.", r"\2s.\1.", name)
+    name = re.sub(r"^experts\.(\d+)\.fc\.", r"linears.\1.", name)
+    return name.removeprefix("trunk.")
+
+
+def as_plain(name, value):
+    """A head of ours is [C, D], theirs [D, C]."""
+    return value.T if ".fc." in name else value
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "size", "epoch"),
+    [("ride_resnet32", 100, 16, 0), ("ride_resnet32", 100, 16, 160), ("ride_resnext50", 10, 40, 160)],
+)
+def test_same_logits_loss_and_gradients(benchmark, name, num_classes, size, epoch):
+    torch.manual_seed(0)
+    class_counts = benchmark("batches").exponential_counts(num_classes, 500, 5)
+    model = timm.create_model(name, num_classes=num_classes, num_experts=3)
+    loss = make_loss("ride", class_counts, additional_diversity_factor=-0.45, reweight_epoch=160, reweight_factor=0.05)
+    objective = ExpertsObjective(model, loss)
+    objective.set_epoch(epoch)
+    plain = benchmark("baseline").PlainTraining(name, class_counts)
+    plain.loss.set_epoch(epoch + 1)
+    plain.model.load_state_dict({plain_name(key): as_plain(key, value) for key, value in model.state_dict().items()})
+    for module in (objective, plain.model, plain.loss):
+        module.double()  # what rounding makes of two orders of summation in fifty layers is not the question here
+    images, targets = benchmark("batches").random_batch(4, num_classes, size)
+
+    ours = objective(images.double(), targets)
+    ours["loss"].backward()
+    mean_logits, logits = plain.model(images.double())
+    theirs = plain.loss(mean_logits, logits, targets)
+    theirs.backward()
+
+    torch.testing.assert_close(mean_logits, ours["logits"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(theirs, ours["loss"], rtol=1e-4, atol=1e-6)
+    gradients = dict(plain.model.named_parameters())
+    for key, parameter in model.named_parameters():
+        expected, gradient = as_plain(key, parameter.grad), gradients.pop(plain_name(key)).grad
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(
+            gradient, expected, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, key=key: f"{key}: {m}"
+        )
+    assert not gradients
+
+
+def test_the_same_update(benchmark):
+    """torch's SGD of the baseline and timm's of the training script are one rule."""
+    ours = benchmark("ours")
+    counts = benchmark("batches").exponential_counts(100, 500, 5)
+    image_set = benchmark("batches").random_images([1] * 100, 32)
+    training = ours.Training(ours.make_recipe("ride_resnet32", 4, 32, "no"), image_set, 100)
+    plain = benchmark("baseline").PlainTraining("ride_resnet32", counts)
+    (group,), (wanted,) = training.optimizer.param_groups, plain.optimizer.param_groups
+    for key in ("momentum", "weight_decay", "nesterov", "dampening"):
+        assert group[key] == wanted[key], key
+    assert training.stage.lr_at(0) == pytest.approx(wanted["lr"])
+    assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in wanted["params"])
+
+
+def test_the_counts_are_those_of_cifar100_lt(benchmark):
+    counts = benchmark("batches").class_counts_of(100)
+    assert sum(counts) == 10_847 and counts[0] == 500 and counts[-1] == 5
+
+
+def test_baseline_learns(benchmark):
+    """Three steps on one batch: the loop trains and gives its figures."""
+    torch.manual_seed(0)
+    plain = benchmark("baseline").PlainTraining("ride_resnet32", [5] * 100)
+    batch = benchmark("batches").random_batch(8, 100, 16)
+    losses = [plain.train_epoch([batch])[0] for _ in range(3)]
+    assert losses[-1] < losses[0]
+
+
+def test_forced_routing(benchmark):
+    """The stub sends every sample to as many experts as it is told, and leaves the router as it was."""
+    routed = benchmark("routed")
+    model = timm.create_model("ride_resnet32", num_experts=3, router=True, top_choices_num=30).eval()
+    images, used = torch.randn(6, 3, 32, 32), torch.tensor([1, 3, 2, 1, 3, 3])
+    own = model.forward_routed(images)
+    with torch.inference_mode(), routed.forced(model.router, used):
+        assert torch.equal(model.forward_routed(images)[1], used)
+    assert torch.equal(model.forward_routed(images)[1], own[1])
+    assert routed.numbers_of_samples(32, routed.SHARES["paper"]) == [13, 3, 16]
+    assert sum(routed.numbers_of_samples(7, routed.SHARES["paper"])) == 7
+
+
+TINY = {
+    "step": ["--steps", "1", "--warm-up", "0", "--batch-size", "4"],
+    "epoch": ["--steps", "1", "--warm-up", "1", "--batch-size", "4"],
+    "input": ["--steps", "1", "--warm-up", "1", "--batch-size", "4", "--train-steps", "1"],
+    "routed": ["--models", "ride_resnet32", "--batch-sizes", "1", "4", "--seconds", "0"],
+    "split": [],
+    "import_time": [],
+    "memory": ["--steps", "1", "--batch-size", "2"],
+}
+LAST = {"routed": r"worst deviation [\d.]+ %", "split": r"slowest [\d.]+ s", "import_time": r"difference -?[\d.]+ s"}
+
+
+def test_every_script_is_tried():
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py") if "def main(" in path.read_text(encoding="utf-8")}
+    assert scripts == set(TINY)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_prints_its_figure_last(benchmark, capsys, monkeypatch, name):
+    results = BENCHMARKS / "results.jsonl"
+    before = results.read_bytes() if results.exists() else None
+    if name == "memory":  # a process each
+        monkeypatch.delitem(benchmark(name).SIDES, "ours fp32")
+    benchmark(name).main(["--rounds", "1", "--no-record", *TINY[name]])
+    assert re.fullmatch(LAST.get(name, r"ratio [\d.]+"), capsys.readouterr().out.splitlines()[-1])
+    assert before == (results.read_bytes() if results.exists() else None)
+
+
+@pytest.mark.parametrize("flag", ["--rounds", "--threads"])
+def test_refuses_zero(benchmark, capsys, flag):
+    record = benchmark("record")
+    with pytest.raises(SystemExit):
+        record.parse(record.parser("A title."), [flag, "0"])
+    assert f"{flag} 0: expected 1 or more" in capsys.readouterr().err
+
+
+def test_a_line_of_results(benchmark, tmp_path, monkeypatch):
+    import json
+
+    record = benchmark("record")
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results.jsonl")
+    args = record.parse(record.parser("A title."), ["--rounds", "2"])
+    args.data_dir = tmp_path / "cifar"
+    record.record("step", args, dict(ratio=2.3456789, rows=[dict(time=1 / 3)]))
+    line = json.loads(record.RESULTS.read_text())
+    assert line["benchmark"] == "step" and line["figures"] == {"ratio": 2.3457, "rows": [{"time": 0.33333}]}
+    assert line["arguments"] == {"rounds": 2, "threads": args.threads, "data_dir": "cifar"}
+    assert {"commit", "versions", "processor", "threads", "date"} <= set(line)
+    assert str(tmp_path) not in record.RESULTS.read_text()

@@ -1,0 +1,389 @@
+"""Any backbone: one set of checks, made on a small network of every family of the table."""
+
+import contextlib
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models._manipulate import group_parameters
+from torch import nn
+
+import ride_timm  # noqa: F401  (registers the models)
+from ride_timm.checkpoint import RunFolder
+from ride_timm.models import CosineClassifier, Ride
+from ride_timm.models.cuts import CUTS, find_cut
+
+TINY_SWIN = dict(img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
+TINY_VIT = dict(img_size=64, embed_dim=48, depth=4, num_heads=2)
+# backbone: (input size, what makes it small)
+BACKBONES = {
+    "test_resnet": (64, {}),
+    "resnext50_32x4d": (64, dict(layers=(1, 1, 1, 1))),
+    "resnetv2_50": (64, dict(layers=(1, 1, 1, 1), channels=(32, 32, 64, 64))),
+    "test_convnext": (64, {}),
+    "test_convnext2": (64, {}),
+    "convnextv2_atto": (64, dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))),
+    "swin_tiny_patch4_window7_224": (64, TINY_SWIN),
+    "swinv2_tiny_window8_256": (64, TINY_SWIN),
+    "swinv2_cr_tiny_ns_224": (64, TINY_SWIN),
+    "test_vit": (160, {}),
+    "test_vit3": (160, {}),
+    "deit_tiny_patch16_224": (64, TINY_VIT),
+    "vit_base_patch16_siglip_gap_224": (64, TINY_VIT),
+    "vit_small_patch14_reg4_dinov2": (64, dict(TINY_VIT, patch_size=16)),
+    "deit3_small_patch16_224": (64, dict(TINY_VIT, dynamic_img_size=True)),
+    "eva02_tiny_patch14_224": (56, dict(img_size=56, embed_dim=48, depth=4, num_heads=2)),
+    "vit_small_patch16_rope_mixed_224": (64, TINY_VIT),
+    "beit_base_patch16_224": (64, TINY_VIT),
+    "test_efficientnet": (64, {}),
+    "mobilenetv2_035": (64, {}),
+    "mobilenetv3_small_050": (64, {}),
+    "mobilenetv4_conv_small_035": (64, {}),
+    "regnetx_002": (64, {}),
+    "regnety_002": (64, {}),
+    "test_maxvit": (160, {}),
+    "test_coatnet": (160, {}),
+    "densenet121": (64, dict(block_config=(2, 2, 2, 2))),
+    "test_byobnet": (64, {}),
+    "test_mambaout": (64, {}),
+    "test_nfnet": (64, {}),
+    "cs3darknet_s": (64, {}),
+    "davit_tiny": (64, dict(embed_dims=(16, 32, 64, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))),
+    "edgenext_xx_small": (64, {}),
+    "focalnet_tiny_srf": (64, {}),
+    "ghostnet_050": (64, {}),
+    "hgnetv2_b0": (64, {}),
+    "inception_next_atto": (64, {}),
+    "nextvit_small": (64, dict(depths=(1, 1, 5, 1))),
+    "poolformerv2_s12": (64, {}),
+    "pvt_v2_b0": (64, {}),
+    "rdnet_tiny": (64, dict(num_init_features=16, growth_rates=(16,) * 7, num_blocks_list=(1,) * 7)),
+    "starnet_s050": (64, {}),
+    "tiny_vit_5m_224": (64, {}),
+    "ese_vovnet19b_dw": (64, {}),
+}
+FEW = ["test_resnet", "resnetv2_50", "swin_tiny_patch4_window7_224", "test_vit", "eva02_tiny_patch14_224"]
+FEW += ["beit_base_patch16_224", "mobilenetv3_small_050", "test_convnext", "densenet121"]
+
+
+def build(backbone, seed=0, **kwargs) -> Ride:
+    torch.manual_seed(seed)
+    return timm.create_model("ride", **dict(dict(backbone=backbone, num_classes=7), **BACKBONES[backbone][1], **kwargs))
+
+
+def images(backbone, B=2, seed=1):
+    side = BACKBONES[backbone][0]
+    return torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def lively(backbone) -> nn.Module:
+    """The backbone with weights that let no part of it go unseen: layer scales near 1, BatchNorm of a real batch."""
+    torch.manual_seed(3)
+    net = timm.create_model(backbone, num_classes=7, **BACKBONES[backbone][1])
+    with torch.no_grad():
+        for p in net.parameters():
+            nn.init.normal_(p, std=p[0].numel() ** -0.5) if p.ndim > 1 else nn.init.normal_(p, 1.0, 0.1)
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 1.0
+        net.train()(images(backbone, 4, seed=9))
+    return net.eval()
+
+
+def native(key: str) -> str:
+    """The backbone's own name of one of our parameters."""
+    return re.sub(r"^(trunk|experts\.\d+\.stages)\.net\.", "", key)
+
+
+def weights_of(net: nn.Module, model: Ride) -> dict:
+    """The backbone's weights under the names of `model`, the same for every expert."""
+    head = next(name for name, module in net.named_modules() if module is net.get_classifier())
+    theirs, ours = net.state_dict(), {}
+    for key in model.state_dict():
+        ours[key] = theirs[re.sub(r"^experts\.\d+\.fc\.", f"{head}.", native(key))]
+    return ours
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_every_family_of_the_table_is_tried():
+    tried = {type(timm.create_model(name, device="meta", **kwargs)).__name__ for name, (_, kwargs) in BACKBONES.items()}
+    assert tried == set(CUTS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_one_expert_is_the_backbone_bit_for_bit(backbone):
+    net, x = lively(backbone), images(backbone)
+    model = build(backbone, num_experts=1).eval()
+    model.load_state_dict(weights_of(net, model))
+    twice = [getattr(net, name, None) for name in find_cut(net, backbone).shared]  # in the trunk and in the expert
+    assert count(model) == count(net) + sum(count(part) for part in twice if part is not None)
+    expected = net(x)
+    assert expected.std(0).max() > 1e-3  # the images are told apart
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model.forward_experts(x)[1][:, 0], expected)
+    assert torch.equal(model.forward_features(x), net.forward_features(x))
+    assert (model.num_features, model.head_hidden_size) == (net.num_features, net.head_hidden_size)
+    output, levels = model.forward_intermediates(x)
+    theirs = net.forward_intermediates(x, intermediates_only=True)
+    assert torch.equal(output, model.forward_features(x)) and len(levels) == len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(levels, theirs, strict=True))
+    for i in range(len(model.trunk.feature_info)):
+        pruned = deepcopy(model)
+        pruned.prune_intermediate_layers([i], prune_norm=True)
+        features = pruned.forward_features(x)
+        if features.ndim == 4:
+            assert torch.equal(features if model.channel_axis == 1 else features.permute(0, 3, 1, 2), levels[i])
+        assert not any(key.startswith("experts") for key in pruned.state_dict())
+    same = build(backbone, num_experts=3).eval()
+    same.load_state_dict(weights_of(net, same))
+    torch.testing.assert_close(same(x), expected, rtol=1e-6, atol=1e-6)
+    features, logits = same.forward_experts(x)
+    assert logits.shape == (2, 3, 7) and features.shape[:2] == (2, 3)
+    axis = same.channel_axis
+    assert same.forward_features(x).shape[axis] == same.num_features == 3 * net.num_features
+    assert [level.shape[1] for level in same.forward_intermediates(x)[1]] == [i["num_chs"] for i in same.feature_info]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_two_training_steps_reach_every_parameter(backbone):
+    model, x = build(backbone, num_experts=2).train(), images(backbone, 4)
+    with contextlib.suppress(AssertionError):  # some of timm's networks have none
+        model.set_grad_checkpointing(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model.forward_experts(x)[1].flatten(0, 1), torch.arange(8) % 7).backward()
+        assert [key for key, p in model.named_parameters() if p.grad is None] == []
+        optimizer.step()
+    moved = [not torch.equal(before[key], p) for key, p in model.named_parameters()]
+    assert sum(moved) > 0.5 * len(moved)  # a bias before a norm has no slope, layer scales start at 1e-5
+    with torch.no_grad():
+        assert torch.isfinite(model.eval()(x)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_save_reload_reset_and_route(backbone, tmp_path):
+    model = build(backbone, num_experts=2, router=True, top_choices_num=3, use_norm=backbone in FEW).eval()
+    x = images(backbone, 4)
+    expected, used = model.forward_routed(x)
+    assert expected.shape == (4, 7) and set(used.tolist()) <= {1, 2}
+    folder = RunFolder(tmp_path)
+    cfg, size = model.pretrained_cfg, tuple(x.shape[1:])
+    folder.export(model, dict(input_size=size, mean=cfg["mean"], std=cfg["std"]), ())
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again.forward_routed(x)[0], expected) and torch.equal(again(x), model(x))
+    saved = again.pretrained_cfg
+    assert tuple(saved["mean"]) == cfg["mean"] and tuple(saved["input_size"]) == size
+    kinds = [type(head) for head in model.get_classifier()]
+    model.reset_classifier(5)
+    assert model(x).shape == (4, 5) and [type(head) for head in model.get_classifier()] == kinds
+    assert model.forward_routed(x)[0].shape == (4, 5)
+    features = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(0)
+    assert torch.equal(model(x), features) and features.shape == (4, model.head_hidden_size)
+
+
+def check_stages(model: Ride):
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert groups["trunk.net.stem.conv.weight"] == 0
+    for key, group in groups.items():
+        stage = re.search(r"net\.stages\.(\d)", key)
+        assert stage is None or group == int(stage[1]) + 1
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_groups_and_decay_are_the_backbones(backbone):
+    model = build(backbone, device="meta")
+    net = timm.create_model(backbone, num_classes=7, device="meta", **BACKBONES[backbone][1])
+    if not hasattr(net, "group_matcher"):
+        return check_stages(model)
+    for coarse in (False,) if backbone == "rdnet_tiny" else (True, False):  # timm's RDNet has no coarse groups
+        ours = group_parameters(model, model.group_matcher(coarse), reverse=True)
+        theirs = group_parameters(net, net.group_matcher(coarse), reverse=True)
+        for key, group in ours.items():
+            assert group == theirs.get(native(key), max(theirs.values())), key
+    names = {name for name, _ in net.named_parameters()}
+    exempt = set(net.no_weight_decay()) & names if hasattr(net, "no_weight_decay") else set()
+    assert {native(key) for key in model.no_weight_decay()} == exempt
+
+
+# Weights of the backbone
+
+
+@pytest.mark.parametrize("backbone", FEW)
+def test_experts_start_from_the_backbone_and_differ_by_their_heads(backbone, tmp_path):
+    net, file = lively(backbone), tmp_path / "backbone.safetensors"
+    safetensors.torch.save_file({k: v.contiguous() for k, v in net.state_dict().items()}, file)
+    model = build(backbone, backbone_pretrained=str(file))
+    expected = weights_of(net, model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]) is (".fc." not in key or ("bias" in key and not value.any())), key
+    first, *rest = model.get_classifier()
+    assert all(not torch.equal(first.weight, other.weight) for other in rest)
+    assert model._model_args["backbone"] == backbone
+
+
+def test_without_weights_experts_start_apart():
+    model = build("test_vit")
+    for key, first in model.experts[0].named_parameters():
+        if first.ndim > 1:
+            assert all(not torch.equal(first, dict(e.named_parameters())[key]) for e in model.experts[1:]), key
+
+
+def test_weights_for_other_channels_are_adapted(tmp_path):
+    net, file = lively("test_resnet"), tmp_path / "backbone.safetensors"
+    safetensors.torch.save_file(net.state_dict(), file)
+    model = build("test_resnet", backbone_pretrained=str(file), in_chans=1)
+    torch.testing.assert_close(model.trunk.net.conv1[0].weight, net.conv1[0].weight.sum(1, keepdim=True))
+
+
+def test_a_saved_network_needs_no_backbone_weights(tmp_path):
+    net, file = lively("test_resnet"), tmp_path / "backbone.safetensors"
+    safetensors.torch.save_file(net.state_dict(), file)
+    model = build("test_resnet", backbone_pretrained=str(file), split="layer4").eval()
+    cfg = model.pretrained_cfg
+    RunFolder(tmp_path / "run").path.mkdir()
+    RunFolder(tmp_path / "run").export(model, dict(input_size=cfg["input_size"]), ())
+    Path(file).unlink()
+    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    x = images("test_resnet")
+    assert torch.equal(again(x), model(x)) and not isinstance(again.experts[0].stages.net.layer4, nn.Identity)
+
+
+# Arguments
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", FEW)
+def test_every_split_gives_the_backbones_logits(backbone):
+    net, x = lively(backbone), images(backbone)
+    with pytest.raises(ValueError, match=r"split='layer9'.* can be split before ") as error:
+        build(backbone, split="layer9")
+    splits = str(error.value).split("before ")[1].rstrip(".").split(", ")
+    assert len(splits) >= 1
+    expected = net(x)
+    for split in splits:
+        model = build(backbone, split=split, num_experts=1).eval()
+        model.load_state_dict(weights_of(net, model))
+        assert torch.equal(model(x), expected), split
+        assert count(model) == count(net)
+        assert len(model.forward_intermediates(x)[1]) == len(model.feature_info)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (dict(split="layer5"), ValueError, r"split='layer5': test_resnet can be split before layer2, layer3, layer4"),
+        (dict(split="layer1"), ValueError, "can be split before layer2"),
+        (dict(num_experts=0), ValueError, "num_experts=0"),
+        (dict(num_experts=-1), ValueError, "num_experts=-1"),
+        (dict(num_expert=3), TypeError, "num_expert"),
+        (dict(reduce_dimension=True), TypeError, "reduce_dimension"),
+        (
+            dict(backbone="convnext_tny"),
+            ValueError,
+            r"backbone='convnext_tny': timm has no such model; .*convnext_tiny",
+        ),
+        (dict(backbone="resnet18.nowhere"), ValueError, "nowhere"),
+        (dict(backbone="hrnet_w18_small"), ValueError, "HighResolutionNet and cannot be cut: its stages hand on more"),
+        (dict(backbone="deit_tiny_distilled_patch16_224"), ValueError, "cannot be cut: it has two classifiers"),
+        (dict(backbone="test_ride_resnet"), ValueError, "cannot be cut: it has experts already"),
+        (dict(backbone="vgg11"), ValueError, "VGG and cannot be cut: no cut .* Families that can: .*ConvNeXt"),
+        (dict(backbone_pretrained="nowhere.safetensors"), ValueError, "nowhere.safetensors': no such file"),
+        (dict(routed=True), ValueError, "routed=True needs a router"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model("ride", **dict(dict(backbone="test_resnet"), **kwargs))
+
+
+def test_positions_that_experts_cannot_know_are_refused():
+    with pytest.raises(ValueError, match=r"dynamic_img_size cannot be cut: experts could not know"):
+        build("eva02_tiny_patch14_224", dynamic_img_size=True)
+
+
+def test_weights_of_another_width_are_refused(tmp_path):
+    file = tmp_path / "narrow.safetensors"
+    safetensors.torch.save_file(lively("test_vit").state_dict(), file)
+    with pytest.raises(
+        ValueError, match=r"backbone='test_vit': its weights in .*narrow.* do not fit it: size mismatch"
+    ):
+        timm.create_model("ride", backbone="test_vit", embed_dim=96, backbone_pretrained=str(file))
+
+
+# Named networks, and what timm offers
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "shared", "own"),
+    [
+        ("ride_swin_tiny", "layers.2", 2, 2),
+        ("ride_swin_small", "layers.2", 2, 2),
+        ("ride_convnext_tiny", "stages.2", 2, 2),
+        ("ride_vit_small_patch16_224", "blocks.8", 8, 4),
+    ],
+)
+def test_named_networks(name, split, shared, own):
+    model = timm.create_model(name, device="meta")
+    assert model.num_experts == 3 and model.num_classes == 1000 and model.pretrained_cfg["tag"] == "imagenet_lt"
+    assert all(isinstance(head, CosineClassifier) for head in model.get_classifier())
+    assert len(model.trunk.feature_info) == shared and len(model.experts[0].stages.feature_info) == own
+    assert model.feature_info[shared]["module"] == f"experts.0.stages.net.{split}"
+    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+    with pytest.raises(TypeError, match="backbone"):
+        timm.create_model(name, backbone="resnet18", device="meta")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", FEW)
+def test_features_only(backbone):
+    model, x = build(backbone, features_only=True).eval(), images(backbone)
+    maps = model(x)
+    assert [m.shape[1] for m in maps] == model.feature_info.channels() and all(m.ndim == 4 for m in maps)
+    sizes = [BACKBONES[backbone][0] // reduction for reduction in model.feature_info.reduction()]
+    assert [m.shape[2] for m in maps] == sizes
+    first = build(backbone, features_only=True, out_indices=(1,)).eval()
+    assert [m.shape[1] for m in first(x)] == first.feature_info.channels()
+    if len(build(backbone).trunk.feature_info) > 1:
+        assert not any(key.startswith("experts") for key in first.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", FEW)
+def test_compile_export_script_channels_last_and_bfloat16(backbone):
+    model, x = build(backbone).eval(), images(backbone)
+    expected = model(x)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()  # or the networks of other tests count against its limit
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    if backbone != "densenet121":  # timm's own DenseNet cannot be scripted
+        torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-5)
+    last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected, rtol=1e-3, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(x).float(), expected, rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [160, 288])
+def test_input_sizes(size):
+    x = torch.randn(1, 3, size, size)
+    assert build("test_convnext").eval()(x).shape == (1, 7)
+    for backbone in ("swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"):
+        kwargs = dict(BACKBONES[backbone][1], img_size=size)
+        model = timm.create_model("ride", backbone=backbone, num_classes=7, **kwargs).eval()
+        assert model(x).shape == (1, 7)
+        assert build(backbone, dynamic_img_size=True).eval()(x).shape == (1, 7)

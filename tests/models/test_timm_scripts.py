@@ -1,0 +1,105 @@
+"""The calls of timm's train.py, validate.py, inference.py and benchmark.py, scripts that its distributions lack."""
+
+import pytest
+import timm
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.layers import apply_test_time_pool
+from timm.models import load_checkpoint, safe_model_name
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import CheckpointSaver, ModelEmaV3, accuracy, reparameterize_model, unwrap_model
+
+import ride_timm  # noqa: F401  (registers the models)
+
+MODELS = {
+    "test_ride_resnet": dict(num_experts=2),
+    "ride": dict(backbone="test_vit", num_experts=2, img_size=64),
+}
+
+
+def loader_of(root, config, training=False):
+    config = dict(config, input_size=(3, 64, 64))
+    folder = create_dataset("", root=root, split="train" if training else "test")
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
+    settings = {key: config[key] for key in keys}
+    device = torch.device("cpu")
+    return create_loader(folder, batch_size=10, is_training=training, num_workers=0, device=device, **settings)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_train_then_validate_then_predict(name, colours, tmp_path):
+    model = timm.create_model(name, num_classes=3, drop_rate=0.1, **MODELS[name])
+    model.set_grad_checkpointing(enable=True)
+    config = resolve_data_config({"img_size": 64} if name == "ride" else {}, model=model)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
+    grouped = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert grouped == len(list(model.parameters())) and len({g["lr_scale"] for g in optimizer.param_groups}) > 3
+    ema = ModelEmaV3(model, decay=0.5)
+    saver = CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    loader = loader_of(colours, config, training=True)
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=1, updates_per_epoch=len(loader))
+    model.train()
+    for images, targets in loader:
+        loss = torch.nn.functional.cross_entropy(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(model)
+    scheduler.step(1)
+    saver.save_checkpoint(0, metric=1.0)
+    assert safe_model_name(name) == name and unwrap_model(model) is model
+
+    again = timm.create_model(name, num_classes=3, **MODELS[name]).eval()
+    load_checkpoint(again, str(tmp_path / "last.pth.tar"), use_ema=True)
+    again = reparameterize_model(again)
+    again, pooled = apply_test_time_pool(again, config)
+    assert not pooled
+    with torch.inference_mode():
+        for images, targets in loader_of(colours, config):
+            torch.testing.assert_close(again(images), ema.module.eval()(images))
+            top1, top2 = accuracy(again(images), targets, topk=(1, 2))
+            probabilities, labels = again(images).softmax(-1).topk(2)
+            assert 0 <= top1 <= top2 <= 100 and labels.shape == probabilities.shape == (10, 2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_benchmark_asks(name):
+    model = timm.create_model(name, num_classes=3, exportable=True, **MODELS[name]).eval()
+    assert model.pretrained_cfg["classifier"] == tuple(model.get_classifier(name_only=True))
+    scripted = torch.jit.script(timm.create_model(name, num_classes=3, scriptable=True, **MODELS[name]).eval())
+    x = torch.randn(2, 3, 64, 64)
+    assert scripted(x).shape == model(x).shape == (2, 3)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert model.to(dtype=dtype, memory_format=torch.channels_last)(x.to(dtype)).dtype == dtype
+
+
+def test_our_networks_are_listed():
+    names = timm.list_models("ride_*")
+    assert {"ride_resnet32", "ride_swin_tiny", "ride_vit_small_patch16_224"} <= set(names) and timm.is_model("ride")
+    assert set(timm.list_pretrained("ride_*")) <= {f"{n}.{t}" for n in names for t in ("imagenet_lt", "inat18")} | {
+        f"ride_resnet32.{tag}" for tag in ("cifar100_lt100", "cifar10_lt100", "fashion_lt")
+    }
+    assert timm.get_pretrained_cfg("ride_swin_tiny").tag == "imagenet_lt"
+
+
+ONNX = {
+    "test_resnet": (64, {}),
+    "test_convnext": (64, {}),
+    "test_vit": (160, {}),
+    "swin_tiny_patch4_window7_224": (64, dict(img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ONNX)
+def test_onnx(backbone, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    size, kwargs = ONNX[backbone]
+    model = timm.create_model("ride", backbone=backbone, num_classes=3, **kwargs).eval()
+    x, path = torch.randn(2, 3, size, size), str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (x,), path, input_names=["images"], dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,83 @@
+"""timm's own tests of models, those of the installed version, on ours: `python tests/timm_suite.py [NAME …]`.
+
+Without names: the tiny network and bare `ride`; `all`: every name. The tests come from timm's source distribution,
+taken from the folder TIMM_SDIST or from the package index; where it cannot be had, that is said, and nothing is run.
+As a pytest plugin (it loads itself) this file lets timm list our networks only, gives them to the tests that choose by
+module name as well, and sends token networks to the tests that timm has for its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import timm
+
+QUICK = ("ride", "test_ride_resnet")
+TOKENS = ("ride_vit_*",)  # as timm's NON_STD_FILTERS name its own vit_*
+
+_list_models, _list_pretrained = timm.list_models, timm.list_pretrained
+
+
+def chosen() -> list[str]:
+    names = os.environ["RIDE_SUITE"].split()
+    return [*_list_models("ride*"), "test_ride_resnet"] if names == ["all"] else names
+
+
+def pytest_configure(config) -> None:
+    def ours(found):
+        return [name for name in found if name.partition(".")[0] in chosen()]
+
+    def list_models(filter="", module="", exclude_filters="", **kwargs):
+        if isinstance(module, list):
+            module = ""  # a choice by family, and ours are of several
+        if "vit_*" in filter:
+            filter = [*filter, *TOKENS]
+        if "vit_*" in exclude_filters:
+            exclude_filters = [*exclude_filters, *TOKENS]
+        return ours(_list_models(filter, module, exclude_filters=exclude_filters, **kwargs))
+
+    timm.list_models = list_models
+    timm.list_pretrained = lambda *args, **kwargs: ours(_list_pretrained(*args, **kwargs))
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    def is_ours(item) -> bool:
+        name = getattr(getattr(item, "callspec", None), "params", {}).get("model_name", "")
+        return isinstance(name, str) and name.partition(".")[0] in chosen()
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
+    items[:] = [item for item in items if is_ours(item)]
+
+
+def fetch(folder: Path) -> Path | None:
+    """timm's source distribution, unpacked; None where the index does not give it."""
+    command = [sys.executable, "-m", "pip", "download", "-q", f"timm=={timm.__version__}"]
+    command += ["--no-deps", "--no-binary", "timm", "--dest", str(folder)]
+    if subprocess.run(command).returncode:
+        return None
+    with tarfile.open(next(folder.glob("timm-*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"timm-{timm.__version__}"
+
+
+def main(names: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(os.environ["TIMM_SDIST"]) if "TIMM_SDIST" in os.environ else fetch(Path(scratch))
+        if source is None:
+            print(f"skipped: the source distribution of timm {timm.__version__} cannot be had")
+            return 0
+        command = [sys.executable, "-m", "pytest", "-p", "ride_timm", "-p", "timm_suite", "--import-mode=importlib"]
+        command += ["-p", "no:cacheprovider", "-q", "-rs", "-W", "ignore", str(source / "tests" / "test_models.py")]
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # PYTHONSAFEPATH: the timm beside the tests must not hide the installed one
+        settings = dict(PYTHONSAFEPATH="1", HF_HUB_OFFLINE="1", RIDE_SUITE=" ".join(names or QUICK), PYTHONPATH=path)
+        return subprocess.run(command, env=os.environ | settings, cwd=scratch).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
