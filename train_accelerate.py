@@ -116,6 +116,7 @@ class Run:
             num_workers=self.recipe.workers,
             device=self.accelerator.device,
             input_size=self.size,
+            reduced_decode=self.recipe.reduced_decode,
         )
 
     def objective(self, stage: Stage) -> Objective:

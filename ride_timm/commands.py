@@ -110,6 +110,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
 
     def batches(image_set: Any) -> Any:
         where = dict(input_size=size, device=device, num_workers=recipe.workers)
+        where |= dict(reduced_decode=recipe.reduced_decode)
         return make_loader(image_set, recipe.augment, train=False, batch_size=evaluation_batch(size), seed=0, **where)
 
     threshold, chosen = recipe.threshold, None

@@ -63,6 +63,7 @@ class Recipe:
     test_split: str | None = key("data", "split to test on (default: test, validation or val)")
     augment: str = key("data", "augmentation and normalisation: cifar, fashion, imagenet, inat", "cifar")
     input_size: int | None = key("data", "side of the input in pixels (default: the augmentation's)", low=8)
+    reduced_decode: bool = key("data", "decode large JPEGs at reduced size: faster, slightly other pixels", False)
     holdout: float = key("data", "share of every training class held out for selection", 0.0, low=0, high=0.5)
 
     model: str = key("model", "timm name of the network", "ride_resnet32")

@@ -126,15 +126,20 @@ def find_cut(net: nn.Module, backbone: str) -> Cut:
         raise ValueError(
             f"backbone={backbone!r} is a {name} and cannot be cut: {reason}. Families that can: {', '.join(CUTS)}."
         )
-    if getattr(net, "rope", None) is not None:
-        for option in ("dynamic_img_size", "patch_drop"):
-            if getattr(net, option, None):
-                raise ValueError(
-                    f"backbone={backbone!r} with {option} cannot be cut: experts could not know where their tokens lie."
-                )
     if not isinstance(net.get_classifier(), nn.Module):
         raise ValueError(f"backbone={backbone!r} cannot be cut: {_TWO_HEADS}.")
     return CUTS[name]
+
+
+def check_positions(net: nn.Module, backbone: str) -> None:
+    """Rotary positions come from the grid of tokens: ValueError where it varies, which an expert does not see."""
+    if getattr(net, "rope", None) is not None:
+        for option, attribute in (("dynamic_img_size", "dynamic_img_size"), ("patch_drop_rate", "patch_drop")):
+            if getattr(net, attribute, None):
+                raise ValueError(
+                    f"backbone={backbone!r} with {option} cannot be cut: experts could not know where its tokens lie. "
+                    f"Create it with {option}=0 and a fixed img_size."
+                )
 
 
 def _modules(net: nn.Module, pattern: str) -> list[str]:

@@ -23,7 +23,18 @@ from timm.models import (
 from torch import Tensor, nn
 
 from .create import assemble, create_ride, ride_cfg
-from .cuts import Cut, Skip, find_cut, keep_expert, keep_trunk, resolve_split, skip, stage_names, stem_names
+from .cuts import (
+    Cut,
+    Skip,
+    check_positions,
+    find_cut,
+    keep_expert,
+    keep_trunk,
+    resolve_split,
+    skip,
+    stage_names,
+    stem_names,
+)
 from .ride import CosineClassifier, Expert, Ride
 
 DEFAULT_BACKBONE = "resnet18"
@@ -252,6 +263,7 @@ def build_ride_any(
     else:
         net, source = make(), None
     cut = find_cut(net, backbone)
+    check_positions(net, backbone)
     first = resolve_split(net, cut, backbone, split)
     total = len(stage_names(net, cut))
 

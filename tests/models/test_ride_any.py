@@ -39,6 +39,7 @@ BACKBONES = {
     "deit3_small_patch16_224": (64, dict(TINY_VIT, dynamic_img_size=True)),
     "eva02_tiny_patch14_224": (56, dict(img_size=56, embed_dim=48, depth=4, num_heads=2)),
     "vit_small_patch16_rope_mixed_224": (64, TINY_VIT),
+    "vit_tiny_patch16_dinov3_qkvb": (64, dict(TINY_VIT, dynamic_img_size=False)),
     "beit_base_patch16_224": (64, TINY_VIT),
     "test_efficientnet": (64, {}),
     "mobilenetv2_035": (64, {}),
@@ -310,7 +311,7 @@ def test_bad_arguments_are_named(kwargs, error, message):
 
 
 def test_positions_that_experts_cannot_know_are_refused():
-    with pytest.raises(ValueError, match=r"dynamic_img_size cannot be cut: experts could not know"):
+    with pytest.raises(ValueError, match=r"dynamic_img_size cannot be cut: .* Create it with dynamic_img_size=0"):
         build("eva02_tiny_patch14_224", dynamic_img_size=True)
 
 
