@@ -154,7 +154,8 @@ class Run:
         objective = self.objective(stage)
         parameters = objective.trainable_parameters()
         if not stage.decay_norm_and_bias:
-            parameters = param_groups_weight_decay(objective, stage.weight_decay)
+            exempt = {f"model.{name}" for name in self.model.no_weight_decay()}
+            parameters = param_groups_weight_decay(objective, stage.weight_decay, exempt)
         optimizer = create_optimizer_v2(
             parameters,
             opt=stage.optimizer,

@@ -6,9 +6,6 @@ import argparse
 import sys
 from typing import Any
 
-import timm
-from timm.models import get_arch_pretrained_cfgs
-
 from .checkpoint import create_ride_model
 from .commands import evaluate_command, export_command, load_data, predict_command, print_json, recipe_for
 from .errors import InputError, RunError
@@ -91,18 +88,10 @@ def _unreadable(data: Any) -> list[str]:
 
 
 def models_command(args: argparse.Namespace) -> None:
-    rows = []
-    for name in timm.list_models("ride*"):
-        model = timm.create_model(name, device="meta")
-        cfg = model.pretrained_cfg
-        tags = sorted(tag.partition(".")[2] for tag in get_arch_pretrained_cfgs(name))
-        params = sum(parameter.numel() for parameter in model.parameters())
-        rows.append(dict(name=name, params=params, input_size=cfg["input_size"][-1], tags=tags))
-    if args.json:
-        return print_json(rows)
-    print(f"{'name':<20} {'parameters':>12} {'input':>6}  tags")
-    for row in rows:
-        print(f"{row['name']:<20} {row['params']:>12,} {row['input_size']:>6}  {', '.join(row['tags'])}")
+    from .catalogue import catalogue, format_catalogue
+
+    rows = catalogue()
+    return print_json(rows) if args.json else print(format_catalogue(rows))
 
 
 def build_parser() -> Parser:

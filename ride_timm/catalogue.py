@@ -18,7 +18,7 @@ def describe(name: str, num_experts: int | None = None) -> dict[str, Any]:
     tags: the weights' names, each with whether a place to load them from is stated.
     """
     kwargs = dict(num_experts=num_experts) if num_experts else {}
-    model = timm.create_model(name, **kwargs)
+    model = timm.create_model(name, device="meta", **kwargs)
     size = tuple(model.pretrained_cfg["input_size"])
     macs = count_macs(model, size)
     by_experts = [round(macs.trunk + sum(macs.experts[: e + 1])) for e in range(len(macs.experts))]

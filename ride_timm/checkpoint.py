@@ -155,9 +155,11 @@ class RunFolder:
                 top_choices_num=model.router.top_choices_num,
                 share_expert_help_pred_fc=model.router.share_expert_help_pred_fc,
             )
+        # the weights beside it are whole: loading them again needs no others
+        backbone = dict(backbone_pretrained=False) if "backbone" in model._model_args else {}
         config = dict(
             model_config=dict(label_names=list(class_names)),
-            model_args=dict(num_experts=model.num_experts) | router,
+            model_args=dict(num_experts=model.num_experts) | router | backbone,
             data_config=data_config,
         )
         write_atomically(
@@ -199,7 +201,7 @@ def create_ride_model(name: str, **kwargs: Any) -> Ride:
         raise InputError(f"model={name!r}: no network with experts; there are {', '.join(timm.list_models('ride*'))}.")
     try:
         return timm.create_model(name, **kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         reason = re.sub(r".*unexpected keyword argument", "it does not take", str(error))
         raise InputError(f"model {name}: {reason}") from error
 

@@ -81,8 +81,12 @@ def count_macs(model: Ride, input_size: tuple[int, int, int]) -> Macs:
     def count(module: nn.Module, *inputs: Tensor) -> float:
         return float(profile(module, inputs, custom_ops=_RULES, verbose=False)[0])
 
-    copy = deepcopy(model).float().eval().to("cpu", memory_format=torch.contiguous_format)
-    image = torch.zeros(1, *input_size)
+    copy = deepcopy(model).float().eval()
+    device = next(copy.parameters()).device
+    if device.type != "meta":  # on meta only shapes are computed, which is all that counting needs
+        device = torch.device("cpu")
+        copy = copy.to(device, memory_format=torch.contiguous_format)
+    image = torch.zeros(1, *input_size, device=device)
     trunk = count(copy.trunk, image)
     shared = copy.trunk(image)
     experts, gates = [], []

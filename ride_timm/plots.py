@@ -58,5 +58,5 @@ def plot_curve(path: Path, curve: list[dict[str, Any]], prefixes: list[dict[str,
         points = [p["macs"] / 1e6 for p in prefixes], [p[group] for p in prefixes]
         axes.plot(*points, "o", color=line.get_color(), label="1, 2, … experts always" if group == "all" else None)
     axes.set(xlabel="MACs an image, millions", ylabel="accuracy (%)")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside, where it hides no point
     figure.savefig(path, dpi=120, format="png")

@@ -67,6 +67,9 @@ class Recipe:
     holdout: float = key("data", "share of every training class held out for selection", 0.0, low=0, high=0.5)
 
     model: str = key("model", "timm name of the network", "ride_resnet32")
+    backbone: str | None = key("model", "timm network to cut (model: ride)")
+    split: str | None = key("model", "first stage of the experts (model: ride; default: its family's)")
+    backbone_pretrained: bool = key("model", "start from timm's weights of the backbone (model: ride)", False)
     num_experts: int = key("model", "number of experts", 3, low=1)
     reduce_dimension: bool = key("model", "experts' stages at 3/4 of their width", True)
     use_norm: bool = key("model", "cosine heads", True)
@@ -134,8 +137,19 @@ class Recipe:
     @property
     def model_args(self) -> dict[str, Any]:
         """Arguments for `timm.create_model`; those at None or off are left to the network's own defaults."""
-        args = {k: getattr(self, k) for k in ("num_experts", "reduce_dimension", "use_norm", "drop_rate")}
-        optional = ("layer2_output_dim", "layer3_output_dim", "layer4_output_dim", "share_layer3", "drop_path_rate")
+        args = {k: getattr(self, k) for k in ("num_experts", "use_norm", "drop_rate")}
+        if not self.reduce_dimension:
+            args["reduce_dimension"] = False  # the networks that know it reduce by default
+        optional = (
+            "backbone",
+            "split",
+            "backbone_pretrained",
+            "layer2_output_dim",
+            "layer3_output_dim",
+            "layer4_output_dim",
+            "share_layer3",
+            "drop_path_rate",
+        )
         return args | {k: getattr(self, k) for k in optional if getattr(self, k)}
 
     @property

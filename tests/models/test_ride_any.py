@@ -1,6 +1,7 @@
 """Any backbone: one set of checks, made on a small network of every family of the table."""
 
 import contextlib
+import os
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -70,6 +71,8 @@ BACKBONES = {
 }
 FEW = ["test_resnet", "resnetv2_50", "swin_tiny_patch4_window7_224", "test_vit", "eva02_tiny_patch14_224"]
 FEW += ["beit_base_patch16_224", "mobilenetv3_small_050", "test_convnext", "densenet121"]
+# bit for bit every family is tried; the longer checks take these few, or all with RIDE_TIMM_ALL_BACKBONES=1
+SEVERAL = list(BACKBONES) if os.environ.get("RIDE_TIMM_ALL_BACKBONES") else FEW
 
 
 def build(backbone, seed=0, **kwargs) -> Ride:
@@ -154,7 +157,7 @@ def test_one_expert_is_the_backbone_bit_for_bit(backbone):
     assert [level.shape[1] for level in same.forward_intermediates(x)[1]] == [i["num_chs"] for i in same.feature_info]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", SEVERAL)
 def test_two_training_steps_reach_every_parameter(backbone):
     model, x = build(backbone, num_experts=2).train(), images(backbone, 4)
     with contextlib.suppress(AssertionError):  # some of timm's networks have none
@@ -173,7 +176,7 @@ def test_two_training_steps_reach_every_parameter(backbone):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", SEVERAL)
 def test_save_reload_reset_and_route(backbone, tmp_path):
     model = build(backbone, num_experts=2, router=True, top_choices_num=3, use_norm=backbone in FEW).eval()
     x = images(backbone, 4)
@@ -203,7 +206,7 @@ def check_stages(model: Ride):
         assert stage is None or group == int(stage[1]) + 1
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", SEVERAL)
 def test_groups_and_decay_are_the_backbones(backbone):
     model = build(backbone, device="meta")
     net = timm.create_model(backbone, num_classes=7, device="meta", **BACKBONES[backbone][1])
