@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ride_timm import InputError, RunError
 from ride_timm.checkpoint import RunFolder, create_model, load_model
 from ride_timm.data.loader import make_loader
+from ride_timm.data.orders import Shares
 from ride_timm.data.sources import hold_out, load_longtail
 from ride_timm.data.transforms import get_policy
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
@@ -62,8 +63,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     if args.teacher:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
-    if recipe.distillation and not args.teacher and args.stage != "router":
-        raise InputError("this recipe learns from a teacher: name one by --teacher.")
     for name in (recipe.optimizer, recipe.router_optimizer):
         if name not in list_optimizers():
             raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
@@ -81,7 +80,6 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> None:
         self.args, self.recipe, self.accelerator = args, recipe, accelerator
-        self.signals = Signals()
         self.folder = RunFolder(args.output)
         self.state = self.folder.claim(recipe, args.stage, args.resume, args.from_here)
         self.policy = get_policy(recipe.augment)
@@ -92,7 +90,6 @@ class Run:
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
-        self.teacher = load_model(args.teacher) if args.teacher and "experts" in args.stages else None
         self.history: list[dict[str, Any]] = []
         self.reached: dict[str, Any] = {}
         self.seconds = 0.0
@@ -100,6 +97,17 @@ class Run:
             self.history, self.reached, self.seconds = (self.state[key] for key in ("history", "stages", "seconds"))
             weights = {name: value for name, value in self.state["model"].items() if not name.startswith("router.")}
             self.model.load_state_dict(weights)
+        self.teacher = None
+        if recipe.distillation and "experts" in args.stages and "experts" not in self.reached:
+            if not args.teacher:
+                raise InputError("this recipe learns from a teacher: name one by --teacher.")
+            self.teacher = load_model(args.teacher)
+            if self.teacher.num_classes != self.data.num_classes:
+                raise InputError(f"the teacher {args.teacher} has {self.teacher.num_classes} classes, not the data's.")
+        for name in args.stages:  # a batch that cannot be shared out is found now, not after stage one
+            size = recipe.stage(name).batch_size
+            Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
+        self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
     def loader(self, image_set: Any, stage: Stage | None = None) -> Any:
@@ -137,7 +145,8 @@ class Run:
         if self.accelerator.num_processes > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return evaluate(self.model, loader, self.data.class_counts, stage.name == "router", self.recipe.threshold)
+        watched = (batch for batch in loader if not self.signals.check())
+        return evaluate(self.model, watched, self.data.class_counts, stage.name == "router", self.recipe.threshold)
 
     def save(self, stage: str, epoch: int, **more: Any) -> None:
         if self.accelerator.is_main_process:
@@ -156,13 +165,8 @@ class Run:
         if not stage.decay_norm_and_bias:
             exempt = {f"model.{name}" for name in self.model.no_weight_decay()}
             parameters = param_groups_weight_decay(objective, stage.weight_decay, exempt)
-        optimizer = create_optimizer_v2(
-            parameters,
-            opt=stage.optimizer,
-            lr=stage.lr,
-            weight_decay=stage.weight_decay,
-            momentum=recipe.momentum,
-        )
+        settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=recipe.momentum)
+        optimizer = create_optimizer_v2(parameters, opt=stage.optimizer, **settings)
         if recipe.sync_bn:
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
@@ -250,8 +254,10 @@ class Run:
             facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
             facts |= dict(seconds=round(self.seconds, 1))
             self.folder.write_results(self.recipe, self.accelerator.device, self.reached, **facts)
-            plot_run(self.folder.path, self.history, self.folder.results())
         self.save("router" if stage.name == "experts" else "done", 0)
+        if self.accelerator.is_main_process:
+            plot_run(self.folder.path, self.history, self.folder.results())
+        self.state = None  # what follows goes on from here, not from what was resumed
 
 
 def train(argv: list[str] | None) -> None:

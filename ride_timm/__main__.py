@@ -123,7 +123,7 @@ def build_parser() -> Parser:
     predict = command("predict", predict_command, "classes of image files")
     predict.add_argument("--model", required=True, metavar="SPEC", help=spec)
     predict.add_argument("--routed", action="store_true", help="let the router choose the experts")
-    predict.add_argument("--threshold", type=float, default=0.5, metavar="X", help="gate probability that goes on")
+    predict.add_argument("--threshold", type=float, metavar="X", help="gate probability (default: the run's, or 0.5)")
     add_inference_flags(predict)
     predict.add_argument("images", nargs="+", metavar="IMAGE")
 

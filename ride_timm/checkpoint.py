@@ -109,7 +109,10 @@ class RunFolder:
                 raise InputError(f"the recipe disagrees with the run in {self.path}: {differences}.")
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")
-        if from_here and not finished:
+        routing = resume and state is not None and state["stage"] == "router"
+        if state is not None and state["stage"] != "experts" and not finished and stage != "router":
+            raise InputError(f"{self.path} holds a router on experts from elsewhere: go on by --stage router --resume.")
+        if from_here and not finished and not routing:
             raise InputError(f"stage one in {self.path} is not finished: resume it by --resume --stage both.")
         return state
 

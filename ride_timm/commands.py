@@ -41,7 +41,7 @@ def recipe_for(args: argparse.Namespace) -> Recipe:
     elif flags.get("dataset") in _RECIPE_OF:
         recipe = load_recipe(_RECIPE_OF[flags["dataset"]])
     elif "dataset" in flags:
-        recipe = Recipe(augment="imagenet")
+        recipe = Recipe(augment="imagenet", imb_type="none")
     else:
         raise InputError(f"what to read? Name --dataset or --recipe (there are {', '.join(available())}).")
     return recipe.override(flags)
@@ -58,6 +58,12 @@ def _load(args: argparse.Namespace, needs_router: bool) -> Ride:
     if needs_router and model.router is None:
         raise InputError(f"{args.model} has no router: leave --routed out, or train stage two.")
     return model
+
+
+def _threshold(args: argparse.Namespace) -> float:
+    """The gate probability that was asked for, else the run's own, else 0.5."""
+    own = _own_recipe(args.model)
+    return args.threshold if args.threshold is not None else own.threshold if own else 0.5
 
 
 # evaluate
@@ -194,11 +200,13 @@ def predict_command(args: argparse.Namespace) -> None:
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
+    from .data.reduced_decode import upright
+
     inference = inference_of(args)
     images = []
     for path in args.images:
         try:
-            images.append(Image.open(path).convert("RGB"))
+            images.append(upright(Image.open(path)).convert("RGB"))
         except OSError as error:
             raise InputError(f"image {path} cannot be read: {error}") from error
     model = _load(args, args.routed)
@@ -206,7 +214,7 @@ def predict_command(args: argparse.Namespace) -> None:
     transform = create_transform(**config, is_training=False)
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
     routed = args.routed or model.routed
-    answer = prepare(model, inference, routed, args.threshold, config["input_size"][-1])
+    answer = prepare(model, inference, routed, _threshold(args), config["input_size"][-1])
     predictions = []
     for path, image in zip(args.images, images, strict=True):
         logits, used = answer(transform(image)[None])
@@ -236,8 +244,7 @@ def export_command(args: argparse.Namespace) -> None:
     if args.input_size is not None and args.input_size < 8:
         raise InputError(f"input-size={args.input_size}: expected 8 or more pixels.")
     model = _load(args, args.routed != "none")
-    own = _own_recipe(args.model)
-    threshold = args.threshold if args.threshold is not None else own.threshold if own else 0.5
+    threshold = _threshold(args)
     folder = export(model, args.output, args.routed, threshold, args.input_size)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     if args.json:

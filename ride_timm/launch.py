@@ -69,6 +69,8 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
         return 0
     except Interrupted as error:
         code, message = 128 + error.args[0], "interrupted; --resume goes on after the last finished epoch."
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted."
     except InputError as error:
         code, message = 2, str(error)
     except RunError as error:

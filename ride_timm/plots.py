@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import write_atomically
+
 
 def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> list[Path]:
     """Draw curves.png (loss and test accuracy by epoch) and classes.png (accuracy by class, most frequent first).
@@ -26,7 +28,7 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
     right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
     right.legend()
     written = [folder / "curves.png"]
-    figure.savefig(written[0], dpi=120)
+    write_atomically(written[0], lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
     counts = results["class_counts"]
     order = sorted(range(len(counts)), key=lambda c: -counts[c])
@@ -41,7 +43,7 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
     images.set(yscale="log", ylabel="training images (grey)")
     axes.legend()
     written.append(folder / "classes.png")
-    figure.savefig(written[1], dpi=120)
+    write_atomically(written[1], lambda partial: figure.savefig(partial, dpi=120, format="png"))
     return written
 
 

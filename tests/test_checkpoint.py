@@ -86,6 +86,15 @@ def test_router_stage_from_the_folder_itself(tmp_path):
         folder.claim(TINY.override({"lr": 0.5}), "router", resume=False, from_here=True)
 
 
+def test_a_router_on_experts_from_elsewhere_resumes_as_a_router_only(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start(TINY)
+    folder.save_state(_state("router", 1))
+    with pytest.raises(InputError, match=r"experts from elsewhere: go on by --stage router --resume"):
+        folder.claim(TINY, "both", resume=True, from_here=False)
+    assert folder.claim(TINY, "router", resume=True, from_here=True)["epoch"] == 1
+
+
 def test_a_torn_state_is_named(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.start(TINY)

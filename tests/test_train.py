@@ -219,6 +219,13 @@ def test_a_checkpoint_of_another_model_is_refused(train, finished, colours, tmp_
     assert "holds another model than the recipe's" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_what_only_shows_with_the_data_is_found_before_anything_is_written(train, finished, colours, tmp_path, capsys):
+    teacher, _ = finished
+    flags = ["--dataset", "fashion_lt", "--augment", "fashion", "--teacher", teacher, "--output", tmp_path / "run"]
+    assert train([*flags, "--threads", "1"]) == 2
+    assert "has 3 classes" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_names_epoch_and_step_and_keeps_the_checkpoint(train, colours, tmp_path, capsys):
     output = tmp_path / "run"
     flags = _flags(colours, output, "--stage", "experts", "--warmup-epochs", "0", "--schedule", "constant")

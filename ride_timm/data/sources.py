@@ -143,8 +143,15 @@ def load_longtail(
     Raises `InputError` where the data set is not found or its splits, columns or labels do not serve.
     """
     check_imbalance(imb_type, imb_factor, seed)
+    if dataset == EMBEDDED and data_dir is not None:
+        raise InputError(f"data set {EMBEDDED!r} lies in the package: name the data set that {str(data_dir)!r} holds")
     splits = _read_splits(str(dataset), data_dir)
     if dataset == EMBEDDED:
+        if (imb_type, imb_factor, seed) != ("exp", 0.01, 0) and imb_type != "none":
+            raise InputError(
+                f"data set {EMBEDDED!r} is long-tailed already (exp, factor 0.01): leave imb_type, imb_factor and the "
+                "split's seed out, or choose another data set"
+            )
         imb_type = "none"
     test_split = _choose_test_split(splits, train_split, test_split)
     train, test = splits[train_split], splits[test_split]

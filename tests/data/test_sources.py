@@ -46,7 +46,7 @@ def saved(tmp_path, **splits) -> str:
 
 
 def test_embedded_set():
-    data = load_longtail("fashion_lt", imb_type="step", imb_factor=0.5)  # made already: these do not apply
+    data = load_longtail("fashion_lt", imb_type="none")
     assert data.class_counts == [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
     assert data.num_classes == 10 and data.class_names[-1] == "Ankle boot" and data.name == "fashion_lt"
     assert np.bincount(data.test.labels).tolist() == [100] * 10
@@ -360,3 +360,16 @@ def test_real_cifar100():
     assert data.class_counts == class_sizes(50_000, 100, "exp", 0.01)
     assert data.class_names[:2] == ("apple", "aquarium_fish")
     assert data.train[0][0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(imb_factor=0.1), r"long-tailed already"),
+        (dict(seed=1), r"long-tailed already"),
+        (dict(data_dir="elsewhere"), r"name the data set that 'elsewhere' holds"),
+    ],
+)
+def test_the_embedded_set_is_not_another_one(settings, message):
+    with pytest.raises(InputError, match=message):
+        load_longtail("fashion_lt", **settings)
