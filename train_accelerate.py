@@ -30,7 +30,7 @@ from ride_timm.data.transforms import get_policy
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_bf16, has_compiler, keep_memory, set_threads
 from ride_timm.losses import make_loss
-from ride_timm.models import Router, fuse_norm_relu
+from ride_timm.models import Router
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
 from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, load_recipe
@@ -96,7 +96,7 @@ class Run:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
         if recipe.fused_norm and accelerator.device.type == "cpu":
-            fuse_norm_relu(self.model)
+            self.model.fuse_training()
         self.history: list[dict[str, Any]] = []
         self.reached: dict[str, Any] = {}
         self.seconds = 0.0

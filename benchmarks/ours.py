@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT))  # the training script is no package, and this che
 from ride_timm.checkpoint import create_model
 from ride_timm.data.transforms import get_policy
 from ride_timm.launch import keep_memory
-from ride_timm.models import fuse_norm_relu
 from ride_timm.recipe import Recipe, load_recipe
 from train_accelerate import Run
 
@@ -47,7 +46,7 @@ class Training(Run):
         self.model = create_model(recipe, num_classes)
         keep_memory()
         if recipe.fused_norm:
-            fuse_norm_relu(self.model)
+            self.model.fuse_training()
         self.stage = recipe.stage("experts")
         self.stage_objective = self.objective(self.stage)
         optimizer = create_optimizer_v2(

@@ -1,6 +1,5 @@
 """RIDE networks; importing this package registers their entrypoints in timm."""
 
-from .fused_norm import fuse_norm_relu
 from .legacy import load_legacy
 from .ride import CosineClassifier, Expert, Ride, Stages
 from .ride_any import build_ride_any
@@ -17,6 +16,5 @@ __all__ = [
     "build_ride_any",
     "build_ride_resnet",
     "build_ride_resnet_cifar",
-    "fuse_norm_relu",
     "load_legacy",
 ]

@@ -9,6 +9,7 @@ statistics, normalisation with shortcut and ReLU, and the same two passes backwa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -178,10 +179,49 @@ class FusedBlock(nn.Module):
         self.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.forward_rest(self.conv1(x), x if self.downsample is None else self.downsample(x))
+
+    def forward_rest(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """What follows the first convolution, from its output and the shortcut."""
         for i in range(1, self.num_convs):
-            x = norm_relu(getattr(self, f"bn{i}"), getattr(self, f"conv{i}")(x))
-        return norm_relu(getattr(self, f"bn{self.num_convs}"), getattr(self, f"conv{self.num_convs}")(x), shortcut)
+            x = getattr(self, f"conv{i + 1}")(norm_relu(getattr(self, f"bn{i}"), x))
+        return norm_relu(getattr(self, f"bn{self.num_convs}"), x, shortcut)
+
+
+def _entry(expert: nn.Module) -> FusedBlock | None:
+    """The first block of an expert, if it is a fused one."""
+    first = next(iter(expert.stages.children()), None)
+    block = first[0] if isinstance(first, nn.Sequential) and len(first) else None
+    return block if isinstance(block, FusedBlock) else None
+
+
+def can_enter_together(experts: Sequence[nn.Module]) -> bool:
+    """Whether the experts' first convolutions are of one kind, beside shortcuts without parameters of their own."""
+    blocks = [_entry(expert) for expert in experts]
+    if any(block is None or block.downsample is None or list(block.downsample.parameters()) for block in blocks):
+        return False
+    convs = [block.conv1 for block in blocks]
+    kinds = {(conv.weight.shape, conv.stride, conv.padding, conv.dilation) for conv in convs}
+    return len(kinds) == 1 and all(conv.groups == 1 and conv.bias is None for conv in convs)
+
+
+def forward_together(experts: Sequence[nn.Module], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The trunk's map [B, C, H, W] -> each expert's (features [B, D], logits [B, C]), their first convolutions as one.
+
+    That map is the largest they see, and one convolution with all experts' filters reads it once, forward and
+    backward; the same numbers as one by one, in another order of summation.
+    """
+    blocks = [_entry(expert) for expert in experts]
+    conv, shortcut = blocks[0].conv1, blocks[0].downsample(x)
+    filters = torch.cat([block.conv1.weight for block in blocks])
+    maps = F.conv2d(x, filters, None, conv.stride, conv.padding, conv.dilation).chunk(len(blocks), 1)
+    both = []
+    for expert, block, first in zip(experts, blocks, maps, strict=True):
+        y = block.forward_rest(first.contiguous(memory_format=torch.channels_last), shortcut)
+        for stage, module in enumerate(expert.stages):
+            y = module[1:](y) if stage == 0 else module(y)
+        both.append(expert.forward_both_of(y))
+    return both
 
 
 def _fusable(block: nn.Module) -> bool:
