@@ -12,7 +12,7 @@ from .errors import InputError, RunError
 from .export import KINDS
 from .flops import Macs, count_macs
 from .inference import add_inference_flags
-from .launch import Parser, exit_code, set_threads
+from .launch import Parser, exit_code, keep_memory, set_threads
 from .priors import shot_groups
 from .recipe import Recipe, add_flags, flags_given, keys_of
 
@@ -159,6 +159,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None) -> None:
     args = build_parser().parse_args(argv)
     set_threads(args.threads)
+    keep_memory()
     args.run(args)
 
 
