@@ -29,7 +29,7 @@ FSDP = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY=
 RUN = ["--model", "test_ride_resnet", "--num-experts", "2", "--imb-type", "none", "--augment", "cifar"]
 RUN += ["--threads", "1", "--epochs", "2", "--router-epochs", "1", "--warmup-epochs", "1", "--lr", "0.02"]
 RUN += ["--batch-size", "18", "--router-batch-size", "18", "--eval-every", "2"]
-RUN += ["--clip-grad", "1", "--gradient-accumulation", "2"]
+RUN += ["--clip-grad", "1", "--gradient-accumulation", "2", "--mixed-precision", "no"]
 
 
 def _two_processes(*flags, **environment):
@@ -140,7 +140,8 @@ def test_accelerate_reads_the_configurations_and_the_readme_names_them(path):
 
 def test_the_fsdp_configuration_is_one_that_is_accepted(monkeypatch):
     config = load_config_from_file(str(CONFIGS / "fsdp.yaml"))
-    args = launch_command_parser().parse_args(["--use_fsdp", "--num_processes", "8", "train_accelerate.py"])
+    args = launch_command_parser().parse_args(["--use_fsdp", "--num_machines", "1", "train_accelerate.py"])
+    args.num_processes = config.num_processes
     for name, value in config.fsdp_config.items():
         setattr(args, name, value)  # as the launcher does with its file
     for name, value in prepare_multi_gpu_env(args).items():
