@@ -140,9 +140,9 @@ def test_accelerate_reads_the_configurations_and_the_readme_names_them(path):
 
 def test_the_fsdp_configuration_is_one_that_is_accepted(monkeypatch):
     config = load_config_from_file(str(CONFIGS / "fsdp.yaml"))
-    args = launch_command_parser().parse_args(["--use_fsdp", "--num_machines", "1", "train_accelerate.py"])
-    args.num_processes = config.num_processes
-    for name, value in config.fsdp_config.items():
+    args = launch_command_parser().parse_args(["--use_fsdp", "train_accelerate.py"])
+    names = ("num_processes", "num_machines", "machine_rank", "mixed_precision")
+    for name, value in [*config.fsdp_config.items(), *((name, getattr(config, name)) for name in names)]:
         setattr(args, name, value)  # as the launcher does with its file
     for name, value in prepare_multi_gpu_env(args).items():
         if name.startswith(("ACCELERATE_USE", "FSDP_")):
