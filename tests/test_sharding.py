@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
@@ -139,11 +139,8 @@ def test_accelerate_reads_the_configurations_and_the_readme_names_them(path):
 
 
 def test_the_fsdp_configuration_is_one_that_is_accepted(monkeypatch):
-    config = load_config_from_file(str(CONFIGS / "fsdp.yaml"))
-    args = launch_command_parser().parse_args(["--use_fsdp", "train_accelerate.py"])
-    names = ("num_processes", "num_machines", "machine_rank", "mixed_precision")
-    for name, value in [*config.fsdp_config.items(), *((name, getattr(config, name)) for name in names)]:
-        setattr(args, name, value)  # as the launcher does with its file
+    given = launch_command_parser().parse_args(["--config_file", str(CONFIGS / "fsdp.yaml"), "train_accelerate.py"])
+    args, *_ = _validate_launch_command(given)
     for name, value in prepare_multi_gpu_env(args).items():
         if name.startswith(("ACCELERATE_USE", "FSDP_")):
             monkeypatch.setenv(name, value)
