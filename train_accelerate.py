@@ -98,7 +98,7 @@ class Run:
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
-        if recipe.fused_norm and accelerator.device.type == "cpu":
+        if recipe.fused_norm and accelerator.device.type == "cpu" and not self.sharded:  # FSDP enters experts apart
             self.model.fuse_training()
         self.history: list[dict[str, Any]] = []
         self.reached: dict[str, Any] = {}
