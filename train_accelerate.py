@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ from ride_timm.objectives import DistillationObjective, ExpertsObjective, Object
 from ride_timm.plots import plot_run
 from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, load_recipe
 from ride_timm.selection import Selection
+from ride_timm.sharding import hook_experts, is_sharded, make_plugin, shardable, share_out, whole
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
@@ -85,6 +87,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> None:
         self.args, self.recipe, self.accelerator = args, recipe, accelerator
+        self.sharded = is_sharded(accelerator)
         self.folder = RunFolder(args.output)
         self.state = self.folder.claim(recipe, args.stage, args.resume, args.from_here)
         self.policy = get_policy(recipe.augment)
@@ -95,7 +98,7 @@ class Run:
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
-        if recipe.fused_norm and accelerator.device.type == "cpu":
+        if recipe.fused_norm and accelerator.device.type == "cpu" and not self.sharded:  # FSDP enters experts apart
             self.model.fuse_training()
         self.history: list[dict[str, Any]] = []
         self.reached: dict[str, Any] = {}
@@ -144,8 +147,9 @@ class Run:
         class_counts = np.bincount(self.train_set.labels, minlength=self.data.num_classes).tolist()
         loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
         if self.teacher is None:
-            return ExpertsObjective(self.model, loss)
-        return DistillationObjective(self.model, loss, self.teacher, recipe.distill_temperature, recipe.teacher_mode)
+            return ExpertsObjective(self.model, loss, recipe.ghost_batch)
+        taught = (self.teacher, recipe.distill_temperature, recipe.teacher_mode)
+        return DistillationObjective(self.model, loss, *taught, recipe.ghost_batch)
 
     def evaluate(self, loader: Any, stage: Stage) -> dict[str, Any]:
         """In full precision, with the buffers of the main process, which are the ones that are saved."""
@@ -168,6 +172,11 @@ class Run:
         loader, test_loader = self.loader(self.train_set, stage), self.loader(self.data.test)
         held_out_loader = self.loader(self.held_out) if self.held_out is not None else None
         objective = self.objective(stage)
+        resumed = self.state if self.state and self.state["stage"] == stage.name and self.state["epoch"] else None
+        if resumed:
+            self.model.load_state_dict(resumed["model"])
+        if self.sharded:
+            objective = shardable(objective, accelerator.device)
         parameters = objective.trainable_parameters()
         if not stage.decay_norm_and_bias:
             exempt = {f"model.{name}" for name in self.model.no_weight_decay()}
@@ -175,15 +184,15 @@ class Run:
         settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=recipe.momentum)
         optimizer = create_optimizer_v2(parameters, opt=stage.optimizer, **settings)
         if recipe.sync_bn:
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+            convert_sync_batchnorm(objective)
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
+        hook_experts(objective.model)
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0
-        if self.state and self.state["stage"] == stage.name and self.state["epoch"]:
-            done, selection.best = self.state["epoch"], self.state["best"]
-            self.model.load_state_dict(self.state["model"])
-            optimizer.load_state_dict(self.state["optimizer"])
+        if resumed:
+            done, selection.best = resumed["epoch"], resumed["best"]
+            optimizer.load_state_dict(share_out(resumed["optimizer"], optimizer))
             if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(self.state["scaler"])
+                accelerator.scaler.load_state_dict(resumed["scaler"])
         bar = tqdm(
             total=stage.epochs * len(loader),
             initial=done * len(loader),
@@ -194,6 +203,8 @@ class Run:
         while done < stage.epochs and not selection.exhausted(done):
             started = time.perf_counter()
             loss = self.train_epoch(stage, done, objective, wrapped, optimizer, loader, bar)
+            if self.sharded:
+                self.model.load_state_dict(whole(objective.model.state_dict()))
             row = dict(stage=stage.name, epoch=done + 1, lr=stage.lr_at(done), loss=loss)
             row |= dict(seconds=round(time.perf_counter() - started, 2))
             row |= dict.fromkeys(("all", "many", "medium", "few", "held_out"))
@@ -209,7 +220,7 @@ class Run:
             accelerator.log({k: v for k, v in row.items() if isinstance(v, float | int)}, step=len(self.history))
             self.seconds += time.perf_counter() - started
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            self.save(stage.name, done, optimizer=optimizer.state_dict(), scaler=scaler, best=selection.best)
+            self.save(stage.name, done, optimizer=whole(optimizer.state_dict()), scaler=scaler, best=selection.best)
         bar.close()
         if recipe.select == "best" and selection.best["model"]:
             done, metrics = selection.best["epoch"], None
@@ -234,7 +245,8 @@ class Run:
             size = min(accumulation, len(loader) - start)
             complete = step + 1 == start + size
             with nullcontext() if complete else accelerator.no_sync(wrapped):
-                loss = wrapped(images, targets)["loss"]
+                with accelerator.autocast():  # FSDP leaves the precision to its caller; elsewhere it is set already
+                    loss = wrapped(images, targets)["loss"]
                 accelerator.backward(loss / size)
             losses[step] = loss.detach()
             if complete:
@@ -279,6 +291,7 @@ def train(argv: list[str] | None) -> None:
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         dynamo_backend="inductor" if recipe.compile else None,
+        fsdp_plugin=make_plugin(recipe),
         log_with=args.tracker,
         project_dir=args.output if args.tracker else None,
     )

@@ -119,6 +119,7 @@ class Recipe:
     compile: bool = key("run", "torch.compile the training step (no gain on 2 CPU cores)", False)
     fused_norm: bool = key("run", "on a CPU: BatchNorm, shortcut and ReLU of ResNets in one pass (compiled: needs g++)", False)
     sync_bn: bool = key("run", "BatchNorm statistics over all GPUs instead of each process' share", False)
+    ghost_batch: int | None = key("run", "images that BatchNorm takes its statistics from in stage one (default: a process' share); 32 are the authors' 256 on 8 GPUs", low=2)
     gradient_accumulation: int = key("run", "batches per optimizer step", 1, low=1)
     clip_grad: float | None = key("run", "largest gradient norm", above=0)
     workers: int = key("run", "loader processes for large images (small images need none)", 2, low=0)
@@ -134,6 +135,10 @@ class Recipe:
             raise InputError("select=best and patience judge on held-out training images: set --holdout, say 0.1.")
         if self.teacher_mode == "train" and not self.distillation:
             raise InputError("teacher_mode=train needs distillation: pass --distillation and --teacher.")
+        if self.ghost_batch is not None and self.sync_bn:
+            raise InputError("sync_bn widens BatchNorm's batch and ghost_batch narrows it: choose one.")
+        if self.ghost_batch is not None and self.compile:
+            raise InputError("ghost_batch does not work with compile: leave one of them out.")
 
     @property
     def model_args(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """RIDE networks; importing this package registers their entrypoints in timm."""
 
+from .ghost_batches import forward_in_parts
 from .legacy import load_legacy
 from .ride import CosineClassifier, Expert, Ride, Stages
 from .ride_any import build_ride_any
@@ -16,5 +17,6 @@ __all__ = [
     "build_ride_any",
     "build_ride_resnet",
     "build_ride_resnet_cifar",
+    "forward_in_parts",
     "load_legacy",
 ]
