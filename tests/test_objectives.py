@@ -16,7 +16,8 @@ from ride_timm.objectives import DistillationObjective, ExpertsObjective, Router
 
 COUNTS = [300, 120, 90, 40, 15, 4]
 SHARDS = {"equal": (4, 4), "unequal": (7, 2)}
-CASES = ["ride", "ride-collaborative", "ldam", "focal", "ce", "cb_ce", "distillation", "router"]
+CASES = ["ride", "ride-collaborative", "ldam", "focal", "ce", "cb_ce", "cb_focal", "sade", "balpoe"]
+CASES += ["distillation", "router"]
 
 
 class TinyRouter(nn.Module):
