@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .adjusted import BalPoELoss, LogitAdjustedLoss, SadeLoss, check_taus
-from .experts import CrossEntropyLoss, ExpertsLoss, FocalLoss, LDAMLoss, RideLoss
+from .experts import CrossEntropyLoss, ExpertsLoss, FocalLoss, LDAMLoss, MixedTargets, RideLoss
 from .terms import batch_mean, cross_entropy, distillation, diversity, focal, router_loss, router_targets, widen
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "FocalLoss",
     "LDAMLoss",
     "LogitAdjustedLoss",
+    "MixedTargets",
     "RideLoss",
     "SadeLoss",
     "arguments_of",
