@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ FSDP = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY=
 RUN = ["--model", "test_ride_resnet", "--num-experts", "2", "--imb-type", "none", "--augment", "cifar"]
 RUN += ["--threads", "1", "--epochs", "2", "--router-epochs", "1", "--warmup-epochs", "1", "--lr", "0.02"]
 RUN += ["--batch-size", "18", "--router-batch-size", "18", "--eval-every", "2"]
-RUN += ["--clip-grad", "1", "--gradient-accumulation", "2"]
+RUN += ["--clip-grad", "1", "--gradient-accumulation", "2", "--mixed-precision", "no"]
 
 
 def _two_processes(*flags, **environment):
@@ -140,10 +140,8 @@ def test_accelerate_reads_the_configurations_and_the_readme_names_them(path):
 
 
 def test_the_fsdp_configuration_is_one_that_is_accepted(monkeypatch):
-    config = load_config_from_file(str(CONFIGS / "fsdp.yaml"))
-    args = launch_command_parser().parse_args(["--use_fsdp", "--num_processes", "8", "train_accelerate.py"])
-    for name, value in config.fsdp_config.items():
-        setattr(args, name, value)  # as the launcher does with its file
+    given = launch_command_parser().parse_args(["--config_file", str(CONFIGS / "fsdp.yaml"), "train_accelerate.py"])
+    args, *_ = _validate_launch_command(given)
     for name, value in prepare_multi_gpu_env(args).items():
         if name.startswith(("ACCELERATE_USE", "FSDP_")):
             monkeypatch.setenv(name, value)

@@ -1,6 +1,7 @@
 """The estimate of many GPUs: its formulas against exchanges that are played through, its table against the page."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def scale():
     spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.modules["scale"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["scale"])
+    yield sys.modules["scale"]
+    del sys.modules["scale"]
 
 
 def _ring_all_reduce(values):
