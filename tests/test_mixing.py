@@ -46,7 +46,7 @@ def test_the_share_follows_from_numpys_seed():
     assert shares[0] == shares[1] != shares[2]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "mdcs"])  # which takes two views, not a mixture
 def test_a_mixed_loss_is_the_mean_of_both_by_their_shares(name):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 3, 4, generator=generator, dtype=torch.float64)
