@@ -52,8 +52,8 @@ def test_a_mixed_loss_is_the_mean_of_both_by_their_shares(name):
     logits = torch.randn(6, 3, 4, generator=generator, dtype=torch.float64)
     one, other = torch.randint(0, 4, (2, 6), generator=generator)
     loss = make_loss(name, COUNTS)
-    value = loss(logits, MixedTargets(one, other, torch.tensor(0.3)))
-    torch.testing.assert_close(value, 0.3 * loss(logits, one) + 0.7 * loss(logits, other))
+    value = loss(logits, MixedTargets(one, other, torch.tensor(0.25)))
+    torch.testing.assert_close(value, 0.25 * loss(logits, one) + 0.75 * loss(logits, other))
     pure = loss(logits, MixedTargets(one, other, torch.tensor(1.0)))
     torch.testing.assert_close(pure, loss(logits, one))
 

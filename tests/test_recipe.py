@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import re
 import shlex
 
@@ -88,9 +89,9 @@ def test_every_loss_gets_the_arguments_that_it_takes(loss):
     if "focal" in loss:
         assert made.gamma == 3.0
     if loss == "ldam":
-        assert made.margins.max() == pytest.approx(0.3)
+        assert made.margins.max().item() == pytest.approx(0.3)
     if loss == "logit_adjustment":
-        assert made.offset[0] == pytest.approx(0.5 * torch.tensor(0.5).log())
+        assert made.offset[0].item() == pytest.approx(0.5 * math.log(0.5))
 
 
 def test_a_decoupled_recipe_trains_heads_on_balanced_batches():
