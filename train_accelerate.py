@@ -28,7 +28,8 @@ from ride_timm.checkpoint import RunFolder, create_model, load_any_model
 from ride_timm.data.loader import make_loader
 from ride_timm.data.orders import Shares
 from ride_timm.data.sources import hold_out, load_longtail
-from ride_timm.data.transforms import get_policy
+from ride_timm.data.transforms import Policy, get_policy
+from ride_timm.data.views import TwoViews
 from ride_timm.decoupling import decouple
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_bf16, set_threads
@@ -136,11 +137,20 @@ class Run:
         self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
-    def loader(self, image_set: Any, stage: Stage | None = None) -> Any:
+    def training_loader(self, stage: Stage) -> Any:
+        """Training batches of a stage, of two views of the images where the loss compares them."""
+        if stage.name == "router" or self.train_policy == self.policy:
+            return self.loader(self.train_set, self.policy, stage)
+        loader = self.loader(self.train_set, self.train_policy, stage)
+        if self.recipe.loss == "mdcs":
+            return TwoViews(self.loader(self.train_set, self.policy, stage), loader)
+        return loader
+
+    def loader(self, image_set: Any, policy: Policy, stage: Stage | None = None) -> Any:
         """Training batches of a stage, or test batches where there is none."""
         return make_loader(
             image_set,
-            self.train_policy if stage and stage.name == "experts" else self.policy,
+            policy,
             train=stage is not None,
             batch_size=stage.batch_size if stage else evaluation_batch(self.size),
             seed=self.recipe.seed,
@@ -187,8 +197,8 @@ class Run:
     def train(self, stage: Stage) -> None:
         """All epochs of a stage from the last finished one, then its figures on the test set."""
         accelerator, recipe = self.accelerator, self.recipe
-        loader, test_loader = self.loader(self.train_set, stage), self.loader(self.data.test)
-        held_out_loader = self.loader(self.held_out) if self.held_out is not None else None
+        loader, test_loader = self.training_loader(stage), self.loader(self.data.test, self.policy)
+        held_out_loader = self.loader(self.held_out, self.policy) if self.held_out is not None else None
         objective = self.objective(stage)
         resumed = self.state if self.state and self.state["stage"] == stage.name and self.state["epoch"] else None
         if resumed:

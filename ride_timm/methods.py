@@ -14,9 +14,9 @@ DECOUPLINGS = ("none", "crt", "lws", "tau_norm", "logit_adjustment")
 
 
 def spread_taus(recipe: Recipe) -> tuple[float, ...]:
-    """The experts' strengths of logit adjustment: as given, else evenly from 0 to 2 as in BalPoE."""
-    last = recipe.num_experts - 1
-    return recipe.taus or tuple(2 * i / last if last else 1.0 for i in range(recipe.num_experts))
+    """The experts' strengths of logit adjustment: as given, else evenly around 1, as far as in BalPoE or MDCS."""
+    last, reach = recipe.num_experts - 1, 1.5 if recipe.loss == "mdcs" else 1.0
+    return recipe.taus or tuple(1 + reach * (2 * i / last - 1) if last else 1.0 for i in range(recipe.num_experts))
 
 
 def loss_args(recipe: Recipe) -> dict[str, Any]:
@@ -31,6 +31,7 @@ def loss_args(recipe: Recipe) -> dict[str, Any]:
         tau=recipe.tau,
         inverse_tau=recipe.inverse_tau,
         taus=spread_taus(recipe),
+        consistency=recipe.consistency,
         label_smoothing=recipe.label_smoothing,
     )
     return {name: values[name] for name in arguments_of(recipe.loss) if name in values}
@@ -43,6 +44,10 @@ def check(recipe: Recipe) -> None:
     accepted = arguments_of(recipe.loss)
     if recipe.label_smoothing and "label_smoothing" not in accepted:
         raise InputError(f"label_smoothing={recipe.label_smoothing:g}: loss {recipe.loss!r} has no smoothed labels.")
+    if recipe.loss == "mdcs" and recipe.auto_augment is None:
+        raise InputError("loss=mdcs learns from a weak and a strong view: set auto_augment, say rand-m9-mstd0.5.")
+    if recipe.loss == "mdcs" and (recipe.mixup_alpha or recipe.cutmix_alpha):
+        raise InputError("loss=mdcs compares two views of an image: it does not go with mixup_alpha or cutmix_alpha.")
     if recipe.loss == "sade" and recipe.num_experts != 3:
         raise InputError(f"num_experts={recipe.num_experts}: SADE's losses are those of 3 experts.")
     if "taus" in accepted:

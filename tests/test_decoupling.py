@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.functional import normalize
 
-from ride_timm import InputError, priors
+from ride_timm import InputError
 from ride_timm.decoupling import adjust_logits, decouple, tau_normalize
 from ride_timm.models import ClassAffine, add_class_affine, has_class_affine
 
@@ -84,7 +84,7 @@ def test_only_what_the_method_names_learns(method, use_norm):
     own = "fc.affine.weight" if method == "lws" else "fc.weight"
     assert {f"experts.{e}.{own}" for e in range(2)} <= names
     assert all(".fc." in name for name in names) and (method == "crt" or len(names) == 2)
-    optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.01, momentum=0.9, weight_decay=0.01)
     targets = torch.tensor([4, 0, 3])
     values = []
     for _ in range(4):
@@ -115,8 +115,7 @@ def test_new_heads_come_from_the_seed():
     assert not torch.equal(model.experts[0].fc.weight, model.experts[1].fc.weight)
 
 
-def test_learned_scales_equal_a_least_loss_found_otherwise():
-    """LWS on a single linear expert is a convex problem: its gradient is that of scaled logits."""
+def test_learned_scales_have_the_gradient_of_scaled_logits():
     model = network(False, num_experts=1)
     _, logits = model.forward_experts(images())
     objective = decouple(model, "lws", COUNTS, 1.0, seed=0)
@@ -165,4 +164,4 @@ def test_bad_input_is_named():
         adjust_logits(model, [3, 4], 1.0)
     with pytest.raises(InputError, match="unknown decoupling 'hope', expected one of: crt, lws, tau_norm"):
         decouple(model, "hope", COUNTS, 1.0, 0)
-    assert not has_class_affine(model) and priors.log_prior(COUNTS).shape == (5,)
+    assert not has_class_affine(model)

@@ -46,14 +46,14 @@ def test_the_share_follows_from_numpys_seed():
     assert shares[0] == shares[1] != shares[2]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "mdcs"])  # which takes two views, not a mixture
 def test_a_mixed_loss_is_the_mean_of_both_by_their_shares(name):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 3, 4, generator=generator, dtype=torch.float64)
     one, other = torch.randint(0, 4, (2, 6), generator=generator)
     loss = make_loss(name, COUNTS)
-    value = loss(logits, MixedTargets(one, other, torch.tensor(0.3)))
-    torch.testing.assert_close(value, 0.3 * loss(logits, one) + 0.7 * loss(logits, other))
+    value = loss(logits, MixedTargets(one, other, torch.tensor(0.25)))
+    torch.testing.assert_close(value, 0.25 * loss(logits, one) + 0.75 * loss(logits, other))
     pure = loss(logits, MixedTargets(one, other, torch.tensor(1.0)))
     torch.testing.assert_close(pure, loss(logits, one))
 

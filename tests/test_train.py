@@ -323,6 +323,7 @@ def _stop_after_first_epoch(monkeypatch, script):
     [
         ["--loss", "balpoe", "--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--ema-decay", "0.9"],
         ["--loss", "ce", "--label-smoothing", "0.1", "--auto-augment", "rand-m9-mstd0.5", "--workers", "0"],
+        ["--loss", "mdcs", "--auto-augment", "original", "--workers", "0"],
         ["--decouple", "lws", "--decouple-epochs", "2", "--decouple-batch-size", "16"],
     ],
 )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import InputError
-from .adjusted import BalPoELoss, LogitAdjustedLoss, SadeLoss, check_taus
+from .adjusted import BalPoELoss, LogitAdjustedLoss, MdcsLoss, SadeLoss, check_taus
 from .experts import CrossEntropyLoss, ExpertsLoss, FocalLoss, LDAMLoss, MixedTargets, RideLoss
 from .terms import batch_mean, cross_entropy, distillation, diversity, focal, router_loss, router_targets, widen
 
@@ -23,6 +23,7 @@ __all__ = [
     "FocalLoss",
     "LDAMLoss",
     "LogitAdjustedLoss",
+    "MdcsLoss",
     "MixedTargets",
     "RideLoss",
     "SadeLoss",
@@ -51,6 +52,7 @@ LOSSES = {
     "logit_adjustment": (LogitAdjustedLoss, {}),
     "sade": (SadeLoss, {}),
     "balpoe": (BalPoELoss, {}),
+    "mdcs": (MdcsLoss, {}),
 }
 
 

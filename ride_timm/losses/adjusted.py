@@ -1,4 +1,4 @@
-"""Losses that adjust logits by the training prior: balanced softmax, logit adjustment, SADE's experts and BalPoE's.
+"""Losses that adjust logits by the training prior: balanced softmax, logit adjustment, SADE, BalPoE, MDCS.
 
 Adding tau * log(prior) to the logits in training leaves a model whose bare logits suit a test set with class
 frequencies prior^(1 - tau): the training set's own for tau 0, balanced ones for tau 1, inverted ones for tau 2.
@@ -7,12 +7,13 @@ frequencies prior^(1 - tau): the training set's own for tau 0, balanced ones for
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import priors
 from ..errors import InputError
 from .experts import ExpertsLoss, check_smoothing
-from .terms import cross_entropy
+from .terms import batch_mean, cross_entropy
 
 
 class LogitAdjustedLoss(ExpertsLoss):
@@ -93,6 +94,51 @@ class BalPoELoss(OffsetExpertsLoss):
 
     def compute(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
         return super().compute(expert_logits, targets) / len(self.offsets)
+
+
+class MdcsLoss(OffsetExpertsLoss):
+    """MDCS: logit adjustment by a tau for each expert, and consistency of a strong view with a weak one, summed.
+
+    expert_logits [2B, E, C], those of B weakly augmented images, then of the same images strongly augmented; targets
+    [B]. Every expert, adjusted as in BalPoE, learns both views by cross entropy and, where it is right about the weak
+    view, learns its strong view from it: KL(weak || strong), no gradient through the weak one, the mean over those
+    samples. That part counts `consistency` times, after a linear warm-up of 20 epochs. InputError for taus whose mean
+    is not 1, a consistency below 0, or logits that are not twice the targets. Zhao et al. 2023, arXiv:2308.09922,
+    section 3 (diversity loss, consistency self-distillation, confident instance sampling); consistency 0.6, taus -0.5,
+    1, 2.5 and the warm-up are those of their code.
+    """
+
+    warmup_epochs = 20
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        taus: Sequence[float] = (-0.5, 1.0, 2.5),
+        consistency: float = 0.6,
+        label_smoothing: float = 0.0,
+    ):
+        check_taus(taus)
+        if not 0 <= consistency < float("inf"):
+            raise InputError(f"consistency must be at least 0, got {consistency}")
+        strengths = torch.tensor([float(tau) for tau in taus])
+        super().__init__(class_counts, strengths[:, None] * priors.log_prior(class_counts), label_smoothing)
+        self.consistency = consistency
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch, counted from 0; the consistency warms up over the first ones."""
+        self.strength = self.consistency * min((epoch + 1) / self.warmup_epochs, 1.0)
+
+    def compute(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
+        if len(expert_logits) != 2 * len(targets):
+            raise InputError(f"expected the logits of two views of {len(targets)} images, got {len(expert_logits)}")
+        adjusted = self.adjusted(expert_logits)
+        base = cross_entropy(adjusted, targets.repeat(2), label_smoothing=self.label_smoothing)
+        weak, strong = adjusted.chunk(2)
+        right = weak.argmax(-1) == targets[:, None]  # [B, E]
+        target = weak.log_softmax(-1).detach()
+        kl = F.kl_div(strong.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)  # [B, E]
+        return base + self.strength * sum(batch_mean(kl[:, e], right[:, e]) for e in range(kl.shape[1]))
 
 
 def check_taus(taus: Sequence[float]) -> None:

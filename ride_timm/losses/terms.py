@@ -18,14 +18,14 @@ def batch_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
     values [B], weights [B] or None -> scalar. P is the number of processes. Averaged over the processes, as DDP does
     with gradients, this is the mean over the joined batch, also for unequal shards; one process' figure is only its
-    share of it.
+    share of it. Where all weights are 0, so is the mean.
     """
     weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
     total, num_processes = weights.sum(), 1
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         num_processes = dist.get_world_size()
         dist.all_reduce(total)  # a sum of constants: nothing to differentiate
-    return (weights * values).sum() * num_processes / total
+    return (weights * values).sum() * num_processes / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def cross_entropy(
