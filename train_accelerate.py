@@ -32,7 +32,7 @@ from ride_timm.data.transforms import Policy, get_policy
 from ride_timm.data.views import TwoViews
 from ride_timm.decoupling import decouple
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
-from ride_timm.launch import Parser, Signals, exit_code, has_bf16, set_threads
+from ride_timm.launch import Parser, Signals, exit_code, has_bf16, has_compiler, keep_memory, set_threads
 from ride_timm.losses import make_loss
 from ride_timm.mixing import Mixing
 from ride_timm.models import Router, add_class_affine
@@ -77,6 +77,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     elif "mixed_precision" not in flags and recipe.mixed_precision == "bf16" and not goes_on and not has_bf16():
         print("notice: no bf16 on this machine, training in fp32", file=sys.stderr)
         flags["mixed_precision"] = "no"
+    if flags.get("fused_norm", recipe.fused_norm) and not torch.cuda.is_available() and not has_compiler():
+        if "fused_norm" in flags:
+            raise InputError("fused_norm needs a C++ compiler, and there is no g++: leave --fused-norm out.")
+        print("notice: no C++ compiler on this machine, BatchNorm and ReLU stay apart", file=sys.stderr)
+        flags["fused_norm"] = False
     if args.teacher:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
@@ -113,6 +118,8 @@ class Run:
         if self.decoupling and not (self.state or args.source):
             raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
+        if recipe.fused_norm and accelerator.device.type == "cpu" and not self.sharded:  # FSDP enters experts apart
+            self.model.fuse_training()
         self.history: list[dict[str, Any]] = []
         self.reached: dict[str, Any] = {}
         self.seconds = 0.0
@@ -328,6 +335,7 @@ class Run:
 def train(argv: list[str] | None) -> None:
     args, recipe = parse_arguments(argv)
     set_threads(args.threads)
+    keep_memory()
     folder = RunFolder(args.output)
     if args.resume and (folder.path / "results.json").is_file():
         folder.claim(recipe, args.stage, True, False)

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-import time
+import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from baseline import PlainTraining, plain_loader
 from batches import ArrayImages, Clocked, class_counts_of, random_images
-from ours import Training, make_recipe
-from record import alternate, parse, parser, record, show, summary
+from record import alternate, parse, parser, processes, record, show, summary
+from step import VARIANTS
 
 from ride_timm.data.loader import decode
 from ride_timm.data.sources import load_longtail
+
+
+def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
+    """A variant: seconds of a step with its input, when called."""
+    if args.data_dir:
+        train_set = load_longtail("cifar100", args.data_dir).train
+        images = ArrayImages(decode(train_set).numpy(), train_set.labels)
+    else:
+        images = random_images(class_counts_of(100), 32)
+    class_counts = np.bincount(images.labels).tolist()
+    if name == "baseline":
+        from baseline import PlainTraining, plain_loader
+
+        loop = PlainTraining("ride_resnet32", class_counts).train_epoch
+        loader = plain_loader(images.pixels, images.labels, args.batch_size, args.workers)
+    else:
+        from ours import Training, make_recipe
+
+        training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **VARIANTS[name]), images, 100)
+        loop, loader = training.train_batches, training.loader(training.train_set, training.stage)
+
+    def run() -> float:
+        clocked = Clocked(loader, args.steps, args.warm_up)
+        loop(clocked)
+        return clocked.per_step
+
+    return run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,47 +53,24 @@ def main(argv: list[str] | None = None) -> None:
         "--workers", type=int, default=2, help="loader workers of the baseline; 2 in the authors' config"
     )
     args = parse(flags, argv)
-
-    if args.data_dir:
-        train_set = load_longtail("cifar100", args.data_dir).train
-        images = ArrayImages(decode(train_set).numpy(), train_set.labels)
-    else:
-        images = random_images(class_counts_of(100), 32)
-    class_counts = np.bincount(images.labels).tolist()
-    steps_an_epoch = -(-len(images) // args.batch_size)
+    num_images = sum(class_counts_of(100))
+    steps_an_epoch = -(-num_images // args.batch_size)
     if args.warm_up + args.steps > steps_an_epoch:
         flags.error(f"an epoch has {steps_an_epoch} steps: {args.warm_up} + {args.steps} do not fit into it")
 
-    def run(train, loader) -> float:
-        clocked = Clocked(loader, args.steps, args.warm_up)
-        train(clocked)
-        return clocked.per_step
+    builders = {name: partial(build, name, args) for name in list(VARIANTS)[:3]}
+    with processes(builders, args.threads) as variants:
+        figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
 
-    plain = PlainTraining("ride_resnet32", class_counts)
-    variants = {
-        "baseline": partial(
-            run, plain.train_epoch, plain_loader(images.pixels, images.labels, args.batch_size, args.workers)
-        )
-    }
-    decoding = 0.0
-    for name, precision in (("ours fp32", "no"), ("ours bf16", "bf16")):
-        training = Training(make_recipe("ride_resnet32", args.batch_size, 32, precision), images, len(class_counts))
-        started = time.perf_counter()
-        loader = training.loader(training.train_set, training.stage)
-        decoding = time.perf_counter() - started
-        variants[name] = partial(run, training.train_batches, loader)
-    figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
-
-    print(f"ride_resnet32 x3, {len(images)} images, batch {args.batch_size}, {args.threads} threads, input included")
+    print(f"ride_resnet32 x3, {num_images} images, batch {args.batch_size}, {args.threads} threads, input included")
     show(figures, "s/step")
     epochs = {name: figure["median"] * steps_an_epoch for name, figure in figures.items()}
     for name, seconds in epochs.items():
         print(f"{name}: {seconds:.1f} s an epoch ({steps_an_epoch} steps at the median)")
-    print(f"ours holds the images decoded: {decoding:.2f} s, once a run, not counted above")
     ratios = {name: epochs["baseline"] / seconds for name, seconds in epochs.items() if name != "baseline"}
     for name, ratio in ratios.items():
         print(f"baseline / {name}: {ratio:.2f}")
-    more = dict(seconds_per_epoch=epochs, steps_per_epoch=steps_an_epoch, decoding_seconds=decoding)
+    more = dict(seconds_per_epoch=epochs, steps_per_epoch=steps_an_epoch)
     record("epoch", args, dict(seconds_per_step=figures, ratios=ratios, **more))
     print(f"ratio {ratios['ours bf16']:.2f}")
 

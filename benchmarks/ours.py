@@ -16,17 +16,16 @@ sys.path.insert(0, str(ROOT))  # the training script is no package, and this che
 
 from ride_timm.checkpoint import create_model
 from ride_timm.data.transforms import get_policy
+from ride_timm.launch import keep_memory
 from ride_timm.recipe import Recipe, load_recipe
 from train_accelerate import Run
 
 
-def make_recipe(
-    model: str, batch_size: int, size: int, precision: str, num_experts: int = 3, compiled: bool = False
-) -> Recipe:
-    """The CIFAR-100-LT recipe with another network, batch or precision."""
+def make_recipe(model: str, batch_size: int, size: int, num_experts: int = 3, **run: Any) -> Recipe:
+    """The CIFAR-100-LT recipe with another network or batch; `run`: other keys, such as mixed_precision."""
     augment = "cifar" if model == "ride_resnet32" else "imagenet"
     values = dict(model=model, batch_size=batch_size, num_experts=num_experts, augment=augment, input_size=size)
-    return load_recipe("cifar100_lt").override(values | dict(mixed_precision=precision, compile=compiled))
+    return load_recipe("cifar100_lt").override(values | run)
 
 
 class Training(Run):
@@ -45,6 +44,9 @@ class Training(Run):
         self.signals = SimpleNamespace(check=lambda: None)
         self.train_set, self.data, self.teacher = image_set, SimpleNamespace(num_classes=num_classes), None
         self.model = create_model(recipe, num_classes)
+        keep_memory()
+        if recipe.fused_norm:
+            self.model.fuse_training()
         self.stage = recipe.stage("experts")
         self.stage_objective = self.objective(self.stage)
         optimizer = create_optimizer_v2(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,48 @@ def disturbance() -> float | None:
         return None
     wall, machine, ours = (after - before for after, before in zip(now, _start, strict=True))
     return max(0.0, 100 * (machine - ours) / (wall * (os.cpu_count() or 1)))
+
+
+def _serve(pipe: Any, build: Callable[[], Callable[[], float]], threads: int) -> None:
+    """Build a variant in this process, run it once to warm up, then once whenever asked."""
+    torch.set_num_threads(threads)
+    run = build()
+    run()
+    pipe.send(None)
+    while pipe.recv():
+        pipe.send(run())
+
+
+@contextmanager
+def processes(
+    builders: dict[str, Callable[[], Callable[[], float]]], threads: int
+) -> Iterator[dict[str, Callable[[], float]]]:
+    """Each variant, warmed up, in a process of its own: allocator, thread pool and caches of one do not meet another's.
+
+    A builder makes the variant there, so it and its arguments are pickled. A process waits while others run.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, children = {}, []
+    try:
+        for name, build in builders.items():
+            pipes[name], theirs = context.Pipe()
+            children.append(context.Process(target=_serve, args=(theirs, build, threads), daemon=False))
+            children[-1].start()
+            theirs.close()
+            pipes[name].recv()
+
+        def run(pipe: Any) -> float:
+            pipe.send(True)
+            return pipe.recv()
+
+        yield {name: partial(run, pipe) for name, pipe in pipes.items()}
+    finally:
+        for pipe in pipes.values():
+            with suppress(OSError):
+                pipe.send(False)
+            pipe.close()
+        for child in children:
+            child.join()
 
 
 def alternate(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ride_timm
 from ride_timm.flops import count_macs
+from ride_timm.inference import fuse_conv_bn
 
 SHARES = {"none": (1.0, 0.0, 0.0), "paper": (0.4099, 0.0947, 0.4954), "all": (0.0, 0.0, 1.0)}
 SIZES = {"ride_resnet32": 32, "ride_resnext50": 224}
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--models", nargs="+", choices=tuple(SIZES), default=list(SIZES))
     flags.add_argument("--batch-sizes", nargs="+", type=int, help="default: 1 32 256, for ride_resnext50 1 8 32")
     flags.add_argument("--image-size", type=int, help="default: 32, for ride_resnext50 224")
+    flags.add_argument("--fuse", action="store_true", help="fold BatchNorm into the convolutions first, on both sides")
     flags.add_argument("--seconds", type=float, default=0.5, help="least length of a run: short calls are repeated")
     args = parse(flags, argv)
 
@@ -98,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         model = timm.create_model(name, num_experts=3, router=True, top_choices_num=TOP_CHOICES[name])
         model = model.to(memory_format=torch.channels_last).eval()
         macs = count_macs(model, (3, size, size))
+        model = fuse_conv_bn(model) if args.fuse else model
         for batch_size in args.batch_sizes or ((1, 32, 256) if name == "ride_resnet32" else (1, 8, 32)):
             images = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
             for label, shares in SHARES.items():

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from baseline import PlainTraining
 from batches import Clocked, class_counts_of, random_batch
-from ours import Training, make_recipe
-from record import alternate, parse, parser, record, show, summary
+from record import alternate, parse, parser, processes, record, show, summary
+
+VARIANTS = {
+    "baseline": None,
+    "ours fp32": dict(mixed_precision="no"),
+    "ours bf16": dict(mixed_precision="bf16"),
+    "ours bf16, plain norm": dict(mixed_precision="bf16", fused_norm=False),
+    "ours bf16, compiled": dict(mixed_precision="bf16", fused_norm=False, compile=True),
+}
+
+
+def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
+    """A variant: seconds of a step, when called."""
+    num_classes = 100 if args.model == "ride_resnet32" else 1000
+    class_counts = class_counts_of(num_classes)
+    images, targets = random_batch(args.batch_size, num_classes, args.image_size)
+    if name == "baseline":
+        from baseline import PlainTraining
+
+        loop = PlainTraining(args.model, class_counts, args.num_experts).train_epoch
+    else:
+        from ours import Training, make_recipe
+
+        recipe = make_recipe(args.model, args.batch_size, args.image_size, args.num_experts, **VARIANTS[name])
+        image_set = SimpleNamespace(labels=np.repeat(np.arange(num_classes), class_counts))
+        loop = Training(recipe, image_set, num_classes).train_batches
+        images = images.contiguous(memory_format=torch.channels_last)
+
+    def run() -> float:
+        clocked = Clocked([(images, targets)] * (args.warm_up + args.steps), args.steps, args.warm_up)
+        loop(clocked)
+        return clocked.per_step
+
+    return run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,32 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--num-experts", type=int, default=3)
     flags.add_argument("--steps", type=int, default=4, help="timed steps of each run")
     flags.add_argument("--warm-up", type=int, default=1, help="steps before them")
-    flags.add_argument("--compile", action="store_true", help="also ours in bf16 through torch.compile")
+    flags.add_argument(
+        "--variants",
+        nargs="+",
+        choices=tuple(VARIANTS),
+        default=list(VARIANTS)[:3],
+        help="baseline and ours bf16 among",
+    )
     args = parse(flags, argv)
 
-    num_classes = 100 if args.model == "ride_resnet32" else 1000
-    class_counts = class_counts_of(num_classes)
-    image_set = SimpleNamespace(labels=np.repeat(np.arange(num_classes), class_counts))
-    images, targets = random_batch(args.batch_size, num_classes, args.image_size)
-    channels_last = images.contiguous(memory_format=torch.channels_last)
-
-    def run(train, images: torch.Tensor) -> float:
-        clocked = Clocked([(images, targets)] * (args.warm_up + args.steps), args.steps, args.warm_up)
-        train(clocked)
-        return clocked.per_step
-
-    def ours(precision: str, compiled: bool = False) -> partial:
-        recipe = make_recipe(args.model, args.batch_size, args.image_size, precision, args.num_experts, compiled)
-        training = Training(recipe, image_set, num_classes)
-        return partial(run, training.train_batches, channels_last)
-
-    plain = PlainTraining(args.model, class_counts, args.num_experts)
-    variants = {"baseline": partial(run, plain.train_epoch, images), "ours fp32": ours("no"), "ours bf16": ours("bf16")}
-    if args.compile:
-        variants["ours bf16 compiled"] = ours("bf16", compiled=True)
-    for variant in variants.values():
-        variant()  # allocations, kernel choices, compilation
-    figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
+    builders = {name: partial(build, name, args) for name in args.variants}
+    with processes(builders, args.threads) as variants:
+        figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
 
     print(f"{args.model} x{args.num_experts}, batch {args.batch_size}, {args.image_size} px, {args.threads} threads")
     show(figures, "s/step")

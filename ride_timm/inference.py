@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -21,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import InputError
 from .evaluation import Answer, answer_of
-from .launch import has_bf16
+from .launch import has_bf16, has_compiler
 from .models import Ride
 
 
@@ -46,10 +44,8 @@ class Inference:
             missing = [name for name in ("onnxruntime", "onnx", "onnxscript") if find_spec(name) is None]
             if missing:
                 raise InputError(f"runtime=onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-        if self.compile and not torch.cuda.is_available():
-            compiler = os.environ.get("CXX") or "g++"
-            if shutil.which(compiler) is None and shutil.which("clang++") is None:
-                raise InputError(f"compile needs a C++ compiler, and there is no {compiler}: leave --compile out.")
+        if self.compile and not torch.cuda.is_available() and not has_compiler():
+            raise InputError("compile needs a C++ compiler, and there is no g++: leave --compile out.")
         if self.precision == "bf16" and not has_bf16():
             print("notice: this machine only imitates bf16, fp32 is faster", file=sys.stderr)
 

@@ -135,6 +135,7 @@ class Recipe:
     seed: int = key("run", "seed of weights, order and augmentation", 0, low=0)
     mixed_precision: str = key("run", "no, bf16 or fp16", "no", choices=("no", "bf16", "fp16"))
     compile: bool = key("run", "torch.compile the training step (no gain on 2 CPU cores)", False)
+    fused_norm: bool = key("run", "on a CPU: BatchNorm, shortcut and ReLU of ResNets in one pass (compiled: needs g++)", False)
     sync_bn: bool = key("run", "BatchNorm statistics over all GPUs instead of each process' share", False)
     ghost_batch: int | None = key("run", "images that BatchNorm takes its statistics from in stage one (default: a process' share); 32 are the authors' 256 on 8 GPUs", low=2)
     gradient_accumulation: int = key("run", "batches per optimizer step", 1, low=1)
@@ -234,7 +235,7 @@ class Recipe:
 
     def differing(self, other: Recipe) -> list[str]:
         """Keys in which two recipes disagree, of those that change a run's numbers."""
-        free = ("name", "workers", "data_dir", "compile")
+        free = ("name", "workers", "data_dir", "compile", "fused_norm")
         names = [item.name for item in dataclasses.fields(self) if item.name not in free]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 

@@ -10,6 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .fused_norm import can_enter_together, forward_together, fuse_norm_relu
 from .router import Router
 
 
@@ -146,7 +147,12 @@ class Expert(nn.Module):
     @torch.jit.ignore
     def forward_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The trunk's map [B, C, H, W] -> (pooled features [B, D], logits [B, C])."""
-        features = self.forward_pre_logits(self.forward_features(x))
+        return self.forward_both_of(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_both_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The expert's own map [B, D, h, w] -> (pooled features [B, D], logits [B, C])."""
+        features = self.forward_pre_logits(x)
         return features, self.fc(features)
 
 
@@ -179,6 +185,7 @@ class Ride(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_experts = len(experts)
+        self.together = False
         self.output_fmt = getattr(experts[0].stages, "output_fmt", "NCHW")
         self.channel_axis = 1 if self.output_fmt == "NCHW" else -1
         self._set_feature_sizes()
@@ -204,6 +211,16 @@ class Ride(nn.Module):
     def add_router(self, router: Router) -> None:
         """Attach a router for stage two, on the device and in the dtype of the model."""
         self.router = router.to(**get_device_dtype(self))
+
+    @torch.jit.ignore
+    def fuse_training(self) -> int:
+        """Train faster on a CPU: see `fused_norm`. In place; the number of blocks that changed, 0 without ResNet's.
+
+        Parameters, buffers and their names stay, and so does what eval mode computes.
+        """
+        num_blocks = fuse_norm_relu(self)
+        self.together = num_blocks > 0 and self.num_experts > 1 and can_enter_together(self.experts)
+        return num_blocks
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -318,7 +335,10 @@ class Ride(nn.Module):
         """Images -> (pooled features [B, E, D], logits [B, E, C]); `use_experts` picks a subset of the experts."""
         x = self.trunk(x)
         chosen = self.experts if use_experts is None else [self.experts[i] for i in use_experts]
-        both = [expert.forward_both(x) for expert in chosen]
+        if self.together and self.training and not self.trunk.grad_checkpointing:
+            both = forward_together(chosen, x)
+        else:
+            both = [expert.forward_both(x) for expert in chosen]
         return torch.stack([features for features, _ in both], 1), torch.stack([logits for _, logits in both], 1)
 
     @torch.jit.ignore

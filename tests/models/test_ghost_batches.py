@@ -1,11 +1,13 @@
 """Ghost batches are a batch shared out over replicas: against batch normalisation written out by hand."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ride_timm.models import forward_in_parts
+from ride_timm.models import forward_in_parts, fused_norm
 
 
 def _network(momentum=0.1):
@@ -47,6 +49,18 @@ def test_nothing_is_cut_in_eval_mode_or_without_a_size():
     assert torch.equal(forward_in_parts(network, network, images, 2), network(images))
     expected = _normalised(network[0](images)).flatten(1)
     assert_close(forward_in_parts(network, network.train(), images, None), expected)
+
+
+def test_fused_norms_remember_the_first_part_alone_too(monkeypatch):
+    monkeypatch.setattr(fused_norm, "_KERNELS", {kernel: kernel for kernel in fused_norm._KERNELS})  # not compiled
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(8)
+    fused = deepcopy(plain)
+    images = torch.randn(4, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert fused_norm._fits(fused, images[:2], None)
+    ours = forward_in_parts(lambda part: fused_norm.norm_relu(fused, part), fused, images, 2)
+    assert_close(ours, forward_in_parts(lambda part: plain(part).relu(), plain, images, 2), rtol=1e-5, atol=1e-5)
+    assert_close(fused.state_dict(), plain.state_dict())
 
 
 def test_tracking_is_back_after_a_failure():
