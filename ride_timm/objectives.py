@@ -3,14 +3,14 @@
 Wrap the objective, not the model, when going distributed: gradients are synchronised through its `forward` alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .losses import ExpertsLoss, distillation, router_loss
+from .losses import ExpertsLoss, cross_entropy, distillation, router_loss, widen
 from .models import forward_in_parts
 
 
@@ -115,6 +115,37 @@ class DistillationObjective(ExpertsObjective):
         taught = distillation(expert_logits.mean(1), teacher_logits, self.temperature)
         loss = expert_logits.shape[1] * (self.loss(expert_logits, targets) + taught)
         return {"loss": loss, "logits": expert_logits.detach().mean(1)}
+
+
+class HeadsObjective(Objective):
+    """Second stage of decoupled training: some of the heads' parameters learn, all else is frozen and in eval mode.
+
+    trained: names of the parameters that learn, such as every expert's classifier. The loss is the cross entropy of
+    each expert on its own, summed; class-balanced batches make it the balanced one. InputError for a name that the
+    model does not have. Kang et al. 2020, arXiv:1910.09217, section 4.
+    """
+
+    def __init__(self, model: nn.Module, trained: Sequence[str]):
+        super().__init__(model)
+        parameters = dict(model.named_parameters())
+        unknown = [name for name in trained if name not in parameters]
+        if unknown or not trained:
+            raise InputError(f"the model has no parameter {', '.join(unknown) or 'to train'}")
+        model.requires_grad_(False)
+        for name in trained:
+            parameters[name].requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "HeadsObjective":
+        """Sets the objective's mode; the model stays in eval mode, so BatchNorm keeps its statistics."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of one batch."""
+        _, expert_logits = self.model.forward_experts(images)
+        return {"loss": cross_entropy(widen(expert_logits), targets), "logits": expert_logits.detach().mean(1)}
 
 
 class RouterObjective(Objective):

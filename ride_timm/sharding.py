@@ -56,6 +56,7 @@ def make_plugin(recipe: Recipe) -> FullyShardedDataParallelPlugin | None:
             "BatchNorm would count each batch twice",
         ),
         "compile": (recipe.compile, "leave one of them out"),
+        "ema_decay": (recipe.ema_decay is not None, "the average follows whole weights at every step"),
         "mixed_precision=fp16": (recipe.mixed_precision == "fp16", "use bf16 or no"),
     }
     for name in (recipe.optimizer, recipe.router_optimizer):

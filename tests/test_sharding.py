@@ -98,6 +98,7 @@ def test_a_sharded_run_is_torn_resumed_and_equal_to_one_process(train, colours, 
         (dict(ACCELERATE_USE_DEEPSPEED="true"), {}, "launched with DEEPSPEED"),
         ({}, dict(mixed_precision="fp16"), "mixed_precision=fp16"),
         ({}, dict(compile=True), "compile does not work with FSDP"),
+        ({}, dict(ema_decay=0.999), "ema_decay does not work with FSDP"),
         ({}, dict(optimizer="lamb"), "optimizer=lamb"),
     ],
 )
