@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import InputError
 from .losses import arguments_of, check_taus
 
-if TYPE_CHECKING:
-    from .recipe import Recipe
+Recipe = Any  # `recipe.Recipe`, whose file imports this one
 
 DECOUPLINGS = ("none", "crt", "lws", "tau_norm", "logit_adjustment")
 

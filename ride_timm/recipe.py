@@ -201,15 +201,16 @@ class Recipe:
                 True,
             )
         if self.decouple != "none":
+            learns = self.decouple in ("crt", "lws")
             return Stage(
                 name,
-                self.decouple_epochs if self.decouple in ("crt", "lws") else 0,
+                self.decouple_epochs if learns else 0,
                 self.decouple_batch_size,
                 self.optimizer,
                 self.decouple_lr,
                 self.decouple_weight_decay,
                 True,
-                dict(schedule="cosine"),
+                dict(schedule="cosine" if learns else "constant"),
                 True,
             )
         schedule = dict(
