@@ -42,6 +42,8 @@ from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_giv
 from ride_timm.selection import Selection
 from ride_timm.sharding import hook_experts, is_sharded, make_plugin, shardable, share_out, whole
 
+FUSED = ("sgd", "momentum", "adam", "adamw")  # torch's own, which update all parameters in one pass where told to
+
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
     parser = Parser(description="Train RIDE: experts, then router.", allow_abbrev=False)
@@ -217,6 +219,7 @@ class Run:
             exempt = {f"model.{name}" for name in self.model.no_weight_decay()}
             parameters = param_groups_weight_decay(objective, stage.weight_decay, exempt)
         settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=recipe.momentum)
+        settings |= dict(fused=True) if stage.optimizer in FUSED and not self.sharded else {}
         optimizer = create_optimizer_v2(parameters, opt=stage.optimizer, **settings)
         if recipe.sync_bn:
             convert_sync_batchnorm(objective)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from batches import ArrayImages, Clocked, class_counts_of, random_images
 from record import alternate, parse, parser, processes, record, show, summary
-from step import VARIANTS
+from variants import VARIANTS, add_variants_flag, ratios_of
 
 from ride_timm.data.loader import decode
 from ride_timm.data.sources import load_longtail
@@ -33,7 +33,7 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
         from ours import Training, make_recipe
 
         training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **VARIANTS[name]), images, 100)
-        loop, loader = training.train_batches, training.loader(training.train_set, training.stage)
+        loop, loader = training.train_batches, training.training_loader(training.stage)
 
     def run() -> float:
         clocked = Clocked(loader, args.steps, args.warm_up)
@@ -52,13 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--workers", type=int, default=2, help="loader workers of the baseline; 2 in the authors' config"
     )
+    add_variants_flag(flags)
     args = parse(flags, argv)
     num_images = sum(class_counts_of(100))
     steps_an_epoch = -(-num_images // args.batch_size)
     if args.warm_up + args.steps > steps_an_epoch:
         flags.error(f"an epoch has {steps_an_epoch} steps: {args.warm_up} + {args.steps} do not fit into it")
 
-    builders = {name: partial(build, name, args) for name in list(VARIANTS)[:3]}
+    builders = {name: partial(build, name, args) for name in args.variants}
     with processes(builders, args.threads) as variants:
         figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
 
@@ -67,12 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     epochs = {name: figure["median"] * steps_an_epoch for name, figure in figures.items()}
     for name, seconds in epochs.items():
         print(f"{name}: {seconds:.1f} s an epoch ({steps_an_epoch} steps at the median)")
-    ratios = {name: epochs["baseline"] / seconds for name, seconds in epochs.items() if name != "baseline"}
-    for name, ratio in ratios.items():
-        print(f"baseline / {name}: {ratio:.2f}")
+    ratios = ratios_of(epochs)
     more = dict(seconds_per_epoch=epochs, steps_per_epoch=steps_an_epoch)
     record("epoch", args, dict(seconds_per_step=figures, ratios=ratios, **more))
-    print(f"ratio {ratios['ours bf16']:.2f}")
+    print(f"ratio {ratios[args.variants[-1]]:.2f}")
 
 
 if __name__ == "__main__":

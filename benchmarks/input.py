@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         flags.error(
             f"an epoch has {len(images) // args.batch_size} full batches: {args.warm_up} + {args.steps} are more"
         )
-    training = Training(make_recipe("ride_resnet32", args.batch_size, 32, "bf16"), images, 100)
+    training = Training(make_recipe("ride_resnet32", args.batch_size, 32, mixed_precision="bf16"), images, 100)
     batch, targets = random_batch(args.batch_size, 100, 32)
     held = [(batch.contiguous(memory_format=torch.channels_last), targets)] * (1 + args.train_steps)
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     loaders = {
         "baseline, 2 workers": plain_loader(images.pixels, images.labels, args.batch_size, 2),
         "baseline, in-process": plain_loader(images.pixels, images.labels, args.batch_size, 0),
-        "ours": training.loader(training.train_set, training.stage),
+        "ours": training.training_loader(training.stage),
     }
     variants = {name: partial(run, drain, loader, args.steps, args.warm_up) for name, loader in loaders.items()}
     variants["our training step (bf16)"] = partial(run, training.train_batches, held, args.train_steps, 1)

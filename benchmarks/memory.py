@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from batches import Clocked, class_counts_of, random_batch
 from record import alternate, parse, parser, record, show, summary
-
-SIDES = {"baseline": "no", "ours fp32": "no", "ours bf16": "bf16"}
+from variants import VARIANTS, add_variants_flag
 
 
 def peak_megabytes() -> float:
@@ -38,7 +37,8 @@ def train(side: str, model: str, batch_size: int, size: int, steps: int) -> None
 
         imported = peak_megabytes()
         image_set = SimpleNamespace(labels=np.repeat(np.arange(num_classes), class_counts))
-        loop = Training(make_recipe(model, batch_size, size, SIDES[side]), image_set, num_classes).train_batches
+        recipe = make_recipe(model, batch_size, size, **VARIANTS[side])
+        loop = Training(recipe, image_set, num_classes).train_batches
         images = images.contiguous(memory_format=torch.channels_last)
     loop(Clocked([(images, targets)] * steps, steps))
     print(json.dumps(dict(imported=imported, peak=peak_megabytes())))
@@ -50,12 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--batch-size", type=int, default=128)
     flags.add_argument("--image-size", type=int, default=32)
     flags.add_argument("--steps", type=int, default=3)
-    flags.add_argument("--side", choices=tuple(SIDES), help="only this one, in this process")
+    flags.add_argument("--side", choices=tuple(VARIANTS), help="only this one, in this process")
+    add_variants_flag(flags)
     args = parse(flags, argv)
     if args.side:
         return train(args.side, args.model, args.batch_size, args.image_size, args.steps)
 
-    above: dict[str, list[float]] = {side: [] for side in SIDES}
+    above: dict[str, list[float]] = {side: [] for side in args.variants}
 
     def run(side: str) -> float:
         command = [sys.executable, str(Path(__file__).resolve()), "--side", side]
@@ -66,14 +67,14 @@ def main(argv: list[str] | None = None) -> None:
         above[side].append(figures["peak"] - figures["imported"])
         return figures["peak"]
 
-    whole = alternate({side: partial(run, side) for side in SIDES}, args.rounds)
+    whole = alternate({side: partial(run, side) for side in args.variants}, args.rounds)
     figures = {name: summary(values) for name, values in whole.items()}
     figures_above = {name: summary(values) for name, values in above.items()}
     print(f"{args.model} x3, batch {args.batch_size}, {args.image_size} px: peak of the process")
     show(figures, "MiB", 0)
     print("of this, beyond what the imports take")
     show(figures_above, "MiB", 0)
-    ratio = figures["baseline"]["median"] / figures["ours bf16"]["median"]
+    ratio = figures["baseline"]["median"] / figures[args.variants[-1]]["median"]
     record("memory", args, dict(peak_mib=figures, peak_mib_beyond_imports=figures_above, ratio=ratio))
     print(f"ratio {ratio:.2f}")
 

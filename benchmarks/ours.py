@@ -39,7 +39,8 @@ class Training(Run):
         self.recipe = recipe
         backend = "inductor" if recipe.compile else None
         self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision, dynamo_backend=backend, cpu=True)
-        self.policy = get_policy(recipe.augment)
+        self.policy = self.train_policy = get_policy(recipe.augment)
+        self.decoupling = False
         self.size = self.policy.input_size(recipe.input_size)
         self.signals = SimpleNamespace(check=lambda: None)
         self.train_set, self.data, self.teacher = image_set, SimpleNamespace(num_classes=num_classes), None
@@ -55,10 +56,12 @@ class Training(Run):
             lr=self.stage.lr,
             weight_decay=self.stage.weight_decay,
             momentum=recipe.momentum,
+            fused=True,
         )
         self.wrapped, self.optimizer = self.accelerator.prepare(self.stage_objective, optimizer)
 
     def train_batches(self, batches: Any) -> float:
         """The script's loop over these batches; their mean loss."""
         bar = tqdm(disable=True)
-        return self.train_epoch(self.stage, 0, self.stage_objective, self.wrapped, self.optimizer, batches, bar)
+        parts = (self.stage_objective, self.wrapped, self.optimizer)
+        return self.train_epoch(self.stage, 0, *parts, batches, bar, ema=None, mixing=None)

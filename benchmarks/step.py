@@ -11,14 +11,7 @@ import numpy as np
 import torch
 from batches import Clocked, class_counts_of, random_batch
 from record import alternate, parse, parser, processes, record, show, summary
-
-VARIANTS = {
-    "baseline": None,
-    "ours fp32": dict(mixed_precision="no"),
-    "ours bf16": dict(mixed_precision="bf16"),
-    "ours bf16, plain norm": dict(mixed_precision="bf16", fused_norm=False),
-    "ours bf16, compiled": dict(mixed_precision="bf16", fused_norm=False, compile=True),
-}
+from variants import VARIANTS, add_variants_flag, ratios_of
 
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
@@ -54,13 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--num-experts", type=int, default=3)
     flags.add_argument("--steps", type=int, default=4, help="timed steps of each run")
     flags.add_argument("--warm-up", type=int, default=1, help="steps before them")
-    flags.add_argument(
-        "--variants",
-        nargs="+",
-        choices=tuple(VARIANTS),
-        default=list(VARIANTS)[:3],
-        help="baseline and ours bf16 among",
-    )
+    add_variants_flag(flags)
     args = parse(flags, argv)
 
     builders = {name: partial(build, name, args) for name in args.variants}
@@ -69,12 +56,9 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"{args.model} x{args.num_experts}, batch {args.batch_size}, {args.image_size} px, {args.threads} threads")
     show(figures, "s/step")
-    baseline = figures["baseline"]["median"]
-    ratios = {name: baseline / figure["median"] for name, figure in figures.items() if name != "baseline"}
-    for name, ratio in ratios.items():
-        print(f"baseline / {name}: {ratio:.2f}")
+    ratios = ratios_of({name: figure["median"] for name, figure in figures.items()})
     record("step", args, dict(seconds_per_step=figures, ratios=ratios))
-    print(f"ratio {ratios['ours bf16']:.2f}")
+    print(f"ratio {ratios[args.variants[-1]]:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""The two sides of the training benchmarks: the baseline, and ours with other recipe keys."""
+
+from __future__ import annotations
+
+import argparse
+
+VARIANTS = {
+    "baseline": None,
+    "ours fp32": dict(mixed_precision="no"),
+    "ours bf16": dict(mixed_precision="bf16"),
+    "ours bf16, plain norm": dict(mixed_precision="bf16", fused_norm=False),
+    "ours bf16, compiled": dict(mixed_precision="bf16", fused_norm=False, compile=True),
+}
+
+
+def add_variants_flag(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument(
+        "--variants",
+        nargs="+",
+        choices=tuple(VARIANTS),
+        default=["baseline", "ours fp32", "ours bf16"],
+        help="the baseline and others; the ratio printed last is the last one's",
+    )
+
+
+def ratios_of(medians: dict[str, float]) -> dict[str, float]:
+    """Baseline over each other variant, printed line by line."""
+    ratios = {name: medians["baseline"] / median for name, median in medians.items() if name != "baseline"}
+    for name, ratio in ratios.items():
+        print(f"baseline / {name}: {ratio:.2f}")
+    return ratios
