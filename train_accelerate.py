@@ -91,7 +91,7 @@ class Run:
         self.size = self.policy.input_size(recipe.input_size)
         with accelerator.local_main_process_first():  # the others find the first one's cache
             self.data = load_longtail(**recipe.data_args)
-        self.train_set, self.held_out = self.data.train, None
+        self.train_set, self.held_out = self.data.train, self.data.val
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
@@ -132,6 +132,7 @@ class Run:
             device=self.accelerator.device,
             input_size=self.size,
             reduced_decode=self.recipe.reduced_decode,
+            shuffle_buffer=self.recipe.shuffle_buffer,
         )
 
     def objective(self, stage: Stage) -> Objective:
