@@ -77,6 +77,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         raise InputError(f"tracker={args.tracker!r}: installed are {', '.join(trackers) or 'none'}.")
     both = ["experts", "router"] if recipe.num_experts > 1 else ["experts"]  # one expert: nothing to route
     args.stages = both if args.stage == "both" else [args.stage]
+    if recipe.streaming and any(recipe.stage(name).balanced for name in args.stages):
+        raise InputError("streaming: a stream cannot draw the router's class-balanced batches; train --stage experts "
+                         "with it, then --stage router without.")  # fmt: skip
     return args, recipe
 
 
@@ -154,7 +157,10 @@ class Run:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         watched = (batch for batch in loader if not self.signals.check())
-        return evaluate(self.model, watched, self.data.class_counts, stage.name == "router", self.recipe.threshold)
+        routed = stage.name == "router"
+        return evaluate(
+            self.model, watched, self.data.class_counts, routed, self.recipe.threshold, shots=self.recipe.shots
+        )
 
     def save(self, stage: str, epoch: int, **more: Any) -> None:
         if self.accelerator.is_main_process:

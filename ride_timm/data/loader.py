@@ -6,19 +6,17 @@ saved sampler state, and neither the number of processes nor the number of worke
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from ..errors import InputError, RunError, first_line
-from .image_set import ImageSet, open_stored
+from ..errors import InputError, RunError
+from .batches import Batches, collate, generator_of, torch_seed
+from .image_set import ImageSet
 from .orders import (
     BATCH,
     SAMPLE,
@@ -29,38 +27,9 @@ from .orders import (
     ShuffledOrder,
     check_integer,
 )
-from .streaming import Part, StreamedSet
+from .stream_batches import StreamBatches
+from .streaming import StreamedSet
 from .transforms import BatchAugment, Fit, Policy, build_augment, build_crop, get_policy
-
-
-def _torch_seed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-@contextmanager
-def _generator_of(*key: int) -> Iterator[None]:
-    """torchvision draws from the global CPU generator: lend it this key's stream, then give it back untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_torch_seed(*key))
-        yield
-
-
-class _Batches:
-    """What all kinds of loader share: the order, this rank's part in it, and the epoch."""
-
-    def __init__(self, order: Order, shares: Shares, seed: int, device: str | torch.device) -> None:
-        self.order, self.shares = order, shares
-        self.seed = check_integer(seed, "seed", 0)
-        self.device = torch.device(device)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Epochs count from 0; the next iteration gives this one."""
-        self.epoch = check_integer(epoch, "epoch", 0)
-
-    def __len__(self) -> int:
-        """Steps that this rank takes in an epoch."""
-        return len(self.shares)
 
 
 def decode(image_set: ImageSet, size: int | None = None) -> Tensor:
@@ -88,7 +57,7 @@ def decode(image_set: ImageSet, size: int | None = None) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-class TensorBatches(_Batches):
+class TensorBatches(Batches):
     """Batches of a set of small images that is held decoded, on `device`, and augmented a batch at a time.
 
     Yields (images float32 [b, 3, S, S] channels last, labels int64 [b]) on `device`. The random choices of a step are
@@ -130,7 +99,7 @@ class TensorBatches(_Batches):
             positions = order[low:high]
             images = self.pixels.index_select(0, positions)
             if self.shares.train:
-                generator = torch.Generator().manual_seed(_torch_seed(self.seed, BATCH, epoch, step))
+                generator = torch.Generator().manual_seed(torch_seed(self.seed, BATCH, epoch, step))
                 draws = self.augment.draw(stop - start, generator).part(low - start, high - start)
                 images = self.augment(images, draws)
             else:
@@ -158,7 +127,7 @@ class _Samples:
         epoch, position, index = key
         if not self.train:
             return self._sample(index)
-        with _generator_of(self.seed, SAMPLE, epoch, position):
+        with generator_of(self.seed, SAMPLE, epoch, position):
             return self._sample(index)
 
     def _sample(self, index: int) -> tuple[Tensor, int] | RunError:
@@ -169,15 +138,7 @@ class _Samples:
         return self.augment(image), label
 
 
-def _collate(samples: list) -> tuple[Tensor, Tensor] | RunError:
-    failed = next((sample for sample in samples if isinstance(sample, RunError)), None)
-    if failed is not None:
-        return failed
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels, dtype=torch.int64)
-
-
-class WorkerBatches(_Batches):
+class WorkerBatches(Batches):
     """Batches of large images, decoded and augmented one by one, by worker processes if there are any.
 
     Yields as `TensorBatches` does. A sample's random choices depend on the seed, the epoch and its position in the
@@ -204,7 +165,7 @@ class WorkerBatches(_Batches):
             _Samples(image_set, get_policy(policy), shares.train, input_size, self.seed, reduced_decode),
             batch_sampler=self.keys,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers else None,  # a worker; each batch of 256 at 224 pixels takes 154 MB
@@ -241,118 +202,6 @@ class _Keys:
         order = self.order(epoch)
         for share in self.shares:
             yield [(epoch, position, int(order[position])) for position in range(share.low, share.high)]
-
-
-class _StreamSamples(IterableDataset):
-    """A part of a stream, decoded and augmented where it is read: (image [3, H, W], label), as `_Samples` gives them.
-
-    Random choices depend on the seed, the epoch and the image alone, whichever process and worker meets it.
-    """
-
-    def __init__(
-        self, part: Part, policy: Policy, train: bool, input_size: int | None, seed: int, reduced_decode: bool
-    ) -> None:
-        self.part, self.train, self.seed = part, train, seed
-        self.crop = build_crop(policy, train, input_size, reduced_decode)
-        self.augment = build_augment(policy, train, input_size)
-        self.epoch = 0  # the workers are started anew for every pass, so they see it
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int] | RunError]:
-        for stored, key, label in self.part:
-            with _generator_of(self.seed, SAMPLE, self.epoch, zlib.crc32(key.encode())):
-                yield self._sample(stored, key, label)
-
-    def _sample(self, stored: dict, key: str, label: int) -> tuple[Tensor, int] | RunError:
-        try:
-            with open_stored(stored) as opened:
-                return self.augment(self.crop(opened)), label
-        except Exception as error:  # decoders raise whatever they like
-            failed = RunError(f"the image {key} of the stream cannot be read ({first_line(error)})")
-            failed.__cause__ = error
-            return failed
-
-
-class StreamBatches(_Batches):
-    """Batches of images met in passing; what order and completeness can be relied on is said in `streaming`.
-
-    Yields as `TensorBatches` does. In training, every process takes the same number of steps, that of an epoch of the
-    whole list: one whose part is smaller begins it anew, one whose part is larger leaves its last images out. In
-    evaluation each process gives its part once, in batches of varying size.
-    """
-
-    def __init__(
-        self,
-        images: StreamedSet,
-        policy: str | Policy,
-        *,
-        shares: Shares,
-        seed: int,
-        num_workers: int = 0,
-        device: str | torch.device = "cpu",
-        input_size: int | None = None,
-        reduced_decode: bool = True,
-        shuffle_buffer: int = 1000,
-    ) -> None:
-        super().__init__(SequentialOrder(len(images)), shares, seed, device)
-        self.images = images
-        part = images.part(shares.rank, shares.num_processes, shuffle_buffer if shares.train else 0, self.seed)
-        self.samples = _StreamSamples(part, get_policy(policy), shares.train, input_size, self.seed, reduced_decode)
-        # more workers than shards would stand idle, and `datasets` would say so
-        self.loader = DataLoader(
-            self.samples,
-            batch_size=max(1, shares.batch_size // shares.num_processes),
-            num_workers=min(check_integer(num_workers, "number of workers", 0), part.rows.num_shards),
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
-        )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.samples.epoch = self.epoch
-        batches = self._passes() if self.shares.train else self._once()
-        for images, labels in batches:
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-
-    def _pass(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.samples.part.set_pass(number)
-        for batch in self.loader:
-            if isinstance(batch, RunError):
-                raise batch
-            yield batch
-
-    def _once(self) -> Iterator[tuple[Tensor, Tensor]]:
-        seen = 0
-        for images, labels in self._pass(0):
-            seen += len(labels)
-            yield images, labels
-        if self.shares.num_processes == 1 and seen != len(self.images):
-            raise RunError(f"the stream gave {seen} of the {len(self.images)} listed images of {self.images.split!r}")
-
-    def _passes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As many batches as this rank has shares, of their sizes, from one pass and, where it ends early, further."""
-        wanted, images, labels = iter(self.shares), [], []
-        share = next(wanted)
-        for again in count():
-            empty = True
-            # further passes are numbered beyond all epochs: their order is none that an epoch has
-            for more_images, more_labels in self._pass(self.epoch + again * 1_000_000):
-                empty = False
-                images.append(more_images)
-                labels.append(more_labels)
-                held = sum(map(len, labels))
-                while held >= (size := share.high - share.low):
-                    joined = torch.cat(images), torch.cat(labels)
-                    yield joined[0][:size].contiguous(memory_format=torch.channels_last), joined[1][:size]
-                    images, labels = [joined[0][size:]], [joined[1][size:]]
-                    held -= size
-                    share = next(wanted, None)
-                    if share is None:
-                        return
-            if empty:
-                raise RunError(
-                    f"this process' part of split {self.images.split!r} holds none of the listed images: use fewer "
-                    "processes"
-                )
 
 
 def make_loader(

@@ -95,7 +95,7 @@ def load_longtail(
     val_split = _choose_val_split(splits, train_split, test_split) if use_val else None
     train, test = splits[train_split], splits[test_split]
 
-    image_column = _choose_image_column(train, image_column)
+    image_column = choose_image_column(train, image_column)
     label_column = _choose_label_column(train, label_column)
     train_names = getattr(train.features[label_column], "names", None)
     train_labels = _read_labels(train, label_column, train_split, train_names)
@@ -108,7 +108,7 @@ def load_longtail(
         for column in (image_column, label_column):
             if column not in split.column_names:
                 raise InputError(f"split {name!r} has no column {column!r}; it has {listed(split.column_names)}")
-        _choose_image_column(split, image_column)
+        choose_image_column(split, image_column)
         names = getattr(split.features[label_column], "names", None)
         if train_names and names and train_names != names:
             raise InputError(
@@ -198,7 +198,7 @@ def _listed_rows(
     for part, name in zip(lists, names, strict=True):
         split_name = hub_split(part, name, list(splits))
         split = splits[split_name]
-        column = _choose_image_column(split, image_column)
+        column = choose_image_column(split, image_column)
         if streaming:
             sets.append(streamed(part, split, column, split_name))
         else:
@@ -266,7 +266,8 @@ def _choose_val_split(splits: dict[str, Any], train_split: str, test_split: str)
     return found
 
 
-def _choose_image_column(split: Dataset, column: str | None) -> str:
+def choose_image_column(split: Dataset, column: str | None) -> str:
+    """The named column, or the first that holds images; `InputError` where there is none."""
     from datasets import Image
 
     found = [name for name, feature in split.features.items() if isinstance(feature, Image)]
