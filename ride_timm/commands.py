@@ -48,10 +48,11 @@ def recipe_for(args: argparse.Namespace) -> Recipe:
     return recipe.override(flags)
 
 
-def load_data(recipe: Recipe) -> Any:
+def load_data(recipe: Recipe, use_val: bool = False) -> Any:
+    """The recipe's data set; its validation split only where that is wanted, not because a run chose an epoch on it."""
     from .data.sources import load_longtail
 
-    return load_longtail(**recipe.data_args)
+    return load_longtail(**recipe.data_args | dict(use_val=use_val))
 
 
 def _load(args: argparse.Namespace, needs_router: bool) -> Ride:
@@ -128,7 +129,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     recipe = recipe_for(args)
     model = _load(args, args.routed or args.curve is not None).to(memory_format=torch.channels_last)  # as in training
     experts = _experts(args, model, args.routed)
-    data = load_data(recipe)
+    data = load_data(recipe, use_val=recipe.use_val and args.macs_budget is not None)
     if data.num_classes != model.num_classes:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

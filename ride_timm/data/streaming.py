@@ -55,16 +55,15 @@ class StreamedSet:
     def label_of(self) -> dict[str, int]:
         return dict(zip(self.keys.tolist(), self.labels.tolist(), strict=True))
 
+    def lists(self, row: dict[str, Any]) -> bool:
+        """Whether a row is one of the listed images."""
+        return self.name_keys(row[self.image_column]["path"]) in self.label_of
+
     def part(self, rank: int, num_processes: int, shuffle_buffer: int = 0, seed: int = 0) -> Part:
         """One process' part of the stream; a shuffle buffer of 0 keeps the order of the rows."""
         from datasets.distributed import split_dataset_by_node
 
-        label_of, keys, column = self.label_of, self.name_keys, self.image_column
-
-        def listed_here(row: dict[str, Any]) -> bool:
-            return keys(row[column]["path"]) in label_of
-
-        rows = self.source.filter(listed_here)  # before the buffer, which so holds nothing but images of the list
+        rows = self.source.filter(self.lists)  # before the buffer, which so holds nothing but images of the list
         if shuffle_buffer:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         return Part(split_dataset_by_node(rows, rank, num_processes) if num_processes > 1 else rows, self)
