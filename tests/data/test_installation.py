@@ -1,5 +1,6 @@
 """What `datasets check` finds of a published data set: nothing to find, or exactly what is wrong."""
 
+import datasets
 import pytest
 from listed import CLASSES, LISTS, write_images, write_lists, write_rows
 
@@ -12,7 +13,8 @@ FACTS = dict(train=SplitFacts(13, 7, 2), val=SplitFacts(6, 2, 2), test=SplitFact
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setitem(annotations.PUBLISHED, "imagenet_lt", Published("ImageNet_LT", 3, FACTS, "ILSVRC/imagenet-1k"))
 
 
