@@ -86,7 +86,7 @@ def _head_to_tail(rows: dict[str, dict[str, Any]]) -> Any:
 def _reliability(rows: dict[str, dict[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3 * len(rows) + 0.3), layout="constrained")
+    figure = Figure(figsize=(11, 3 * len(rows) + 0.7), layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False, sharex=True, sharey=True)
     for line, (name, metrics) in zip(grid, rows.items(), strict=True):
         for axes, (group, bins) in zip(line, metrics["reliability"].items(), strict=True):
@@ -102,7 +102,8 @@ def _reliability(rows: dict[str, dict[str, Any]]) -> Any:
         line[0].set_ylabel("%")
     for axes in grid[-1]:
         axes.set_xlabel("confidence (%)")
-    grid[0][0].legend(loc="upper left", fontsize="small")
+    # below, where it hides no bar
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
