@@ -18,28 +18,35 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from ride_timm import InputError, RunError
-from ride_timm.checkpoint import RunFolder, create_model, load_model
+from ride_timm.checkpoint import RunFolder, create_model, load_any_model
 from ride_timm.data.loader import make_loader
 from ride_timm.data.orders import Shares
 from ride_timm.data.sources import hold_out, load_longtail
-from ride_timm.data.transforms import get_policy
+from ride_timm.data.transforms import Policy, get_policy
+from ride_timm.data.views import TwoViews
+from ride_timm.decoupling import decouple
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_bf16, has_compiler, keep_memory, set_threads
 from ride_timm.losses import make_loss
-from ride_timm.models import Router
+from ride_timm.mixing import Mixing
+from ride_timm.models import Router, add_class_affine
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
-from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, load_recipe
+from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, listing, load_recipe
 from ride_timm.selection import Selection
+from ride_timm.sharding import hook_experts, is_sharded, make_plugin, shardable, share_out, whole
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
     parser = Parser(description="Train RIDE: experts, then router.", allow_abbrev=False)
-    parser.add_argument("--recipe", metavar="NAME|FILE", help=f"what to train (default: {DEFAULT_RECIPE})")
+    parser.add_argument("--recipe", nargs="?", const="", metavar="NAME|FILE",
+                        help=f"what to train (default: {DEFAULT_RECIPE}); without a value: describe all")  # fmt: skip
     parser.add_argument("--stage", choices=("both", "experts", "router"), default="both")
     parser.add_argument("--from", dest="source", metavar="RUN|FILE|SPEC", help="weights to start from")
     parser.add_argument("--teacher", metavar="RUN|FILE|SPEC", help="teacher of the distillation")
@@ -49,11 +56,21 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads a process (default: all cores, shared)")
     add_flags(parser)
     args = parser.parse_args(argv)
-    args.output = args.output or os.path.join("runs", Path(args.recipe or DEFAULT_RECIPE).stem)
+    if args.recipe == "":
+        print(listing())
+        raise SystemExit(0)
     args.from_here = args.stage == "router" and args.source is None
-    folder, flags = RunFolder(args.output), flags_given(args)
+    flags, default, theirs = flags_given(args), Path(args.recipe or DEFAULT_RECIPE).stem, None
+    if args.source and args.recipe is None and flags.get("decouple", "none") != "none":
+        theirs = RunFolder(args.source)  # re-balancing a run needs no recipe but the run's own
+        theirs = theirs if theirs.occupied else None
+    if theirs is not None:
+        default = flags.setdefault("name", f"{theirs.path.resolve().name}_{flags['decouple']}")
+    args.output = args.output or os.path.join("runs", default)
+    folder = RunFolder(args.output)
     goes_on = folder.occupied and (args.resume or args.from_here) and args.recipe is None
-    recipe = folder.recipe() if goes_on else load_recipe(args.recipe or DEFAULT_RECIPE)
+    own = theirs or (folder if goes_on else None)
+    recipe = own.recipe() if own is not None else load_recipe(args.recipe or DEFAULT_RECIPE)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         flags.setdefault("mixed_precision", launched)
@@ -88,17 +105,23 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> None:
         self.args, self.recipe, self.accelerator = args, recipe, accelerator
+        self.sharded = is_sharded(accelerator)
         self.folder = RunFolder(args.output)
         self.state = self.folder.claim(recipe, args.stage, args.resume, args.from_here)
-        self.policy = get_policy(recipe.augment)
+        self.policy = self.train_policy = get_policy(recipe.augment)
+        if recipe.auto_augment is not None and recipe.decouple == "none":
+            self.train_policy = self.policy.with_auto_augment(recipe.auto_augment)
         self.size = self.policy.input_size(recipe.input_size)
         with accelerator.local_main_process_first():  # the others find the first one's cache
             self.data = load_longtail(**recipe.data_args)
         self.train_set, self.held_out = self.data.train, self.data.val
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
+        self.decoupling = recipe.decouple != "none" and "experts" in args.stages
+        if self.decoupling and not (self.state or args.source):
+            raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source)
-        if recipe.fused_norm and accelerator.device.type == "cpu":
+        if recipe.fused_norm and accelerator.device.type == "cpu" and not self.sharded:  # FSDP enters experts apart
             self.model.fuse_training()
         self.history: list[dict[str, Any]] = []
         self.reached: dict[str, Any] = {}
@@ -106,25 +129,38 @@ class Run:
         if self.state:
             self.history, self.reached, self.seconds = (self.state[key] for key in ("history", "stages", "seconds"))
             weights = {name: value for name, value in self.state["model"].items() if not name.startswith("router.")}
+            if any(".fc.affine." in name for name in weights):
+                add_class_affine(self.model)
             self.model.load_state_dict(weights)
         self.teacher = None
-        if recipe.distillation and "experts" in args.stages and "experts" not in self.reached:
+        taught = recipe.distillation and not self.decoupling
+        if taught and "experts" in args.stages and "experts" not in self.reached:
             if not args.teacher:
                 raise InputError("this recipe learns from a teacher: name one by --teacher.")
-            self.teacher = load_model(args.teacher)
+            self.teacher = load_any_model(args.teacher)
             if self.teacher.num_classes != self.data.num_classes:
-                raise InputError(f"the teacher {args.teacher} has {self.teacher.num_classes} classes, not the data's.")
+                raise InputError(f"the teacher {args.teacher} has {self.teacher.num_classes} classes, "
+                                 f"the data {self.data.num_classes}.")  # fmt: skip
         for name in args.stages:  # a batch that cannot be shared out is found now, not after stage one
             size = recipe.stage(name).batch_size
             Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
         self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
-    def loader(self, image_set: Any, stage: Stage | None = None) -> Any:
+    def training_loader(self, stage: Stage) -> Any:
+        """Training batches of a stage, of two views of the images where the loss compares them."""
+        if stage.name == "router" or self.train_policy == self.policy:
+            return self.loader(self.train_set, self.policy, stage)
+        loader = self.loader(self.train_set, self.train_policy, stage)
+        if self.recipe.loss == "mdcs":
+            return TwoViews(self.loader(self.train_set, self.policy, stage), loader)
+        return loader
+
+    def loader(self, image_set: Any, policy: Policy, stage: Stage | None = None) -> Any:
         """Training batches of a stage, or test batches where there is none."""
         return make_loader(
             image_set,
-            self.policy,
+            policy,
             train=stage is not None,
             batch_size=stage.batch_size if stage else evaluation_batch(self.size),
             seed=self.recipe.seed,
@@ -146,21 +182,22 @@ class Run:
             self.model.add_router(Router(*gates, recipe.top_choices_num, recipe.share_expert_help_pred_fc))
             return RouterObjective(self.model, recipe.pos_weight)
         class_counts = np.bincount(self.train_set.labels, minlength=self.data.num_classes).tolist()
+        if self.decoupling:
+            return decouple(self.model, recipe.decouple, class_counts, recipe.decouple_tau, recipe.seed)
         loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
         if self.teacher is None:
-            return ExpertsObjective(self.model, loss)
-        return DistillationObjective(self.model, loss, self.teacher, recipe.distill_temperature, recipe.teacher_mode)
+            return ExpertsObjective(self.model, loss, recipe.ghost_batch)
+        taught = (self.teacher, recipe.distill_temperature, recipe.teacher_mode)
+        return DistillationObjective(self.model, loss, *taught, recipe.ghost_batch)
 
-    def evaluate(self, loader: Any, stage: Stage) -> dict[str, Any]:
+    def evaluate(self, loader: Any, stage: Stage, model: Any) -> dict[str, Any]:
         """In full precision, with the buffers of the main process, which are the ones that are saved."""
         if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
+            for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         watched = (batch for batch in loader if not self.signals.check())
         routed = stage.name == "router"
-        return evaluate(
-            self.model, watched, self.data.class_counts, routed, self.recipe.threshold, shots=self.recipe.shots
-        )
+        return evaluate(model, watched, self.data.class_counts, routed, self.recipe.threshold, shots=self.recipe.shots)
 
     def save(self, stage: str, epoch: int, **more: Any) -> None:
         if self.accelerator.is_main_process:
@@ -172,9 +209,14 @@ class Run:
     def train(self, stage: Stage) -> None:
         """All epochs of a stage from the last finished one, then its figures on the test set."""
         accelerator, recipe = self.accelerator, self.recipe
-        loader, test_loader = self.loader(self.train_set, stage), self.loader(self.data.test)
-        held_out_loader = self.loader(self.held_out) if self.held_out is not None else None
+        loader, test_loader = self.training_loader(stage), self.loader(self.data.test, self.policy)
+        held_out_loader = self.loader(self.held_out, self.policy) if self.held_out is not None else None
         objective = self.objective(stage)
+        resumed = self.state if self.state and self.state["stage"] == stage.name and self.state["epoch"] else None
+        if resumed:
+            self.model.load_state_dict(resumed["model"])
+        if self.sharded:
+            objective = shardable(objective, accelerator.device)
         parameters = objective.trainable_parameters()
         if not stage.decay_norm_and_bias:
             exempt = {f"model.{name}" for name in self.model.no_weight_decay()}
@@ -182,15 +224,24 @@ class Run:
         settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=recipe.momentum)
         optimizer = create_optimizer_v2(parameters, opt=stage.optimizer, **settings)
         if recipe.sync_bn:
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+            convert_sync_batchnorm(objective)
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
+        hook_experts(objective.model)
+        ema, mixing = None, None
+        if stage.name == "experts" and not self.decoupling:
+            if recipe.ema_decay is not None:
+                ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=True)
+            if recipe.mixup_alpha or recipe.cutmix_alpha:
+                mixing = Mixing(recipe.mixup_alpha, recipe.cutmix_alpha)
+        scored = self.model if ema is None else ema.module
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0
-        if self.state and self.state["stage"] == stage.name and self.state["epoch"]:
-            done, selection.best = self.state["epoch"], self.state["best"]
-            self.model.load_state_dict(self.state["model"])
-            optimizer.load_state_dict(self.state["optimizer"])
+        if resumed:
+            done, selection.best = resumed["epoch"], resumed["best"]
+            optimizer.load_state_dict(share_out(resumed["optimizer"], optimizer))
             if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(self.state["scaler"])
+                accelerator.scaler.load_state_dict(resumed["scaler"])
+            if ema is not None:
+                ema.module.load_state_dict(resumed["ema"])
         bar = tqdm(
             total=stage.epochs * len(loader),
             initial=done * len(loader),
@@ -200,33 +251,40 @@ class Run:
         )
         while done < stage.epochs and not selection.exhausted(done):
             started = time.perf_counter()
-            loss = self.train_epoch(stage, done, objective, wrapped, optimizer, loader, bar)
+            loss = self.train_epoch(stage, done, objective, wrapped, optimizer, loader, bar, ema, mixing)
+            if self.sharded:
+                self.model.load_state_dict(whole(objective.model.state_dict()))
             row = dict(stage=stage.name, epoch=done + 1, lr=stage.lr_at(done), loss=loss)
             row |= dict(seconds=round(time.perf_counter() - started, 2))
             row |= dict.fromkeys(("all", "many", "medium", "few", "held_out"))
             done += 1
             metrics = None
             if done % recipe.eval_every == 0 or done == stage.epochs:
-                metrics = self.evaluate(test_loader, stage)
+                metrics = self.evaluate(test_loader, stage, scored)
                 row |= {name: metrics[name] for name in ("all", "many", "medium", "few")}
                 if held_out_loader is not None:
-                    row["held_out"] = self.evaluate(held_out_loader, stage)["class_mean"]
-                    selection.update(row["held_out"], done, self.model)
+                    row["held_out"] = self.evaluate(held_out_loader, stage, scored)["class_mean"]
+                    selection.update(row["held_out"], done, scored)
             self.history.append(row)
             accelerator.log({k: v for k, v in row.items() if isinstance(v, float | int)}, step=len(self.history))
             self.seconds += time.perf_counter() - started
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            self.save(stage.name, done, optimizer=optimizer.state_dict(), scaler=scaler, best=selection.best)
+            more = dict(ema=ema.module.state_dict()) if ema is not None else {}
+            more |= dict(optimizer=whole(optimizer.state_dict()), scaler=scaler, best=selection.best)
+            self.save(stage.name, done, **more)
         bar.close()
+        if ema is not None:
+            self.model.load_state_dict(ema.module.state_dict())
         if recipe.select == "best" and selection.best["model"]:
             done, metrics = selection.best["epoch"], None
             self.model.load_state_dict(selection.best["model"])
-        self.finish(stage, metrics or self.evaluate(test_loader, stage), done)
+        self.finish(stage, metrics or self.evaluate(test_loader, stage, self.model), done)
         accelerator.free_memory()
 
     def train_epoch(
-        self, stage: Stage, epoch: int, objective: Objective, wrapped: Any, optimizer: Any, loader: Any, bar: tqdm
-    ) -> float:
+        self, stage: Stage, epoch: int, objective: Objective, wrapped: Any, optimizer: Any, loader: Any, bar: tqdm,
+        ema: ModelEmaV3 | None, mixing: Mixing | None,
+    ) -> float:  # fmt: skip
         """One epoch; its mean loss. Everything random in it follows from seed and epoch, so resuming is exact."""
         accelerator, accumulation = self.accelerator, self.recipe.gradient_accumulation
         set_seed((self.recipe.seed * 1_000_003 + epoch) % 2**32, device_specific=True)
@@ -240,8 +298,11 @@ class Run:
             start = step - step % accumulation
             size = min(accumulation, len(loader) - start)
             complete = step + 1 == start + size
+            if mixing is not None:
+                images, targets = mixing(images, targets)
             with nullcontext() if complete else accelerator.no_sync(wrapped):
-                loss = wrapped(images, targets)["loss"]
+                with accelerator.autocast():  # FSDP leaves the precision to its caller; elsewhere it is set already
+                    loss = wrapped(images, targets)["loss"]
                 accelerator.backward(loss / size)
             losses[step] = loss.detach()
             if complete:
@@ -249,6 +310,8 @@ class Run:
                     accelerator.clip_grad_norm_(objective.trainable_parameters(), self.recipe.clip_grad)
                 optimizer.step()
                 optimizer.zero_grad()
+                if ema is not None:
+                    ema.update(self.model, epoch * len(loader) + step)  # its decay warms up with the steps
             bar.update()
             self.signals.check()
         losses = accelerator.reduce(losses, "mean")
@@ -286,6 +349,7 @@ def train(argv: list[str] | None) -> None:
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         dynamo_backend="inductor" if recipe.compile else None,
+        fsdp_plugin=make_plugin(recipe),
         log_with=args.tracker,
         project_dir=args.output if args.tracker else None,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 import ride_timm
 from ride_timm.flops import count_macs
 from ride_timm.inference import fuse_conv_bn
+from ride_timm.launch import keep_memory
 
 SHARES = {"none": (1.0, 0.0, 0.0), "paper": (0.4099, 0.0947, 0.4954), "all": (0.0, 0.0, 1.0)}
 SIZES = {"ride_resnet32": 32, "ride_resnext50": 224}
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--fuse", action="store_true", help="fold BatchNorm into the convolutions first, on both sides")
     flags.add_argument("--seconds", type=float, default=0.5, help="least length of a run: short calls are repeated")
     args = parse(flags, argv)
+    keep_memory()  # as the commands do
 
     rows = []
     print(f"{'model':<15}{'batch':>6}  {'shares':<6}{'time ratio':>11}{'MACs ratio':>11}{'difference':>12}")

@@ -1,4 +1,4 @@
-"""python -m ride_timm evaluate | predict | export | flops | datasets | models"""
+"""python -m ride_timm evaluate | predict | export | flops | datasets | models | sweep"""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .errors import InputError, RunError
 from .export import KINDS
 from .flops import Macs, count_macs
 from .inference import add_inference_flags
-from .launch import Parser, exit_code, set_threads
+from .launch import Parser, exit_code, keep_memory, set_threads
 from .priors import shot_groups
 from .recipe import Recipe, add_flags, flags_given, keys_of
+from .sweep import sweep_command
 
 
 def _shares(text: str) -> list[float]:
@@ -185,12 +186,23 @@ def build_parser() -> Parser:
     add_flags(datasets, [name for name in keys_of("data") if name not in ("dataset", "holdout", "augment")])
 
     command("models", models_command, "list the networks")
+
+    sweep = command("sweep", sweep_command, "train recipes with seeds one after another, resumable; one table")
+    sweep.add_argument("--recipes", nargs="+", required=True, metavar="NAME|FILE")
+    sweep.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="seeds of every recipe (default: 0)"
+    )
+    sweep.add_argument("--output", default="runs/sweep", metavar="DIR", help="where the runs and the table go")
+    sweep.add_argument("--script", metavar="FILE", help="the training script (default: train_accelerate.py here)")
+    sweep.add_argument("--config", metavar="FILE", help="launch with this configuration of accelerate")
+    sweep.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of the training script for every run")
     return parser
 
 
 def main(argv: list[str] | None) -> None:
     args = build_parser().parse_args(argv)
     set_threads(args.threads)
+    keep_memory()
     args.run(args)
 
 

@@ -19,10 +19,11 @@ import timm
 import torch
 from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
+from torch import nn
 
 from .errors import InputError, RunError
 from .metrics import format_table
-from .models import Ride, load_legacy
+from .models import Ride, add_class_affine, has_class_affine, load_legacy
 from .recipe import Recipe, load_recipe
 
 STAGES = ("experts", "router")
@@ -158,11 +159,12 @@ class RunFolder:
                 top_choices_num=model.router.top_choices_num,
                 share_expert_help_pred_fc=model.router.share_expert_help_pred_fc,
             )
+        heads = dict(class_affine=True) if has_class_affine(model) else {}
         # the weights beside it are whole: loading them again needs no others
         backbone = dict(backbone_pretrained=False) if "backbone" in model._model_args else {}
         config = dict(
             model_config=dict(label_names=list(class_names)),
-            model_args=dict(num_experts=model.num_experts) | router | backbone,
+            model_args=dict(num_experts=model.num_experts) | router | heads | backbone,
             data_config=data_config,
         )
         write_atomically(
@@ -174,10 +176,10 @@ class RunFolder:
 _ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "threshold")
 
 
-def load_model(spec: str | Path, **kwargs: Any) -> Ride:
-    """A model in eval mode from a run folder, an authors' `.pth`, or anything `timm.create_model` takes.
+def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
+    """A network in eval mode, ours or timm's own, from a run folder, an authors' `.pth`, or what timm creates.
 
-    InputError where nothing is found there, the weights do not fit, or the model is none of ours.
+    A teacher may be any such network. InputError where nothing is found there or the weights do not fit.
     """
     path = Path(spec)
     try:
@@ -193,9 +195,18 @@ def load_model(spec: str | Path, **kwargs: Any) -> Ride:
         raise
     except Exception as error:  # timm, the Hub's client and torch raise what they like
         raise InputError(f"model {str(spec)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model.eval()
+
+
+def load_model(spec: str | Path, **kwargs: Any) -> Ride:
+    """A model in eval mode from a run folder, an authors' `.pth`, or anything `timm.create_model` takes.
+
+    InputError where nothing is found there, the weights do not fit, or the model is none of ours.
+    """
+    model = load_any_model(spec, **kwargs)
     if not isinstance(model, Ride):
         raise InputError(f"model {str(spec)!r} is a {type(model).__name__}, expected one with experts (ride_…).")
-    return model.eval()
+    return model
 
 
 def create_ride_model(name: str, **kwargs: Any) -> Ride:
@@ -217,7 +228,10 @@ def create_model(recipe: Recipe, num_classes: int, source: str | None = None) ->
     torch.manual_seed(recipe.seed)
     model = create_ride_model(recipe.model, num_classes=num_classes, **recipe.model_args)
     if source is not None:
-        weights = load_model(source).state_dict()
+        loaded = load_model(source)
+        weights = loaded.state_dict()
+        if has_class_affine(loaded):
+            add_class_affine(model)
         try:
             model.load_state_dict({name: value for name, value in weights.items() if not name.startswith("router.")})
         except RuntimeError as error:

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the number is its argument."""
+    """SIGINT or SIGTERM arrived; the number is its first argument, how to go on may be its second."""
 
 
 class Signals:
@@ -91,7 +91,8 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
         command(argv)
         return 0
     except Interrupted as error:
-        code, message = 128 + error.args[0], "interrupted; --resume goes on after the last finished epoch."
+        code, *more = error.args
+        code, message = 128 + code, more[0] if more else "interrupted; --resume goes on after the last finished epoch."
     except KeyboardInterrupt:
         code, message = 130, "interrupted."
     except InputError as error:

@@ -3,14 +3,15 @@
 Wrap the objective, not the model, when going distributed: gradients are synchronised through its `forward` alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .losses import ExpertsLoss, distillation, router_loss
+from .losses import ExpertsLoss, cross_entropy, distillation, router_loss, widen
+from .models import forward_in_parts
 
 
 class Objective(nn.Module):
@@ -34,11 +35,13 @@ class Objective(nn.Module):
 class ExpertsObjective(Objective):
     """Stage one: trunk and experts under a loss of all experts' logits.
 
+    ghost_batch: images that BatchNorm takes its statistics from, all of a process' batch at once where None.
     InputError for a model with a router, which would be left without gradients. RIDE, arXiv:2010.01809, section 3.
     """
 
-    def __init__(self, model: nn.Module, loss: ExpertsLoss):
+    def __init__(self, model: nn.Module, loss: ExpertsLoss, ghost_batch: int | None = None):
         super().__init__(model)
+        self.ghost_batch = ghost_batch
         if getattr(model, "router", None) is not None:
             raise InputError("stage one trains no router: create the model with router=False")
         self.loss = loss
@@ -47,9 +50,13 @@ class ExpertsObjective(Objective):
         """Begins an epoch, counted from 0, for the loss."""
         self.loss.set_epoch(epoch)
 
+    def expert_logits(self, images: Tensor) -> Tensor:
+        """Logits of all experts, [B, E, C]."""
+        return forward_in_parts(lambda part: self.model.forward_experts(part)[1], self.model, images, self.ghost_batch)
+
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Loss and logits of one batch."""
-        _, expert_logits = self.model.forward_experts(images)
+        expert_logits = self.expert_logits(images)
         return {"loss": self.loss(expert_logits, targets), "logits": expert_logits.detach().mean(1)}
 
 
@@ -71,8 +78,9 @@ class DistillationObjective(ExpertsObjective):
         teacher: nn.Module,
         temperature: float = 1.0,
         teacher_mode: Literal["eval", "train"] = "eval",
+        ghost_batch: int | None = None,
     ):
-        super().__init__(model, loss)
+        super().__init__(model, loss, ghost_batch)
         if not temperature > 0:
             raise InputError(f"the distillation temperature must be above 0, got {temperature}")
         if teacher_mode not in ("eval", "train"):
@@ -102,11 +110,42 @@ class DistillationObjective(ExpertsObjective):
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Loss and logits of one batch."""
         with torch.no_grad():
-            teacher_logits = self.teacher(images)
-        _, expert_logits = self.model.forward_experts(images)
+            teacher_logits = forward_in_parts(self.teacher, self.teacher, images, self.ghost_batch)
+        expert_logits = self.expert_logits(images)
         taught = distillation(expert_logits.mean(1), teacher_logits, self.temperature)
         loss = expert_logits.shape[1] * (self.loss(expert_logits, targets) + taught)
         return {"loss": loss, "logits": expert_logits.detach().mean(1)}
+
+
+class HeadsObjective(Objective):
+    """Second stage of decoupled training: some of the heads' parameters learn, all else is frozen and in eval mode.
+
+    trained: names of the parameters that learn, such as every expert's classifier. The loss is the cross entropy of
+    each expert on its own, summed; class-balanced batches make it the balanced one. InputError for a name that the
+    model does not have. Kang et al. 2020, arXiv:1910.09217, section 4.
+    """
+
+    def __init__(self, model: nn.Module, trained: Sequence[str]):
+        super().__init__(model)
+        parameters = dict(model.named_parameters())
+        unknown = [name for name in trained if name not in parameters]
+        if unknown or not trained:
+            raise InputError(f"the model has no parameter {', '.join(unknown) or 'to train'}")
+        model.requires_grad_(False)
+        for name in trained:
+            parameters[name].requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "HeadsObjective":
+        """Sets the objective's mode; the model stays in eval mode, so BatchNorm keeps its statistics."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of one batch."""
+        _, expert_logits = self.model.forward_experts(images)
+        return {"loss": cross_entropy(widen(expert_logits), targets), "logits": expert_logits.detach().mean(1)}
 
 
 class RouterObjective(Objective):

@@ -73,6 +73,19 @@ def log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
     return (counts / counts.sum()).log().float()
 
 
+def inverse_log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
+    """Log-frequencies in the opposite order: the k-th most frequent class has that of the k-th rarest.
+
+    class_counts [C] -> [C], float32, in nats. Of classes with equal counts the first is taken for the rarer one.
+    InputError for an empty class. Zhang et al. 2022, arXiv:2107.09249, section 4.1.
+    """
+    prior = log_prior(class_counts)
+    order = prior.argsort(stable=True)  # rarest first
+    inverse = torch.empty_like(prior)
+    inverse[order] = prior[order].flip(0)
+    return inverse
+
+
 def shot_groups(class_counts: Sequence[int] | Tensor, many: int = 100, few: int = 20) -> dict[str, Tensor]:
     """Classes by their number of training images: many above `many`, few below `few`, medium between, bounds included.
 

@@ -10,10 +10,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from textwrap import indent
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from . import methods
 from .errors import InputError
 from .losses import LOSSES
 from .schedule import SCHEDULES, lr_factor
@@ -68,6 +70,7 @@ class Recipe:
     many_shot: int = key("data", "many-shot classes have more training images than this", 100, low=0)
     few_shot: int = key("data", "few-shot classes have fewer training images than this", 20, low=0)
     augment: str = key("data", "augmentation and normalisation: cifar, fashion, imagenet, inat", "cifar")
+    auto_augment: str | None = key("data", "timm's AutoAugment, RandAugment or AugMix on top, such as rand-m9-mstd0.5 or original")
     input_size: int | None = key("data", "side of the input in pixels (default: the augmentation's)", low=8)
     reduced_decode: bool = key("data", "decode large JPEGs at reduced size: faster, slightly other pixels", False)
     holdout: float = key("data", "share of every training class held out for selection", 0.0, low=0, high=0.5)
@@ -94,6 +97,14 @@ class Recipe:
     reweight_factor: float = key("stage one", "spread of the class-wise temperature", 0.05, low=0, high=1)
     max_margin: float = key("stage one", "largest LDAM margin", 0.5, above=0)
     gamma: float = key("stage one", "focal loss exponent", 1.0, low=0)
+    tau: float = key("stage one", "strength of the loss logit_adjustment", 1.0, low=0, high=10)
+    inverse_tau: float = key("stage one", "strength of the inverse prior of SADE's third expert", 2.0, low=0, high=10)
+    taus: tuple[float, ...] = key("stage one", "strength of adjustment by expert for balpoe and mdcs, mean 1 (default: evenly from 0 to 2, mdcs from -0.5 to 2.5)", (), low=-10, high=10)
+    consistency: float = key("stage one", "weight of mdcs's consistency of the strong view (auto_augment) with the plain one", 0.6, low=0, high=100)
+    label_smoothing: float = key("stage one", "share of a label that goes to all classes (losses of plain cross entropy)", 0.0, low=0, high=0.9)
+    mixup_alpha: float = key("stage one", "timm's mixup; 0 is none", 0.0, low=0, high=10)
+    cutmix_alpha: float = key("stage one", "timm's CutMix; 0 is none, with mixup one of them at random", 0.0, low=0, high=10)
+    ema_decay: float | None = key("stage one", "train on, but evaluate and keep timm's moving average of the weights", above=0, high=0.99999)
     distillation: bool = key("stage one", "learn from a teacher as well (needs --teacher)", False)
     distill_temperature: float = key("stage one", "temperature of the distillation", 1.5, above=0)
     teacher_mode: str = key("stage one", "mode of the teacher; the authors' was in train mode", "eval", choices=("eval", "train"))
@@ -106,6 +117,13 @@ class Recipe:
     decay_epochs: tuple[int, ...] = key("stage one", "epochs at which the step schedule decays", (160, 180), low=0)
     decay_rate: float = key("stage one", "factor of each decay", 0.01, above=0, high=1)
     warmup_epochs: int = key("stage one", "epochs of linear warm-up", 5, low=0)
+
+    decouple: str = key("decoupling", "re-balance the heads of --from's network instead of training stage one", "none", choices=methods.DECOUPLINGS)
+    decouple_tau: float = key("decoupling", "strength of tau_norm and logit_adjustment", 1.0, low=0, high=10)
+    decouple_epochs: int = key("decoupling", "epochs of crt and lws; the others train nothing", 10, low=1)
+    decouple_batch_size: int = key("decoupling", "class-balanced images a step, over all processes", 128, low=1)
+    decouple_lr: float = key("decoupling", "learning rate, cosine to 0", 0.1, above=0)
+    decouple_weight_decay: float = key("decoupling", "weight decay", 5e-4, low=0)
 
     router_epochs: int = key("router", "epochs", 5, low=1)
     router_batch_size: int = key("router", "class-balanced images a step, over all processes", 512, low=1)
@@ -125,6 +143,7 @@ class Recipe:
     compile: bool = key("run", "torch.compile the training step (no gain on 2 CPU cores)", False)
     fused_norm: bool = key("run", "on a CPU: BatchNorm, shortcut and ReLU of ResNets in one pass (compiled: needs g++)", False)
     sync_bn: bool = key("run", "BatchNorm statistics over all GPUs instead of each process' share", False)
+    ghost_batch: int | None = key("run", "images that BatchNorm takes its statistics from in stage one (default: a process' share); 32 are the authors' 256 on 8 GPUs", low=2)
     gradient_accumulation: int = key("run", "batches per optimizer step", 1, low=1)
     clip_grad: float | None = key("run", "largest gradient norm", above=0)
     workers: int = key("run", "loader processes for large images (small images need none)", 2, low=0)
@@ -143,8 +162,11 @@ class Recipe:
             raise InputError(f"holdout={self.holdout:g} and use_val: epochs are judged on one set, choose which.")
         if self.few_shot > self.many_shot + 1:
             raise InputError(f"few_shot={self.few_shot}: expected at most many_shot + 1, {self.many_shot + 1}.")
-        if self.teacher_mode == "train" and not self.distillation:
-            raise InputError("teacher_mode=train needs distillation: pass --distillation and --teacher.")
+        methods.check(self)
+        if self.ghost_batch is not None and self.sync_bn:
+            raise InputError("sync_bn widens BatchNorm's batch and ghost_batch narrows it: choose one.")
+        if self.ghost_batch is not None and self.compile:
+            raise InputError("ghost_batch does not work with compile: leave one of them out.")
 
     @property
     def model_args(self) -> dict[str, Any]:
@@ -179,13 +201,7 @@ class Recipe:
     @property
     def loss_args(self) -> dict[str, Any]:
         """Arguments for `losses.make_loss`."""
-        deferred = dict(reweight_epoch=self.reweight_epoch if self.reweight else -1, max_m=self.max_margin)
-        ride = dict(
-            additional_diversity_factor=self.additional_diversity_factor,
-            base_diversity_temperature=self.base_diversity_temperature,
-            reweight_factor=self.reweight_factor,
-        )
-        return {"ride": deferred | ride, "ldam": deferred, "focal": dict(gamma=self.gamma)}.get(self.loss, {})
+        return methods.loss_args(self)
 
     def stage(self, name: str) -> Stage:
         """The settings of stage "experts" or "router"."""
@@ -199,6 +215,19 @@ class Recipe:
                 self.router_weight_decay,
                 True,
                 dict(schedule="cosine"),
+                True,
+            )
+        if self.decouple != "none":
+            learns = self.decouple in ("crt", "lws")
+            return Stage(
+                name,
+                self.decouple_epochs if learns else 0,
+                self.decouple_batch_size,
+                self.optimizer,
+                self.decouple_lr,
+                self.decouple_weight_decay,
+                True,
+                dict(schedule="cosine" if learns else "constant"),
                 True,
             )
         schedule = dict(
@@ -244,9 +273,9 @@ def _coerce(item: dataclasses.Field, value: Any) -> Any:
             return None
         raise InputError(f"{flag}: a value is needed.")
     meta = item.metadata
-    if hint == tuple[int, ...]:
+    if get_origin(hint) is tuple:
         values = value if isinstance(value, list | tuple) else [value]
-        return tuple(_number(int, v, flag, meta) for v in values)
+        return tuple(_number(kinds[0], v, flag, meta) for v in values)
     if bool in kinds:
         if not isinstance(value, bool):
             raise InputError(f"{flag}: expected true or false.")
@@ -294,6 +323,17 @@ def available() -> list[str]:
                   if entry.name.endswith(".yaml"))  # fmt: skip
 
 
+def describe(name: str) -> str:
+    """What the head of a shipped recipe says: what it is, its paper, command, cost and result."""
+    text = files(__package__).joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in text.splitlines() if line.startswith("#"))
+
+
+def listing() -> str:
+    """All shipped recipes, each with what its head says."""
+    return "\n\n".join(f"{name}\n" + indent(describe(name), "  ") for name in available())
+
+
 def load_recipe(name: str | Path) -> Recipe:
     """A recipe by its name, or from a YAML file; InputError for what does not exist, does not parse or has other keys."""
     if str(name) in available():
@@ -301,7 +341,8 @@ def load_recipe(name: str | Path) -> Recipe:
     elif os.path.isfile(name):
         text = Path(name).read_text(encoding="utf-8")
     else:
-        raise InputError(f"recipe {str(name)!r}: no such recipe or file; there are {', '.join(available())}.")
+        raise InputError(f"recipe {str(name)!r}: no such recipe or file; there are {', '.join(available())} "
+                         "(--recipe alone describes them).")  # fmt: skip
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -332,8 +373,8 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = N
         options: dict[str, Any] = dict(dest=item.name, default=argparse.SUPPRESS, help=item.metadata["help"])
         if item.type == "bool":
             options["action"] = argparse.BooleanOptionalAction
-        elif item.type == "tuple[int, ...]":
-            options.update(nargs="*", metavar="N")
+        elif item.type.startswith("tuple["):
+            options.update(nargs="*", metavar="N" if "int" in item.type else "X")
         elif item.metadata["choices"]:
             options["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
         else:

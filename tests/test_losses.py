@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.loss import LabelSmoothingCrossEntropy
 
 from ride_timm import losses, priors
 from ride_timm.errors import InputError
@@ -20,6 +21,9 @@ ALL = [
     make_loss("focal", gamma=2.0),
     make_loss("ce"),
     make_loss("cb_ce", COUNTS),
+    make_loss("cb_focal", COUNTS, gamma=2.0),
+    make_loss("balanced_softmax", COUNTS),
+    make_loss("logit_adjustment", COUNTS, tau=1.5),
 ]
 
 
@@ -38,7 +42,7 @@ def golden_loss(row):
     elif row["name"] == "LDAMLoss":
         loss = LDAMLoss(counts, **kwargs)
     elif row["name"] == "FocalLoss":
-        loss = FocalLoss(**kwargs)
+        loss = FocalLoss(counts, **kwargs)
     else:
         loss = CrossEntropyLoss(counts, class_balanced=kwargs.get("reweight_CE", False))
     loss.set_epoch(row["epoch"] - 1)  # theirs count from 1
@@ -182,7 +186,7 @@ def test_half_precision_distillation_and_routing_are_float32():
     assert losses.router_loss(x[:, :2, 0], x, y).dtype == torch.float32
 
 
-@pytest.mark.parametrize("loss", [*ALL, FocalLoss(0.5), FocalLoss(1.0)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("loss", [*ALL, FocalLoss(gamma=0.5), FocalLoss(gamma=1.0)], ids=lambda m: type(m).__name__)
 def test_certain_answers_have_finite_gradients(loss):
     x = torch.zeros(10, 3, 10)
     x[torch.arange(10), :, torch.arange(10)] = 200.0
@@ -198,6 +202,27 @@ def test_focal_closed_form():
     for gamma in (0.0, 0.5, 2.0):
         expected = ((1 - p) ** gamma * -p.log()).mean()
         torch.testing.assert_close(losses.focal(logits, torch.zeros(2, dtype=torch.long), gamma), expected)
+
+
+def test_class_balanced_focal_is_the_focal_loss_weighed_by_effective_numbers():
+    x, y = draw()
+    n = torch.tensor(COUNTS, dtype=torch.float64)
+    weights = (1 - 0.9999) / (1 - 0.9999**n)
+    p = x.mean(1).softmax(-1)[torch.arange(len(y)), y]
+    expected = (weights[y] * (1 - p) ** 2 * -p.log()).sum() / weights[y].sum()
+    value = FocalLoss(COUNTS, gamma=2.0, class_balanced=True)(x, y)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    ours, theirs = (torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (value, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+    unweighted = FocalLoss(COUNTS, class_balanced=True)(x, y)  # gamma 0
+    torch.testing.assert_close(unweighted, CrossEntropyLoss(COUNTS, class_balanced=True)(x, y))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_label_smoothing_equals_timm(smoothing):
+    x, y = draw()
+    expected = LabelSmoothingCrossEntropy(smoothing)(x.mean(1), y)
+    torch.testing.assert_close(make_loss("ce", label_smoothing=smoothing)(x, y), expected)
 
 
 def test_distillation_closed_form():
@@ -258,12 +283,14 @@ def test_buffers_follow_the_module_and_stay_out_of_checkpoints():
 @pytest.mark.parametrize(
     "name, counts, kwargs, match",
     [
-        ("rid", COUNTS, {}, "unknown loss 'rid', expected one of: ride, ldam, focal, ce, cb_ce"),
-        ("ce", COUNTS, {"gamma": 1}, "loss 'ce' does not take gamma; it takes: no arguments"),
+        ("rid", COUNTS, {}, "unknown loss 'rid', expected one of: ride, ldam, focal, cb_focal, ce, cb_ce, balanced"),
+        ("ce", COUNTS, {"gamma": 1}, "loss 'ce' does not take gamma; it takes: label_smoothing"),
         ("focal", COUNTS, {"gama": 1, "s": 2}, "does not take gama, s; it takes: gamma"),
         ("cb_ce", COUNTS, {"class_balanced": False}, "does not take class_balanced"),
         ("ldam", COUNTS, {"reweight": True}, "it takes: max_m, s, reweight_epoch"),
         ("cb_ce", None, {}, "needs class counts"),
+        ("cb_focal", None, {}, "needs class counts"),
+        ("ce", None, {"label_smoothing": 1}, "label_smoothing must be at least 0 and below 1, got 1"),
         ("focal", None, {"gamma": -1}, "gamma must be at least 0, got -1"),
         ("ride", COUNTS, {"s": 0}, "max_m and s must be above 0, got 0.5 and 0"),
         ("ride", COUNTS, {"base_diversity_temperature": 0}, "must be above 0, got 0"),

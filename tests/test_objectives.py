@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ride_timm.errors import InputError
 from ride_timm.losses import distillation, make_loss, router_loss
-from ride_timm.objectives import DistillationObjective, ExpertsObjective, RouterObjective
+from ride_timm.objectives import DistillationObjective, ExpertsObjective, HeadsObjective, RouterObjective
 
 COUNTS = [300, 120, 90, 40, 15, 4]
 SHARDS = {"equal": (4, 4), "unequal": (7, 2)}
-CASES = ["ride", "ride-collaborative", "ldam", "focal", "ce", "cb_ce", "distillation", "router"]
+CASES = ["ride", "ride-collaborative", "ldam", "focal", "ce", "cb_ce", "cb_focal", "sade", "balpoe"]
+CASES += ["distillation", "router", "heads"]
 
 
 class TinyRouter(nn.Module):
@@ -59,6 +60,9 @@ def build(case: str):
     """One objective, in float64 and with everything in eval mode so that the shards do not meet in BatchNorm."""
     if case == "router":
         objective = RouterObjective(TinyExperts(router=True), pos_weight=10)
+    elif case == "heads":
+        model = TinyExperts()
+        objective = HeadsObjective(model, [f"heads.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")])
     elif case == "distillation":
         loss = make_loss("ride", COUNTS, reweight_epoch=2)
         objective = DistillationObjective(TinyExperts(), loss, TinyExperts(6, seed=1), temperature=1.5)
@@ -221,6 +225,10 @@ def test_bad_combinations_are_named():
         RouterObjective(plain)
     with pytest.raises(InputError, match="at least 2 experts, the model has 1"):
         RouterObjective(TinyExperts(1, router=True))
+    with pytest.raises(InputError, match=r"the model has no parameter heads\.7\.weight"):
+        HeadsObjective(plain, ["heads.0.weight", "heads.7.weight"])
+    with pytest.raises(InputError, match="the model has no parameter to train"):
+        HeadsObjective(plain, [])
     with pytest.raises(InputError, match="pos_weight must be above 0, got 0"):
         RouterObjective(routed, pos_weight=0)
     with pytest.raises(InputError, match="temperature must be above 0, got 0"):

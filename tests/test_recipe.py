@@ -2,13 +2,20 @@
 
 import argparse
 import dataclasses
+import math
+import re
+import shlex
 
 import pytest
+import torch
 import yaml
 
 from ride_timm import InputError
-from ride_timm.losses import make_loss
-from ride_timm.recipe import Recipe, add_flags, available, flags_given, load_recipe
+from ride_timm.checkpoint import create_ride_model
+from ride_timm.flops import count_macs
+from ride_timm.losses import LOSSES, make_loss
+from ride_timm.methods import DECOUPLINGS
+from ride_timm.recipe import Recipe, add_flags, available, describe, flags_given, listing, load_recipe
 
 
 @pytest.mark.parametrize("name", available())
@@ -20,6 +27,79 @@ def test_shipped_recipes_read_and_survive_a_round_trip(name, tmp_path):
     assert load_recipe(copy) == recipe
     make_loss(recipe.loss, [5, 3, 2], **recipe.loss_args)
     assert recipe.stage("experts").lr_at(0) <= recipe.lr
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_recipe_states_paper_command_cost_and_result(name, script):
+    head = describe(name)
+    assert [re.findall(rf"^{label}: ", head, re.M) for label in ("Paper", "Command", "Cost", "Result")] == [
+        ["Paper: "], ["Command: "], ["Cost: "], ["Result: "]
+    ]  # fmt: skip
+    recipe = load_recipe(name)
+    command = re.search(r"^Command: accelerate launch .*train_accelerate\.py(.*)$", head, re.M)[1]
+    args, parsed = script.parse_arguments(shlex.split(command))
+    assert parsed.override({"mixed_precision": recipe.mixed_precision}).differing(recipe) == []
+    assert recipe.distillation == bool(args.teacher) and (recipe.decouple != "none") == bool(args.source)
+
+
+@pytest.mark.parametrize("name", [name for name in available() if not name.startswith(("imagenet", "inat"))])
+def test_the_stated_cost_is_the_counted_one(name):
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        model = create_ride_model(
+            recipe.model, num_classes=10 if recipe.dataset != "cifar100" else 100, **recipe.model_args
+        )
+    macs = count_macs(model, (3, *[28 if recipe.augment == "fashion" else 32] * 2)).ensemble
+    assert f"Cost: {macs / 1e6:.1f} M MACs an image" in describe(name)
+
+
+def test_the_listing_holds_every_recipe():
+    text = listing()
+    for name in available():
+        assert f"{name}\n  {describe(name).splitlines()[0]}\n" in text
+
+
+def test_every_method_has_its_recipe_on_cifar100():
+    recipes = [load_recipe(name) for name in available()]
+    cifar = [recipe for recipe in recipes if recipe.dataset == "cifar100"]
+    assert {recipe.loss for recipe in cifar} >= set(LOSSES) - {"cb_ce", "focal"}  # cb_focal stands for both
+    assert {recipe.decouple for recipe in cifar} == set(DECOUPLINGS)
+
+
+@pytest.mark.parametrize(
+    ("values", "taus"),
+    [
+        (dict(), (0, 1, 2)),
+        (dict(num_experts=1), (1,)),
+        (dict(num_experts=5), (0, 0.5, 1, 1.5, 2)),
+        (dict(loss="mdcs", auto_augment="v0"), (-0.5, 1, 2.5)),
+        (dict(num_experts=2, taus=["-0.5", "2.5"]), (-0.5, 2.5)),
+    ],
+)
+def test_taus_spread_evenly_unless_given(values, taus):
+    recipe = Recipe(**dict(dict(loss="balpoe"), **values))
+    assert recipe.loss_args["taus"] == taus
+    assert len(make_loss(recipe.loss, [5, 3, 2], **recipe.loss_args).offsets) == recipe.num_experts
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_gets_the_arguments_that_it_takes(loss):
+    recipe = Recipe(loss=loss, auto_augment="v0", gamma=3.0, tau=0.5, inverse_tau=1.5, max_margin=0.3)
+    made = make_loss(loss, [5, 3, 2], **recipe.loss_args)
+    if "focal" in loss:
+        assert made.gamma == 3.0
+    if loss == "ldam":
+        assert made.margins.max().item() == pytest.approx(0.3)
+    if loss == "logit_adjustment":
+        assert made.offset[0].item() == pytest.approx(0.5 * math.log(0.5))
+
+
+def test_a_decoupled_recipe_trains_heads_on_balanced_batches():
+    recipe = Recipe(decouple="crt", decouple_epochs=4, decouple_lr=0.3, decouple_batch_size=64, epochs=90)
+    stage = recipe.stage("experts")
+    assert (stage.epochs, stage.batch_size, stage.lr, stage.balanced) == (4, 64, 0.3, True)
+    assert stage.lr_at(2) == pytest.approx(0.15)
+    assert Recipe(decouple="tau_norm").stage("experts").epochs == 0
 
 
 def test_epochs_alone_scale_decay_and_reweighting():
@@ -69,6 +149,21 @@ def test_every_key_has_its_flag():
         ({"select": "best"}, r"set --holdout"),
         ({"patience": 3}, r"set --holdout"),
         ({"teacher_mode": "train"}, r"needs distillation"),
+        ({"loss": "hope"}, r"loss='hope': expected one of ride, ldam, .*sade, balpoe"),
+        ({"decouple": "hope"}, r"decouple='hope': expected one of none, crt, lws, tau_norm, logit_adjustment"),
+        ({"tau": -1}, r"tau=-1: .* 0 or more and at most 10"),
+        ({"decouple_tau": "nan"}, r"decouple_tau='nan': expected a number"),
+        ({"taus": ["x"]}, r"taus=\['x'\]: expected a number"),
+        ({"loss": "balpoe", "taus": [0, 1]}, r"taus: 2 of them for 3 experts"),
+        ({"loss": "balpoe", "taus": [0, 1, 3]}, r"taus 0, 1, 3 have a mean of 1.33333: expected 1"),
+        ({"loss": "mdcs"}, r"loss=mdcs learns from a weak and a strong view: set auto_augment"),
+        ({"loss": "mdcs", "auto_augment": "v0", "mixup_alpha": 0.4}, r"does not go with mixup_alpha"),
+        ({"loss": "sade", "num_experts": 4}, r"num_experts=4: SADE"),
+        ({"loss": "ride", "label_smoothing": 0.1}, r"label_smoothing=0.1: loss 'ride' has no"),
+        ({"label_smoothing": 1}, r"label_smoothing=1: .* at most 0.9"),
+        ({"mixup_alpha": -0.4}, r"mixup_alpha=-0.4: .* 0 or more"),
+        ({"cutmix_alpha": "many"}, r"cutmix_alpha='many': expected a number"),
+        ({"ema_decay": 1}, r"ema_decay=1: .* at most 0.99999"),
     ],
 )
 def test_bad_values_name_key_value_and_expectation(values, message):

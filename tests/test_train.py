@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from ride_timm.__main__ import main
 from ride_timm.checkpoint import RunFolder
-from ride_timm.launch import exit_code
+from ride_timm.launch import Interrupted, exit_code
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_accelerate.py")
@@ -224,6 +224,16 @@ def train(script, monkeypatch):
         (["--distillation"], r"--teacher"),
         (["--threads", "0"], r"threads=0"),
         (["--select", "best"], r"--holdout"),
+        (["--loss", "hope"], r"loss='hope': expected one of ride, .*balpoe"),
+        (["--loss", "balpoe", "--taus", "0", "1", "3"], r"mean of 1.33333: expected 1"),
+        (["--loss", "sade", "--num-experts", "2"], r"num_experts=2: SADE"),
+        (["--loss", "logit_adjustment", "--tau", "-1"], r"tau='-1'"),
+        (["--mixup-alpha", "-0.4"], r"mixup_alpha='-0.4'"),
+        (["--auto-augment", "hope"], r"auto_augment='hope': expected timm's words"),
+        (["--decouple", "hope"], r"decouple='hope': expected one of none, crt"),
+        (["--decouple", "crt"], r"decouple=crt re-balances a trained network: name one by --from"),
+        (["--decouple", "tau_norm", "--decouple-tau", "nan"], r"decouple_tau='nan'"),
+        (["--teacher", "/no/such/run"], r"model '/no/such/run' could not be loaded"),
     ],
 )
 def test_bad_input_ends_in_two_and_writes_nothing(train, flags, message, tmp_path, monkeypatch, capsys):
@@ -299,3 +309,95 @@ def test_distillation_and_one_expert(train, finished, colours, tmp_path, capsys)
     results = RunFolder(tmp_path / "student").results()
     assert list(results["stages"]) == ["experts"]  # one expert: nothing to route
     assert "routed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["crt", "lws", "tau_norm", "logit_adjustment"])
+def test_the_heads_of_a_run_are_rebalanced_with_its_own_recipe(train, finished, tmp_path, method, monkeypatch, capsys):
+    source, _ = finished
+    monkeypatch.chdir(tmp_path)
+    flags = ["--from", source, "--decouple", method, "--decouple-epochs", "2", "--decouple-batch-size", "16"]
+    assert train([*flags, "--decouple-lr", "0.05", "--stage", "experts", "--threads", "1"]) == 0
+    output = tmp_path / "runs" / f"whole_{method}"
+    results = RunFolder(output).results()
+    assert results["recipe"] == f"whole_{method}" and list(results["stages"]) == ["experts"]
+    assert results["stages"]["experts"]["epochs"] == (2 if method in ("crt", "lws") else 0)
+    ours, theirs = RunFolder(output).state()["model"], RunFolder(source).state()["model"]
+    for name, value in ours.items():
+        if ".fc." not in name:
+            assert torch.equal(value, theirs[name]), name
+    capsys.readouterr()
+    main(["evaluate", "--model", str(output), "--json", "--threads", "1"])
+    assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["experts"]["per_class"]
+    if method == "lws":  # a router on the re-balanced heads, from the folder itself
+        assert train(["--output", output, "--stage", "router", "--threads", "1"]) == 0
+        assert list(RunFolder(output).results()["stages"]) == ["experts", "router"]
+
+
+def _stop_after_first_epoch(monkeypatch, script):
+    original = script.Run.save
+
+    def save(self, stage, epoch, **more):
+        original(self, stage, epoch, **more)
+        if epoch == 1:
+            raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(script.Run, "save", save)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--loss", "balpoe", "--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--ema-decay", "0.9"],
+        ["--loss", "ce", "--label-smoothing", "0.1", "--auto-augment", "rand-m9-mstd0.5", "--workers", "0"],
+        ["--loss", "mdcs", "--auto-augment", "original", "--workers", "0"],
+        ["--decouple", "lws", "--decouple-epochs", "2", "--decouple-batch-size", "16"],
+    ],
+)
+def test_methods_resume_bit_identical(train, script, finished, colours, tmp_path, monkeypatch, more):
+    flags = ["--stage", "experts", "--epochs", "2", *more]
+    if "--decouple" in more:
+        flags += ["--from", finished[0]]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert train(_flags(colours, whole, *flags)) == 0
+    with monkeypatch.context() as patched:
+        _stop_after_first_epoch(patched, script)
+        assert train(_flags(colours, torn, *flags)) == 143
+    assert train(["--output", torn, "--resume", "--stage", "experts", "--threads", "1"]) == 0
+    assert _rows(torn) == _rows(whole)
+    assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_the_moving_average_is_what_is_evaluated_and_kept(train, script, colours, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(_flags(colours, output, "--stage", "experts", "--ema-decay", "0.99")) == 0
+    state, results = RunFolder(output).state(), RunFolder(output).results()
+    plain = tmp_path / "plain"
+    assert train(_flags(colours, plain, "--stage", "experts")) == 0
+    ours, last = state["model"], RunFolder(plain).state()["model"]
+    assert any(not torch.equal(ours[name], value) for name, value in last.items())
+    assert [row["loss"] for row in _rows(output)] == [row["loss"] for row in _rows(plain)]  # training is the same
+    capsys.readouterr()
+    main(["evaluate", "--model", str(output), "--json", "--threads", "1"])
+    assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["experts"]["per_class"]
+
+
+def test_a_teacher_is_any_network_of_timm(train, colours, tmp_path, capsys):
+    import timm
+    from timm.models._hub import save_for_hf
+
+    for name, num_classes in (("teacher", 3), ("stranger", 4)):
+        save_for_hf(timm.create_model("test_resnet", num_classes=num_classes), tmp_path / name, safe_serialization=True)
+    flags = ["--stage", "experts", "--epochs", "1", "--teacher"]
+    assert train(_flags(colours, tmp_path / "student", *flags, tmp_path / "teacher")) == 0
+    assert RunFolder(tmp_path / "student").results()["stages"]["experts"]["all"] > 0
+    assert train(_flags(colours, tmp_path / "other", *flags, tmp_path / "stranger")) == 2
+    assert "has 4 classes, the data 3" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_recipe_without_a_value_lists_them_all(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.train(["--recipe"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for words in ("cifar100_lt_sade", "inat18_resnet50_distill", "Command: accelerate launch", "Result: "):
+        assert words in printed

@@ -7,7 +7,7 @@ iNaturalist crops and flips. A `Policy` is one of these recipes, a row of `POLIC
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from ..errors import InputError
+from .auto_augment import TimmAugment
 from .reduced_decode import Box, read_resized
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Policy:
     size: side of the square input in pixels; resize: shorter side before the centre crop at test time, at that size.
     padding, degrees: of the small images' padded crop and rotation; padding None takes a random resized crop instead.
     jitter: strength of brightness, contrast and saturation changes.
+    auto_augment: timm's description of a policy that comes between flip and rotation, see `TimmAugment`.
     in_memory: the images are small; decode the set once and augment batch by batch.
     """
 
@@ -43,6 +45,15 @@ class Policy:
     degrees: float = 0.0
     jitter: float = 0.0
     in_memory: bool = False
+    auto_augment: str | None = None
+
+    def with_auto_augment(self, description: str) -> Policy:
+        """The policy with timm's augmentations of single images on top, for which small images too go through workers.
+
+        InputError for a description that timm does not understand.
+        """
+        TimmAugment(description, self.size, self.mean)
+        return replace(self, auto_augment=description, in_memory=False)
 
     def input_size(self, input_size: int | None = None) -> int:
         """The side to use: the given one if any, else the policy's. Raises `InputError` unless it is positive."""
@@ -149,6 +160,8 @@ def build_augment(policy: str | Policy, train: bool, input_size: int | None = No
         if policy.padding is not None:
             steps += [T.RandomCrop(policy.input_size(input_size), padding=policy.padding)]
         steps += [T.RandomHorizontalFlip()]
+        if policy.auto_augment is not None:
+            steps += [TimmAugment(policy.auto_augment, policy.input_size(input_size), policy.mean)]
         steps += [T.RandomRotation(policy.degrees)] if policy.degrees else []
         steps += [T.ColorJitter(policy.jitter, policy.jitter, policy.jitter)] if policy.jitter else []
     return T.Compose([*steps, T.ToTensor(), T.Normalize(policy.mean, policy.std)])

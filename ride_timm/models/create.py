@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.models import build_model_with_cfg
 
+from .class_affine import add_class_affine
 from .ride import Expert, Ride, Stages
 from .router import Router
 
@@ -61,21 +62,26 @@ def create_ride(
 ) -> Ride:
     """Build through timm's factory; the names of what depends on the classes go with the cfg, so timm can swap them.
 
-    These are all experts' heads and the router's layers, which read the logits.
+    These are all experts' heads and the router's layers, which read the logits. class_affine, for every network: heads
+    with a scale and an offset a class, as re-balancing leaves them.
     """
     if not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    classifier = [f"experts.{i}.fc" for i in range(num_experts)]
+    heads = ("fc.head", "fc.affine") if kwargs.get("class_affine") else ("fc",)
+    classifier = [f"experts.{i}.{head}" for i in range(num_experts) for head in heads]
     if kwargs.get("router"):
         num_last = 1 if kwargs.get("share_expert_help_pred_fc", True) else num_experts - 1
         classifier += [f"router.hidden.{i}" for i in range(num_experts - 1)]
         classifier += [f"router.fc.{i}" for i in range(num_last)]
     overlay.setdefault("classifier", tuple(classifier))
 
-    def build_on(device: Any = None, dtype: torch.dtype | None = None, **args: Any) -> Ride:
+    def build_on(device: Any = None, dtype: torch.dtype | None = None, class_affine: bool = False, **args: Any) -> Ride:
         with torch.device(device) if device is not None else nullcontext():
-            return build(**args).to(dtype=dtype)
+            model = build(**args)
+            if class_affine:
+                add_class_affine(model)
+            return model.to(dtype=dtype)
 
     return build_model_with_cfg(
         build_on,

@@ -160,10 +160,14 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -
     if not _fits(norm, x, shortcut):
         x = norm(x)
         return F.relu(x if shortcut is None else x + shortcut)
-    norm.num_batches_tracked.add_(1)
+    running = (norm.running_mean, norm.running_var)
+    if norm.track_running_stats:
+        norm.num_batches_tracked.add_(1)
+    else:  # a further ghost batch, which is not remembered
+        running = tuple(statistic.clone() for statistic in running)
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-    state = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+    state = (norm.weight, norm.bias, *running, norm.momentum, norm.eps)
     return _NormReLU.apply(x, *state, shortcut)
 
 

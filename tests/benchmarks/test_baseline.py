@@ -128,7 +128,7 @@ def test_forced_routing(benchmark):
 
 
 TINY = {
-    "step": ["--steps", "1", "--warm-up", "0", "--batch-size", "4"],
+    "step": ["--variants", "baseline", "ours bf16", "--steps", "1", "--warm-up", "0", "--batch-size", "4"],
     "epoch": ["--steps", "1", "--warm-up", "1", "--batch-size", "4"],
     "input": ["--steps", "1", "--warm-up", "1", "--batch-size", "4", "--train-steps", "1"],
     "routed": ["--models", "ride_resnet32", "--batch-sizes", "1", "4", "--seconds", "0"],

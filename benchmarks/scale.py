@@ -1,0 +1,166 @@
+"""What a training step on many GPUs exchanges, reads and holds: an estimate from the networks; nothing is run.
+
+Counted from the networks themselves: parameters, MACs, BatchNorm layers. The rest is assumed, and has its flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout is what is counted
+
+import ride_timm  # noqa: F401  (registers the networks)
+from ride_timm.flops import count_macs
+
+FP32 = 4  # bytes of a parameter, its gradient and its momentum, under bf16 autocast too
+IMAGENET_JPEG = 108e3  # bytes: 138 GB of training images over 1.28 million
+CIFAR_ARRAY = 32 * 32 * 3  # bytes, decoded
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network with the classes, batch and images of a recipe; image_bytes are those that are read."""
+
+    model: str
+    num_experts: int
+    num_classes: int
+    batch_size: int
+    image_size: int
+    image_bytes: float
+
+    @property
+    def name(self) -> str:
+        return f"`{self.model}` x{self.num_experts}, {self.num_classes} classes, batch {self.batch_size}"
+
+
+SETTINGS = (
+    Setting("ride_resnet32", 3, 100, 128, 32, CIFAR_ARRAY),
+    Setting("ride_resnext50", 3, 1000, 256, 224, IMAGENET_JPEG),
+    Setting("ride_resnet50", 3, 8142, 512, 224, IMAGENET_JPEG),
+    Setting("ride_resnet152", 6, 1000, 256, 224, IMAGENET_JPEG),
+    Setting("ride_swin_small", 3, 1000, 1024, 224, IMAGENET_JPEG),
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a network says of itself: parameters in all and of its experts, MACs an image, channels by BatchNorm."""
+
+    params: int
+    expert_params: int
+    macs: float
+    norm_channels: tuple[int, ...]
+
+
+def count(setting: Setting) -> Counts:
+    """Counts of a network made without memory for its weights."""
+    with torch.device("meta"):
+        model = timm.create_model(setting.model, num_experts=setting.num_experts, num_classes=setting.num_classes)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return Counts(
+        sum(parameter.numel() for parameter in model.parameters()),
+        sum(parameter.numel() for parameter in model.experts.parameters()),
+        count_macs(model, (3, setting.image_size, setting.image_size)).ensemble,
+        tuple(norm.num_features for norm in norms),
+    )
+
+
+def all_reduce(num_bytes: float, processes: int) -> float:
+    """Bytes that each process of a ring sends so that all hold the sum: a reduce-scatter, then an all-gather."""
+    return 2 * (processes - 1) / processes * num_bytes
+
+
+def fsdp(params: int, expert_params: int, processes: int) -> float:
+    """Bytes that each process sends in a step: experts are gathered forward and backward, the rest once, and all
+    gradients are reduced to their owners."""
+    return (processes - 1) / processes * FP32 * (2 * params + expert_params)
+
+
+def sync_bn(norm_channels: tuple[int, ...], processes: int) -> float:
+    """Bytes that each process sends in a step: mean, inverse deviation and count of every layer are gathered forward,
+    two sums of its gradients are reduced backward."""
+    forward = sum((2 * channels + 1) * FP32 * (processes - 1) for channels in norm_channels)
+    return forward + all_reduce(2 * FP32 * sum(norm_channels), processes)
+
+
+def size(num_bytes: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def rows(settings: tuple[Setting, ...], args: argparse.Namespace) -> tuple[list[list[str]], list[float]]:
+    """The table's cells, and each setting's share of a step that the exchange of gradients takes."""
+    processes = args.nodes * args.gpus_per_node
+    bytes_a_second = (args.link if args.nodes > 1 else args.link_within) * 1e9 / 8
+    table, shares = [], []
+    for setting in settings:
+        counts = count(setting)
+        gradients = counts.params * FP32
+        sent = all_reduce(gradients, processes)
+        exchange = sent / bytes_a_second
+        # forward and backward: three times the forward MACs, two operations each
+        compute = 6 * counts.macs * setting.batch_size / processes / (args.tflops * 1e12)
+        images = setting.batch_size / (exchange + compute)
+        shares.append(exchange / (exchange + compute))
+        held = 3 * gradients  # parameters, gradients, momentum
+        norms = counts.norm_channels
+        waits = 2 * len(norms) * args.wait * 1e-6
+        table.append(
+            [
+                setting.name,
+                f"{counts.params / 1e6:.1f} M",
+                size(gradients),
+                size(sent),
+                f"{1e3 * exchange:.1f} ms",
+                f"{1e3 * compute:.1f} ms",
+                f"{images:.0f}",
+                f"{size(images * setting.image_bytes)}/s",
+                size(fsdp(counts.params, counts.expert_params, processes)),
+                f"{size(held)} / {size(held / processes)}",
+                f"{size(sync_bn(norms, processes))}, {1e3 * waits:.1f} ms" if norms else "–",
+            ]
+        )
+    return table, shares
+
+
+HEADER = ("network", "parameters", "gradients a step", "a GPU sends (DDP)", "which takes", "computing takes",
+          "images/s", "input", "a GPU sends (FSDP)", "a GPU holds, DDP / FSDP", "SyncBN sends, waits")  # fmt: skip
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def estimate(argv: list[str] | None = None) -> None:
+    flags = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    flags.add_argument("--nodes", type=int, choices=range(1, 1025), metavar="N", default=2)
+    flags.add_argument("--gpus-per-node", type=int, choices=range(1, 65), metavar="N", default=8)
+    flags.add_argument("--link", type=positive, default=100, help="Gb/s between nodes, one ring through all GPUs")
+    flags.add_argument("--link-within", type=positive, default=200, help="Gb/s between the GPUs of a single node")
+    flags.add_argument("--tflops", type=positive, default=40, help="10^12 operations a second that a GPU keeps up")
+    flags.add_argument("--wait", type=positive, default=50, help="microseconds that one small exchange takes at least")
+    args = flags.parse_args(argv)
+    table, shares = rows(SETTINGS, args)
+    print(f"{args.nodes} x {args.gpus_per_node} GPUs: an estimate, nothing here was measured\n")
+    for cells in (HEADER, ["---"] * len(HEADER), *table):
+        print("| " + " | ".join(cells) + " |")
+    largest = max(range(len(shares)), key=shares.__getitem__)
+    print(f"\nlargest share of a step for the gradients {100 * shares[largest]:.0f} % ({SETTINGS[largest].model})")
+
+
+if __name__ == "__main__":
+    estimate()

@@ -1,0 +1,37 @@
+"""Mixup and CutMix by timm, with targets that every loss understands."""
+
+from __future__ import annotations
+
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from .errors import InputError
+from .losses import MixedTargets
+
+
+class Mixing:
+    """Mixes each image of a batch with its mirror place's: one share for the batch, drawn from NumPy's generator.
+
+    mixup_alpha, cutmix_alpha: parameters of the Beta distribution of the share; 0 turns that kind off, with both on
+    one of them is tossed for every batch. InputError unless one is above 0. Of an odd batch the last image stays as
+    it is. Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899.
+    """
+
+    def __init__(self, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:
+        if not (mixup_alpha >= 0 and cutmix_alpha >= 0 and mixup_alpha + cutmix_alpha > 0):
+            raise InputError(
+                f"mixing needs an alpha above 0, got mixup_alpha={mixup_alpha}, cutmix_alpha={cutmix_alpha}"
+            )
+        self.mixup = Mixup(mixup_alpha, cutmix_alpha, label_smoothing=0.0, num_classes=2)
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, MixedTargets]:
+        """images [B, …], changed in place, and targets [B] -> the mixed images and their targets."""
+        paired = len(images) - len(images) % 2
+        share = torch.ones((), device=images.device)
+        if paired:
+            # timm gives soft targets; of two classes, one in each half, the first image's target is the share itself
+            halves = torch.arange(paired, device=images.device) // (paired // 2)
+            share = self.mixup(images[:paired], halves)[1][0, 0]
+        others = torch.cat([targets[:paired].flip(0), targets[paired:]])
+        return images, MixedTargets(targets, others, share)

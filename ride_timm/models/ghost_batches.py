@@ -1,0 +1,40 @@
+"""Ghost batches: BatchNorm statistics of parts of a batch, as a network replicated over several GPUs sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Within, BatchNorm in training normalises as ever and leaves its running statistics alone."""
+    tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+def forward_in_parts(
+    forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, ghost_batch: int | None
+) -> Tensor:
+    """forward(images) part by part, the parts as equal as can be and of at most `ghost_batch` images.
+
+    forward: images [b, …] -> [b, …] by `model`; in training each part is normalised by its own statistics, and the
+    first one's alone enter the running statistics, which is what nn.DataParallel makes of a batch: it keeps the
+    buffers of its first GPU. None: the whole batch at once. arXiv:1705.08741 (whose running statistics know all parts)
+    """
+    if ghost_batch is None or not model.training or len(images) <= ghost_batch:
+        return forward(images)
+    first, *others = images.tensor_split(-(-len(images) // ghost_batch))
+    outputs = [forward(first)]
+    with _running_statistics_kept(model):
+        outputs += [forward(part) for part in others]
+    return torch.cat(outputs)

@@ -1,0 +1,67 @@
+"""timm's augmentations of single images: their generator, their place in the transform, their names."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ride_timm import InputError
+from ride_timm.data.auto_augment import TimmAugment
+from ride_timm.data.transforms import build_augment, get_policy
+
+DESCRIPTIONS = ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1", "original", "v0", "augmix-m3-w3", "3a"]
+MEAN = (0.5, 0.4, 0.3)
+
+
+def picture(side=32):
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS)
+def test_choices_follow_from_torchs_generator_alone(description):
+    augment = TimmAugment(description, 32, MEAN)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        random.seed(int.from_bytes(np.random.bytes(4), "big"))  # other generators stand anywhere
+        return [np.asarray(augment(picture())) for _ in range(6)]
+
+    one, again, other = draw(0), draw(0), draw(1)
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    assert any(not np.array_equal(a, np.asarray(picture())) for a in one)
+    assert all(a.shape == (32, 32, 3) and a.dtype == np.uint8 for a in one)
+
+
+def test_other_generators_are_left_where_they_were():
+    random.seed(5)
+    np.random.seed(5)
+    expected = (random.random(), np.random.rand())
+    random.seed(5)
+    np.random.seed(5)
+    TimmAugment("rand-m9-mstd0.5", 32, MEAN)(picture())
+    assert (random.random(), np.random.rand()) == expected
+
+
+@pytest.mark.parametrize("name", ["cifar", "imagenet"])
+def test_it_stands_between_flip_and_what_follows_in_training_only(name):
+    plain = get_policy(name)
+    policy = plain.with_auto_augment("rand-m9-mstd0.5")
+    assert not policy.in_memory and get_policy(name) == plain and plain.auto_augment is None
+    size = policy.size
+    steps = [type(step).__name__ for step in build_augment(policy, True).transforms]
+    without = [type(step).__name__ for step in build_augment(plain, True).transforms]
+    place = steps.index("TimmAugment")
+    assert steps[place - 1] == "RandomHorizontalFlip" and steps[:place] + steps[place + 1 :] == without
+    image = picture(size)
+    assert build_augment(policy, True)(image).shape == (3, size, size)
+    assert torch.equal(build_augment(policy, False)(image), build_augment(plain, False)(image))
+
+
+@pytest.mark.parametrize("description", ["hope", "rand-q9", "augmix-x1", ""])
+def test_a_description_that_timm_does_not_know_is_named(description):
+    with pytest.raises(InputError, match=f"auto_augment='{description}': expected timm's words"):
+        get_policy("cifar").with_auto_augment(description)

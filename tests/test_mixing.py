@@ -1,0 +1,72 @@
+"""Mixup and CutMix: images and targets are mixed by the same share, and every loss follows."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ride_timm import InputError
+from ride_timm.losses import LOSSES, MixedTargets, make_loss
+from ride_timm.mixing import Mixing
+
+COUNTS = [50, 20, 9, 4]
+
+
+def batch(size):
+    generator = torch.Generator().manual_seed(size)
+    images = torch.rand(size, 3, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(0, 4, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+@pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_images_hold_both_images_by_the_share_of_their_targets(alphas, size):
+    np.random.seed(3)
+    mixing, paired = Mixing(*alphas), size - size % 2
+    for _ in range(6):
+        images, targets = batch(size)
+        partners = torch.cat([torch.arange(paired).flip(0), torch.arange(paired, size)])
+        original = images.clone()
+        mixed, (first, others, share) = mixing(images, targets)
+        assert torch.equal(first, targets) and torch.equal(others, targets[partners]) and 0 <= share <= 1
+        blend = share * original + (1 - share) * original[partners]
+        own, other = (torch.isclose(mixed, x).all(1) for x in (original, original[partners]))
+        if not torch.allclose(mixed, blend, atol=1e-6):  # then it was CutMix: a box of the other image
+            assert alphas[1] > 0 and (own | other).all()
+            area = (~own).float().mean((1, 2))[:paired]
+            torch.testing.assert_close(area, (1 - share).float().expand(paired), atol=1e-6, rtol=0)
+        assert torch.equal(mixed[paired:], original[paired:])
+
+
+def test_the_share_follows_from_numpys_seed():
+    shares = []
+    for seed in (0, 0, 1):
+        np.random.seed(seed)
+        shares.append(Mixing(0.4)(*batch(4))[1].share)
+    assert shares[0] == shares[1] != shares[2]
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "mdcs"])  # which takes two views, not a mixture
+def test_a_mixed_loss_is_the_mean_of_both_by_their_shares(name):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, 4, generator=generator, dtype=torch.float64)
+    one, other = torch.randint(0, 4, (2, 6), generator=generator)
+    loss = make_loss(name, COUNTS)
+    value = loss(logits, MixedTargets(one, other, torch.tensor(0.25)))
+    torch.testing.assert_close(value, 0.25 * loss(logits, one) + 0.75 * loss(logits, other))
+    pure = loss(logits, MixedTargets(one, other, torch.tensor(1.0)))
+    torch.testing.assert_close(pure, loss(logits, one))
+
+
+def test_for_cross_entropy_that_is_the_loss_of_soft_targets():
+    logits = torch.randn(6, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    one, other = torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([3, 2, 1, 0, 0, 2])
+    soft = 0.3 * F.one_hot(one, 4) + 0.7 * F.one_hot(other, 4)
+    value = make_loss("ce")(logits, MixedTargets(one, other, torch.tensor(0.3, dtype=torch.float64)))
+    torch.testing.assert_close(value, F.cross_entropy(logits[:, 0], soft.double()))
+
+
+@pytest.mark.parametrize("alphas", [(0.0, 0.0), (-0.4, 1.0), (float("nan"), 0.0)])
+def test_an_alpha_out_of_range_is_named(alphas):
+    with pytest.raises(InputError, match="mixing needs an alpha above 0, got mixup"):
+        Mixing(*alphas)
