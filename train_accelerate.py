@@ -96,6 +96,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         raise InputError(f"tracker={args.tracker!r}: installed are {', '.join(trackers) or 'none'}.")
     both = ["experts", "router"] if recipe.num_experts > 1 else ["experts"]  # one expert: nothing to route
     args.stages = both if args.stage == "both" else [args.stage]
+    if recipe.streaming and any(recipe.stage(name).balanced for name in args.stages):
+        raise InputError("streaming: a stream cannot draw the router's class-balanced batches; train --stage experts "
+                         "with it, then --stage router without.")  # fmt: skip
     return args, recipe
 
 
@@ -113,7 +116,7 @@ class Run:
         self.size = self.policy.input_size(recipe.input_size)
         with accelerator.local_main_process_first():  # the others find the first one's cache
             self.data = load_longtail(**recipe.data_args)
-        self.train_set, self.held_out = self.data.train, None
+        self.train_set, self.held_out = self.data.train, self.data.val
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.decoupling = recipe.decouple != "none" and "experts" in args.stages
@@ -170,6 +173,7 @@ class Run:
             device=self.accelerator.device,
             input_size=self.size,
             reduced_decode=self.recipe.reduced_decode,
+            shuffle_buffer=self.recipe.shuffle_buffer,
         )
 
     def objective(self, stage: Stage) -> Objective:
@@ -194,7 +198,8 @@ class Run:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         watched = (batch for batch in loader if not self.signals.check())
-        return evaluate(model, watched, self.data.class_counts, stage.name == "router", self.recipe.threshold)
+        routed = stage.name == "router"
+        return evaluate(model, watched, self.data.class_counts, routed, self.recipe.threshold, shots=self.recipe.shots)
 
     def save(self, stage: str, epoch: int, **more: Any) -> None:
         if self.accelerator.is_main_process:

@@ -1,16 +1,27 @@
-"""Long-tailed selection from labels alone: as many as CIFAR-100, ImageNet-LT and iNaturalist 2018 have."""
+"""Time to build a split: long-tailed selection from labels alone, and published splits from their annotation lists.
+
+The lists are of the published length and form, `path label` by line; `--annotations` reads the real ones instead, where
+they lie in that folder. Building one is reading training and test list, checking classes and the first image of every
+class, and setting up the images; the import of `datasets` is not in it.
+"""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
+import datasets  # noqa: F401  imported before the clock runs
 import numpy as np
 from record import alternate, parse, parser, record, show, summary
 
+from ride_timm.data.annotations import PUBLISHED, Published, read_list
 from ride_timm.data.longtail import longtail_indices
+from ride_timm.data.sources import load_longtail
 
 SIZES = {"CIFAR-100": (50_000, 100), "ImageNet-LT": (115_846, 1000), "iNaturalist 2018": (437_513, 8142)}
+LISTS = {"ImageNet-LT": "imagenet_lt", "Places-LT": "places_lt", "iNaturalist 2018": "inat18"}
 
 
 def seconds_to_select(labels: np.ndarray) -> float:
@@ -19,14 +30,65 @@ def seconds_to_select(labels: np.ndarray) -> float:
     return time.perf_counter() - started
 
 
+def seconds_to_build(name: str, root: Path, lists: Path) -> float:
+    started = time.perf_counter()
+    data = load_longtail(name, root, annotations=lists)
+    seconds = time.perf_counter() - started
+    assert len(data.train) == PUBLISHED[name].splits["train"].images
+    return seconds
+
+
+def make_list(path: Path, published: Published, split: str, rng: np.random.Generator) -> None:
+    """A list of the published length, every class in it, most lines of the first classes; names as the real ones."""
+    facts, num_classes = published.splits[split], published.num_classes
+    shares = np.geomspace(100, 1, num_classes) if facts.largest > facts.smallest else np.ones(num_classes)
+    drawn = rng.choice(num_classes, facts.images - num_classes, p=shares / shares.sum())
+    labels = np.sort(np.concatenate([np.arange(num_classes), drawn])).tolist()
+    if published.prefix == "iNaturalist18":
+        rng.shuffle(labels)
+        names = (f"train_val2018/Plantae/{c}/{rng.bytes(16).hex()}.jpg {c}" for c in labels)
+    else:
+        names = (f"{split}/n{c:08d}/n{c:08d}_{i}.JPEG {c}" for i, c in enumerate(labels))
+    path.write_text("\n".join(names) + "\n", encoding="utf-8")
+
+
+def prepare(name: str, root: Path, real: Path | None) -> Path:
+    """The folder of a data set's lists, made where not all of them are real; its first images are made, empty."""
+    published, rng = PUBLISHED[name], np.random.default_rng(0)
+    splits = ["train", "test" if "test" in published.splits else "val"]
+    if real is not None and all((real / published.list_name(split)).is_file() for split in splits):
+        lists = real
+    else:
+        lists = root
+        for split in splits:
+            make_list(root / published.list_name(split), published, split, rng)
+    for split in splits:
+        part = read_list(lists / published.list_name(split))
+        for i in np.unique(part.labels, return_index=True)[1]:
+            path = root / part.files[i]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return lists
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parse(parser(__doc__), argv)
+    flags = parser(__doc__)
+    flags.add_argument("--annotations", type=Path, help="folder with the real lists, as far as there are")
+    args = parse(flags, argv)
     rng = np.random.default_rng(0)
     variants = {}
     for name, (num_images, num_classes) in SIZES.items():
         labels = rng.permutation(np.arange(num_images) % num_classes)
         variants[f"{name}, {num_images:,} labels"] = partial(seconds_to_select, labels)
-    figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        for title, name in LISTS.items():
+            root = Path(temporary) / name
+            root.mkdir()
+            lists = prepare(name, root, args.annotations)
+            made = "made" if lists == root else "real"
+            lines = PUBLISHED[name].splits["train"].images
+            variants[f"{title}, {made} lists, {lines:,} lines"] = partial(seconds_to_build, name, root, lists)
+        figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
     show(figures)
     slowest = max(figure["median"] for figure in figures.values())
     record("split", args, dict(seconds=figures))

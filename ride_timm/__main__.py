@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import create_ride_model
@@ -52,11 +53,17 @@ def flops_command(args: argparse.Namespace) -> None:
 
 
 def datasets_command(args: argparse.Namespace) -> None:
+    from .data.annotations import PUBLISHED
+
     args.dataset = args.subject
     recipe = recipe_for(args)
+    if args.action == "check" and args.subject in PUBLISHED:
+        _check_published(args, recipe)
+        if not args.decode:
+            return
     data = load_data(recipe)
     counts = data.class_counts
-    groups = {name: int(mask.sum()) for name, mask in shot_groups(counts).items()}
+    groups = {name: int(mask.sum()) for name, mask in shot_groups(counts, *recipe.shots).items()}
     found = dict(name=data.name, classes=data.num_classes, train=len(data.train), test=len(data.test))
     found |= dict(class_counts=counts, **groups)
     if args.action == "check":
@@ -75,6 +82,22 @@ def datasets_command(args: argparse.Namespace) -> None:
         if unreadable:
             raise RunError(f"{len(unreadable)} images cannot be read, the first: {unreadable[0]}")
         print("every image can be read", file=sys.stderr)
+
+
+def _check_published(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Print what is there of a data set with known lists; RunError where something is missing."""
+    from .data.installation import check_installation, format_installation
+
+    folders = [None if path is None else Path(path).expanduser() for path in (recipe.data_dir, recipe.annotations)]
+    found = check_installation(args.subject, *folders)
+    if args.json:
+        print_json(found)
+    else:
+        print(format_installation(found, sys.maxsize if args.all else 10))
+    if found["problems"]:
+        raise RunError(f"{args.subject} is not as published: {len(found['problems'])} problems, see above")
+    what = "every list and image is" if found["root"] else "every list is"
+    print(f"{what} as published", file=sys.stderr)
 
 
 def _unreadable(data: Any) -> list[str]:
@@ -116,6 +139,9 @@ def build_parser() -> Parser:
         help="with --routed: choose the threshold for at most so many MACs an image, on held-out training images if "
         "the run has some, else on training images that it has seen",
     )  # fmt: skip
+    experts = "average these experts alone, numbered from 0, such as 0,2"
+    evaluate.add_argument("--experts", metavar="I,J,…", help=experts)
+    evaluate.add_argument("--plots", metavar="DIR", help="draw head_to_tail.png and reliability.png there")
     evaluate.add_argument("--curve", metavar="FILE", help="accuracy against MACs by threshold, as .png or .csv")
     evaluate.add_argument("--time", action="store_true", help="images per second of the forward passes")
     add_inference_flags(evaluate)
@@ -124,6 +150,7 @@ def build_parser() -> Parser:
     predict = command("predict", predict_command, "classes of image files")
     predict.add_argument("--model", required=True, metavar="SPEC", help=spec)
     predict.add_argument("--routed", action="store_true", help="let the router choose the experts")
+    predict.add_argument("--experts", metavar="I,J,…", help=experts)
     predict.add_argument("--threshold", type=float, metavar="X", help="gate probability (default: the run's, or 0.5)")
     add_inference_flags(predict)
     predict.add_argument("images", nargs="+", metavar="IMAGE")
@@ -148,9 +175,14 @@ def build_parser() -> Parser:
 
     datasets = command("datasets", datasets_command, "show a long-tailed data set, or check that all of it can be read")
     datasets.add_argument("action", choices=("show", "check"))
-    datasets.add_argument("subject", metavar="NAME", help="fashion_lt, cifar10, cifar100, a Hub id or a path")
+    known = "fashion_lt, imagenet_lt, places_lt, inat18, cifar10, cifar100, a Hub id or a path"
+    datasets.add_argument("subject", metavar="NAME", help=known)
     datasets.add_argument("--recipe", metavar="NAME|FILE", help="take the other settings from this recipe")
-    datasets.add_argument("--all", action="store_true", help="list every class")
+    datasets.add_argument("--all", action="store_true", help="list every class, or every missing image")
+    datasets.add_argument(
+        "--decode", action="store_true",
+        help="check imagenet_lt, places_lt, inat18: read every image, not only look for it (of others all are read)",
+    )  # fmt: skip
     add_flags(datasets, [name for name in keys_of("data") if name not in ("dataset", "holdout", "augment")])
 
     command("models", models_command, "list the networks")

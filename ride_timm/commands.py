@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .models import Ride
 from .recipe import Recipe, available, flags_given, load_recipe
 
 _RECIPE_OF = {"fashion_lt": "fashion_lt", "cifar10": "cifar10_lt", "cifar100": "cifar100_lt"}
-_DATA_KEYS = ("dataset", "imb_type", "imb_factor", "split_seed", "image_column", "label_column")
+_DATA_KEYS = ("dataset", "annotations", "imb_type", "imb_factor", "split_seed", "image_column", "label_column")
 
 
 def print_json(value: Any) -> None:
@@ -41,16 +42,17 @@ def recipe_for(args: argparse.Namespace) -> Recipe:
     elif flags.get("dataset") in _RECIPE_OF:
         recipe = load_recipe(_RECIPE_OF[flags["dataset"]])
     elif "dataset" in flags:
-        recipe = Recipe(augment="imagenet", imb_type="none")
+        recipe = Recipe(augment="inat" if flags["dataset"] == "inat18" else "imagenet", imb_type="none")
     else:
         raise InputError(f"what to read? Name --dataset or --recipe (there are {', '.join(available())}).")
     return recipe.override(flags)
 
 
-def load_data(recipe: Recipe) -> Any:
+def load_data(recipe: Recipe, use_val: bool = False) -> Any:
+    """The recipe's data set; its validation split only where that is wanted, not because a run chose an epoch on it."""
     from .data.sources import load_longtail
 
-    return load_longtail(**recipe.data_args)
+    return load_longtail(**recipe.data_args | dict(use_val=use_val))
 
 
 def _load(args: argparse.Namespace, needs_router: bool) -> Ride:
@@ -78,6 +80,13 @@ def _check_evaluate(args: argparse.Namespace) -> None:
             raise InputError("macs-budget chooses a routing threshold: give --routed as well.")
         if "threshold" in flags_given(args):
             raise InputError("macs-budget chooses the threshold itself: leave --threshold out.")
+    if args.experts is not None and (args.routed or args.curve is not None):
+        raise InputError("experts names those to average: leave --routed and --curve out, where the router chooses.")
+    if args.plots is not None:
+        if not Path(args.plots).is_dir():
+            raise InputError(f"plots={args.plots}: there is no such folder.")
+        if find_spec("matplotlib") is None:
+            raise InputError("plots needs matplotlib: pip install matplotlib.")
     if args.curve is not None:
         path = Path(args.curve)
         if path.suffix not in (".png", ".csv"):
@@ -92,19 +101,35 @@ def _check_evaluate(args: argparse.Namespace) -> None:
                                  "a .csv does not.") from None  # fmt: skip
 
 
+def _experts(args: argparse.Namespace, model: Ride, routed: bool) -> list[int]:
+    """The experts to average, from 0: those of `--experts 0,2`, or all."""
+    if args.experts is None:
+        return list(range(model.num_experts))
+    if routed or args.runtime == "onnx":
+        raise InputError(f"experts={args.experts}: neither a routed model nor ONNX's graph averages chosen experts.")
+    try:
+        chosen = [int(part) for part in args.experts.split(",")]
+    except ValueError:
+        raise InputError(f"experts={args.experts!r}: expected numbers from 0, such as 0,2.") from None
+    if len(set(chosen)) < len(chosen) or not all(0 <= i < model.num_experts for i in chosen):
+        raise InputError(f"experts={args.experts}: expected different numbers from 0 to {model.num_experts - 1}.")
+    return chosen
+
+
 def evaluate_command(args: argparse.Namespace) -> None:
     from .data.loader import make_loader
     from .data.transforms import get_policy
     from .evaluation import evaluate, evaluation_batch
     from .flops import count_macs
-    from .metrics import format_table
+    from .metrics import format_groups, format_table
     from .routing import check_budget, collect_outcomes, prefix_points, routing_curve, thin
 
     _check_evaluate(args)
     inference = inference_of(args)
     recipe = recipe_for(args)
     model = _load(args, args.routed or args.curve is not None).to(memory_format=torch.channels_last)  # as in training
-    data = load_data(recipe)
+    experts = _experts(args, model, args.routed)
+    data = load_data(recipe, use_val=recipe.use_val and args.macs_budget is not None)
     if data.num_classes != model.num_classes:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,12 +149,24 @@ def evaluate_command(args: argparse.Namespace) -> None:
         chosen = _choose_threshold(model, macs, data, recipe, _own_recipe(args.model), batches, args.macs_budget)
         threshold = chosen["threshold"]
     test = batches(data.test)
-    answer = Timed(prepare(model, inference, args.routed, threshold, size))
-    metrics = evaluate(model, test, data.class_counts, args.routed, threshold, answer)
+    by_expert = None if args.routed or inference.runtime == "onnx" else experts
+    answer = Timed(prepare(model, inference, args.routed, threshold, size, by_expert))
+    members = None if by_expert is None else len(by_expert)
+    metrics = evaluate(
+        model, test, data.class_counts, args.routed, threshold, answer, members=members, shots=recipe.shots
+    )
     used = metrics.get("experts_used")
-    metrics |= dict(macs=round(macs.expected(used) if used else macs.ensemble), images=len(data.test))
+    cost = macs.expected(used) if used else macs.trunk + sum(macs.experts[i] for i in experts)
+    metrics |= dict(macs=round(cost), images=len(data.test))
     metrics["correct"] = round(metrics["all"] * len(data.test) / 100)
-    rows = {"routed" if args.routed else "ensemble": metrics}
+    name = "routed" if args.routed else "ensemble"
+    if args.experts is not None:
+        metrics["members"], name = experts, f"experts {args.experts}"
+    rows = {name: metrics}
+    if args.plots is not None:
+        from .plots import plot_measures
+
+        plot_measures(Path(args.plots), rows)
     if args.routed:
         metrics["threshold"] = threshold
     if chosen:
@@ -138,8 +175,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
         metrics |= dict(images_per_second=round(answer.images_per_second, 1), inference=str(inference))
     if args.curve is not None:
         outcomes = collect_outcomes(model, test)
-        prefixes = prefix_points(outcomes, macs, data.class_counts)
-        curve = thin(routing_curve(outcomes, macs, data.class_counts))
+        prefixes = prefix_points(outcomes, macs, data.class_counts, recipe.shots)
+        curve = thin(routing_curve(outcomes, macs, data.class_counts, shots=recipe.shots))
         _write_curve(Path(args.curve), curve, prefixes)
         metrics |= dict(curve=curve, prefixes=prefixes)
         rows |= {f"{i + 1} expert{'s' * (i > 0)} always": point for i, point in enumerate(prefixes)}
@@ -147,6 +184,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         return print_json(metrics)
     print(format_table(rows))
     print(f"{metrics['correct']} of {metrics['images']} test images right")
+    print(f"\n{format_groups(metrics)}")
     if chosen:
         over = ": above the budget" if metrics["macs"] > args.macs_budget else ""
         print(f"threshold {threshold:.4g}, for at most {args.macs_budget / 1e6:.1f} M MACs an image; chosen on "
@@ -165,20 +203,22 @@ def _choose_threshold(
 ) -> dict[str, Any]:
     """The best point within the budget on a stratified part of the training set, every class weighing alike.
 
-    That is the very part the run held out; where none is known, a fifth of what the model has seen in training: on
-    such images it is surer than on new ones, so that on those more of them may go on than was expected.
+    That is the data set's validation split where it is used, else the very part the run held out; where none is known,
+    a fifth of what the model has seen in training: on such images it is surer than on new ones, so that on those more
+    may go on than was expected.
     """
     from .data.sources import hold_out
     from .routing import collect_outcomes, point_for_budget, routing_curve
 
     unseen = own is not None and own.holdout > 0 and all(getattr(own, k) == getattr(recipe, k) for k in _DATA_KEYS)
-    held_out = hold_out(data.train, own.holdout if unseen else 0.2, recipe.split_seed)[1]
+    if data.val is not None:
+        held_out, unseen, source = data.val, True, "validation images"
+    else:
+        held_out = hold_out(data.train, own.holdout if unseen else 0.2, recipe.split_seed)[1]
+        source = "training images" + (" that the run held out" if unseen else ", which the model has SEEN in training")
     outcomes = collect_outcomes(model, batches(held_out))
-    curve = routing_curve(outcomes, macs, data.class_counts, outcomes.balanced_weights())
+    curve = routing_curve(outcomes, macs, data.class_counts, outcomes.balanced_weights(), recipe.shots)
     point = point_for_budget(curve, macs_budget)
-    source = (
-        "training images that the run held out" if unseen else "training images, which the model has SEEN in training"
-    )
     return point | dict(images=len(held_out), seen_in_training=not unseen, source=source)
 
 
@@ -214,10 +254,12 @@ def predict_command(args: argparse.Namespace) -> None:
     transform = create_transform(**config, is_training=False)
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
     routed = args.routed or model.routed
-    answer = prepare(model, inference, routed, _threshold(args), config["input_size"][-1])
+    experts = _experts(args, model, routed) if args.experts is not None else None
+    answer = prepare(model, inference, routed, _threshold(args), config["input_size"][-1], experts)
     predictions = []
     for path, image in zip(args.images, images, strict=True):
         logits, used = answer(transform(image)[None])
+        logits = logits if experts is None else logits.mean(1)
         top = logits.softmax(1)[0].topk(min(5, model.num_classes))
         choices = [
             dict(label=names[i], index=i, probability=round(p, 6))

@@ -1,5 +1,8 @@
 """The two ways a run can end badly. Both carry one plain sentence for the user; what caused them is chained."""
 
+import re
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; found before any long work starts. The script exits with 2."""
@@ -7,3 +10,16 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """Something failed while the run was under way, such as an image that cannot be read. The script exits with 1."""
+
+
+def listed(names: Iterable[object]) -> str:
+    """The names in one line, the first ten of them and the number of all where there are more."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error from elsewhere, without addresses of objects."""
+    text = str(error).strip().partition("\n")[0]
+    text = re.sub(r" <[\w.]+ object at 0x\w+>", "", text)[:200].rstrip(".")  # an address helps nobody
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -102,17 +103,23 @@ def fuse_conv_bn(model: Ride) -> Ride:
 
 
 def prepare(
-    model: Ride, inference: Inference, routed: bool = False, threshold: float = 0.5, size: int | None = None
+    model: Ride,
+    inference: Inference,
+    routed: bool = False,
+    threshold: float = 0.5,
+    size: int | None = None,
+    experts: Sequence[int] | None = None,
 ) -> Answer:
     """The model's answers, computed as asked; with default options exactly its own.
 
-    size: side of the images, where it is not the model's own (for the export to ONNX).
+    size: side of the images, where it is not the model's own (for the export to ONNX); experts: give the logits of
+    these one by one (not from ONNX, whose graph holds their mean alone).
     """
     if inference.fuse:
         model = fuse_conv_bn(model)
     if inference.runtime == "onnx":
         return _onnx_answer(model, routed, threshold, size)
-    answer = (_compiled_answer if inference.compile else answer_of)(model, routed, threshold)
+    answer = (_compiled_answer if inference.compile else answer_of)(model, routed, threshold, experts)
     if inference.precision == "fp32":
         return answer
     device = next(model.parameters()).device.type
@@ -125,9 +132,9 @@ def prepare(
     return in_bf16
 
 
-def _compiled_answer(model: Ride, routed: bool, threshold: float) -> Answer:
+def _compiled_answer(model: Ride, routed: bool, threshold: float, experts: Sequence[int] | None) -> Answer:
     if not routed:
-        return torch.compile(answer_of(model))
+        return torch.compile(answer_of(model, experts=experts))
     model = deepcopy(model)
     model.trunk = torch.compile(model.trunk)
     for expert in model.experts:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_atomically
 
+STAGES = {"experts": "ensemble", "router": "routed"}
+
 
 def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> list[Path]:
-    """Draw curves.png (loss and test accuracy by epoch) and classes.png (accuracy by class, most frequent first).
+    """Draw curves.png (loss and test accuracy by epoch), classes.png (accuracy by class, most frequent first), and what
+    `plot_measures` draws.
 
     Gives the files written; none where matplotlib is not installed.
     """
@@ -35,8 +39,7 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for stage, metrics in results["stages"].items():
-        label = {"experts": "ensemble", "router": "routed"}[stage]
-        axes.plot([metrics["per_class"][c] for c in order], ".", label=label, alpha=0.7)
+        axes.plot([metrics["per_class"][c] for c in order], ".", label=STAGES[stage], alpha=0.7)
     axes.set(xlabel="class, from most to fewest training images", ylabel="test accuracy (%)", ylim=(0, 100))
     images = axes.twinx()
     images.fill_between(range(len(order)), [counts[c] for c in order], alpha=0.15, color="grey", step="mid")
@@ -44,7 +47,64 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
     axes.legend()
     written.append(folder / "classes.png")
     write_atomically(written[1], lambda partial: figure.savefig(partial, dpi=120, format="png"))
-    return written
+    return written + plot_measures(folder, {STAGES[stage]: metrics for stage, metrics in results["stages"].items()})
+
+
+def plot_measures(folder: Path, rows: dict[str, dict[str, Any]]) -> list[Path]:
+    """Draw head_to_tail.png (accuracy by runs of classes) and reliability.png (accuracy by confidence, by shot group).
+
+    rows: what `metrics.Accuracy.compute` gives, by name; gives the files written.
+    """
+    written = {folder / "head_to_tail.png": _head_to_tail(rows), folder / "reliability.png": _reliability(rows)}
+    for path, figure in written.items():
+        write_atomically(path, lambda partial, figure=figure: figure.savefig(partial, dpi=120, format="png"))
+    return list(written)
+
+
+def _head_to_tail(rows: dict[str, dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    curve: list[dict[str, Any]] = []
+    for name, metrics in rows.items():
+        curve = metrics["head_to_tail"]
+        edges = [0, *accumulate(row["classes"] for row in curve)]
+        middles = [(start + stop) / 2 for start, stop in pairwise(edges)]
+        # a run of untested classes is a gap in the line
+        heights = [float("nan") if row["accuracy"] is None else row["accuracy"] for row in curve]
+        axes.plot(middles, heights, marker="o", label=name)
+    axes.set(xlabel="classes, from most to fewest training images", ylabel="accuracy, mean of the classes (%)")
+    axes.set(ylim=(0, 100), xlim=(0, edges[-1]))
+    images = axes.twinx()
+    images.stairs([row["train_images"] for row in curve], edges, fill=True, alpha=0.15, color="grey")
+    images.set(yscale="log", ylabel="training images a class (grey)")
+    axes.legend()
+    return figure
+
+
+def _reliability(rows: dict[str, dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3 * len(rows) + 0.7), layout="constrained")
+    grid = figure.subplots(len(rows), 4, squeeze=False, sharex=True, sharey=True)
+    for line, (name, metrics) in zip(grid, rows.items(), strict=True):
+        for axes, (group, bins) in zip(line, metrics["reliability"].items(), strict=True):
+            edges = [100 * i / len(bins) for i in range(len(bins) + 1)]
+            total = max(1, sum(row["images"] for row in bins))
+            axes.stairs([row["accuracy"] or 0 for row in bins], edges, fill=True, alpha=0.7, label="accuracy")
+            shares = [100 * row["images"] / total for row in bins]
+            axes.stairs(shares, edges, color="black", label="share of the images")
+            axes.plot([0, 100], [0, 100], "--", color="grey", label="calibrated")
+            ece = metrics["calibration"][group]["ece"]
+            note = "no images" if ece is None else f"ECE {ece:.1f}"
+            axes.set(title=f"{name}, {group}: {note}", xlim=(0, 100), ylim=(0, 100))
+        line[0].set_ylabel("%")
+    for axes in grid[-1]:
+        axes.set_xlabel("confidence (%)")
+    # below, where it hides no bar
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
 def plot_curve(path: Path, curve: list[dict[str, Any]], prefixes: list[dict[str, Any]]) -> None:

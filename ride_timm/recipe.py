@@ -55,14 +55,20 @@ class Recipe:
     """All that decides a run, read from YAML and flags; unknown keys and values out of range are an `InputError`."""
 
     # fmt: off
-    dataset: str = key("data", "fashion_lt (embedded), cifar10, cifar100, a Hub id owner/name, or a local path", "fashion_lt")
+    dataset: str = key("data", "fashion_lt (embedded), imagenet_lt, places_lt, inat18, cifar10, cifar100, a Hub id owner/name, or a local path", "fashion_lt")
     data_dir: str | None = key("data", "read the data set from this folder instead of the Hub")
+    annotations: str | None = key("data", "folder of annotation lists, `path label` by line (default for imagenet_lt, places_lt, inat18: data_dir)")
+    streaming: bool = key("data", "with annotation lists, read a Hub data set's rows in passing instead of downloading it", False)
+    shuffle_buffer: int = key("data", "images a worker holds back for shuffling a stream", 1000, low=1)
     imb_type: str = key("data", "long-tailed profile; none takes the data as they are", "exp", choices=("exp", "step", "none"))
     imb_factor: float = key("data", "images of the rarest class over those of the most frequent (papers write IF 100 for 0.01)", 0.01, above=0, high=1)
     split_seed: int = key("data", "seed of the long-tailed selection; 0 is the published split", 0, low=0)
     image_column: str | None = key("data", "column of the images (default: the first image column)")
     label_column: str | None = key("data", "column of the labels (default: fine_label, label or labels)")
     test_split: str | None = key("data", "split to test on (default: test, validation or val)")
+    use_val: bool = key("data", "choose epochs on the data set's validation split, not on held-out training images", False)
+    many_shot: int = key("data", "many-shot classes have more training images than this", 100, low=0)
+    few_shot: int = key("data", "few-shot classes have fewer training images than this", 20, low=0)
     augment: str = key("data", "augmentation and normalisation: cifar, fashion, imagenet, inat", "cifar")
     auto_augment: str | None = key("data", "timm's AutoAugment, RandAugment or AugMix on top, such as rand-m9-mstd0.5 or original")
     input_size: int | None = key("data", "side of the input in pixels (default: the augmentation's)", low=8)
@@ -149,8 +155,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             object.__setattr__(self, item.name, _coerce(item, getattr(self, item.name)))
-        if self.holdout == 0 and (self.select == "best" or self.patience is not None):
-            raise InputError("select=best and patience judge on held-out training images: set --holdout, say 0.1.")
+        if self.holdout == 0 and not self.use_val and (self.select == "best" or self.patience is not None):
+            raise InputError("select=best and patience judge on held-out training images: set --holdout, say 0.1 "
+                             "(or --use-val, where the data set has a validation split).")  # fmt: skip
+        if self.holdout and self.use_val:
+            raise InputError(f"holdout={self.holdout:g} and use_val: epochs are judged on one set, choose which.")
+        if self.few_shot > self.many_shot + 1:
+            raise InputError(f"few_shot={self.few_shot}: expected at most many_shot + 1, {self.many_shot + 1}.")
         methods.check(self)
         if self.ghost_batch is not None and self.sync_bn:
             raise InputError("sync_bn widens BatchNorm's batch and ghost_batch narrows it: choose one.")
@@ -178,8 +189,14 @@ class Recipe:
     @property
     def data_args(self) -> dict[str, Any]:
         """Arguments for `data.sources.load_longtail`."""
-        names = ("dataset", "data_dir", "imb_type", "imb_factor", "image_column", "label_column", "test_split")
+        names = ("dataset", "data_dir", "annotations", "imb_type", "imb_factor", "image_column", "label_column")
+        names += ("test_split", "use_val", "streaming")
         return {name: getattr(self, name) for name in names} | dict(seed=self.split_seed)
+
+    @property
+    def shots(self) -> tuple[int, int]:
+        """Thresholds of many- and few-shot classes, for `priors.shot_groups`."""
+        return self.many_shot, self.few_shot
 
     @property
     def loss_args(self) -> dict[str, Any]:
@@ -236,7 +253,7 @@ class Recipe:
 
     def differing(self, other: Recipe) -> list[str]:
         """Keys in which two recipes disagree, of those that change a run's numbers."""
-        free = ("name", "workers", "data_dir", "compile", "fused_norm")
+        free = ("name", "workers", "data_dir", "annotations", "compile", "fused_norm")
         names = [item.name for item in dataclasses.fields(self) if item.name not in free]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 

@@ -70,9 +70,9 @@ def collect_outcomes(model: Ride, batches: Iterable[tuple[Tensor, Tensor]]) -> O
     return Outcomes(*(torch.cat(parts).numpy() for parts in (right, gates, labels)))
 
 
-def _groups(targets: np.ndarray, class_counts: Sequence[int]) -> dict[str, np.ndarray]:
+def _groups(targets: np.ndarray, class_counts: Sequence[int], shots: tuple[int, int]) -> dict[str, np.ndarray]:
     """Which samples each accuracy is over: all, and by the shots of their class."""
-    groups = {name: mask.numpy()[targets] for name, mask in shot_groups(class_counts).items()}
+    groups = {name: mask.numpy()[targets] for name, mask in shot_groups(class_counts, *shots).items()}
     return {"all": np.ones(len(targets), dtype=bool)} | groups
 
 
@@ -81,17 +81,22 @@ def _percent(right: float, weight: float) -> float | None:
 
 
 def routing_curve(
-    outcomes: Outcomes, macs: Macs, class_counts: Sequence[int], weights: np.ndarray | None = None
+    outcomes: Outcomes,
+    macs: Macs,
+    class_counts: Sequence[int],
+    weights: np.ndarray | None = None,
+    shots: tuple[int, int] = (100, 20),
 ) -> list[Point]:
     """One point for every threshold that makes a difference, from the cheapest to the dearest, Pareto points only.
 
     A point is better than all that cost less. Its threshold stands midway between two gate probabilities that occur,
     so that rounding does not move a sample across it. class_counts [C]: training images of each class; weights [N]:
-    of each sample in accuracies and shares, 1 by default. "macs" is the expected cost of an image, gates included.
+    of each sample in accuracies and shares, 1 by default; shots: thresholds of `priors.shot_groups`. "macs" is the
+    expected cost of an image, gates included.
     """
     right, lowest = outcomes.right, outcomes.lowest
     weights = np.ones(len(right)) if weights is None else weights
-    groups = _groups(outcomes.targets, class_counts)
+    groups = _groups(outcomes.targets, class_counts, shots)
     # Below the value of its lowest gate so far, a sample goes on from expert i to i+1: an event that changes the sums.
     order = np.argsort(-lowest.ravel(), kind="stable")
     values = lowest.ravel()[order]
@@ -142,9 +147,11 @@ def thin(curve: list[Point], most: int = 200) -> list[Point]:
     return [curve[round(k)] for k in np.linspace(0, len(curve) - 1, most)]
 
 
-def prefix_points(outcomes: Outcomes, macs: Macs, class_counts: Sequence[int]) -> list[Point]:
+def prefix_points(
+    outcomes: Outcomes, macs: Macs, class_counts: Sequence[int], shots: tuple[int, int] = (100, 20)
+) -> list[Point]:
     """What the first 1, 2, … experts give if every sample uses them all and no gate is asked."""
-    groups = _groups(outcomes.targets, class_counts)
+    groups = _groups(outcomes.targets, class_counts, shots)
     points = []
     for i in range(outcomes.right.shape[1]):
         used = [float(j == i) for j in range(outcomes.right.shape[1])]

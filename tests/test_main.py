@@ -153,6 +153,41 @@ def test_evaluate_prints_a_table(capsys, run, evaluated):
     assert f"{evaluated['plain']['correct']} of 1000 test images right" in text
 
 
+def test_evaluate_gives_figures_by_group_and_expert(capsys, run, evaluated, tmp_path):
+    found = evaluated["plain"]
+    experts = found["experts"]
+    assert len(experts["accuracy"]["all"]) == 3 and 0 <= experts["disagreement"]["all"] <= 1
+    assert set(found["calibration"]) == {"all", "many", "medium", "few"} and len(found["reliability"]["few"]) == 15
+    assert found["worst_class"] == min(found["per_class"]) and len(found["head_to_tail"]) == 10
+    routed = evaluated["routed"]
+    assert routed["experts_used_by_group"]["all"] == routed["experts_used"] and "experts" not in routed
+    argv = (
+        "evaluate",
+        "--model",
+        run,
+        "--experts",
+        "0,2",
+        "--many-shot",
+        "500",
+        "--few-shot",
+        "50",
+        "--plots",
+        tmp_path,
+    )
+    chosen = json.loads(output(capsys, *argv, "--json"))
+    assert chosen["members"] == [0, 2] and len(chosen["experts"]["accuracy"]["all"]) == 2
+    for i, own in ((0, 0), (1, 2)):
+        assert chosen["experts"]["accuracy"]["all"][i] == experts["accuracy"]["all"][own]
+    assert chosen["macs"] == pytest.approx(found["macs"] * 76.4 / 102.2, rel=1e-2)
+    counts, groups = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10], {"many": 2, "medium": 4, "few": 4}
+    assert sum(n > 500 for n in counts) == groups["many"] and sum(n < 50 for n in counts) == groups["few"]
+    assert chosen["many"] == pytest.approx(sum(chosen["per_class"][:2]) / 2)
+    assert chosen["few"] == pytest.approx(sum(chosen["per_class"][6:]) / 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"head_to_tail.png", "reliability.png"}
+    text = output(capsys, "evaluate", "--model", run, "--experts", "1")
+    assert "experts 1" in text and "expert 1" in text and "harmonic mean" in text
+
+
 # predict
 
 
@@ -174,6 +209,20 @@ def test_predict_routed_in_json(capsys, run, photos, threshold, used):
         assert row["probability"] == chances[0]
 
 
+def test_predict_with_chosen_experts(capsys, run, photos):
+    from timm.data import create_transform, resolve_model_data_config
+
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    rows = json.loads(output(capsys, "predict", "--model", run, photos[0], "--experts", "2,0", "--json"))
+    with torch.inference_mode():
+        logits = model.forward_experts(transform(Image.open(photos[0]).convert("RGB"))[None])[1]
+    chances = logits[:, [2, 0]].mean(1).softmax(1)[0]
+    assert rows[0]["index"] == chances.argmax() and rows[0]["probability"] == pytest.approx(
+        chances.max().item(), abs=1e-5
+    )
+
+
 def test_predictions_are_the_models(capsys, run, photos):
     from timm.data import create_transform, resolve_model_data_config
 
@@ -188,6 +237,44 @@ def test_predictions_are_the_models(capsys, run, photos):
 
 
 # Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--experts", "0,3"), "experts=0,3: expected different numbers from 0 to 2"),
+        (("--experts", "1,1"), "expected different numbers"),
+        (("--experts", "a"), "expected numbers from 0, such as 0,2"),
+        (("--experts", "0", "--routed"), "leave --routed and --curve out"),
+        (("--experts", "0", "--runtime", "onnx"), "neither a routed model nor ONNX"),
+        (("--plots", "nowhere"), "plots=nowhere: there is no such folder"),
+        (("--many-shot", "10", "--few-shot", "20"), "few_shot=20: expected at most many_shot + 1, 11"),
+    ],
+)
+def test_bad_measures(capsys, run, flags, message):
+    assert message in refusal(capsys, "evaluate", "--model", run, *flags)
+
+
+def test_an_installation_is_checked(capsys, tmp_path):
+    """An excerpt in the form of ImageNet-LT: every line's image is there, and the list says what it lacks itself."""
+    lines = {"train": 4, "val": 2, "test": 2}
+    for split, n in lines.items():
+        names = [f"{split}/n01440764/{split}_{i}.JPEG" for i in range(n)]
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("".join(f"{name} 0\n" for name in names))
+        for name in names[1 if split == "val" else 0 :]:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+    argv = ["datasets", "check", "imagenet_lt", "--data-dir", str(tmp_path)]
+    assert exit_code(main, argv) == 1
+    captured = capsys.readouterr()
+    assert "has 4 lines, expected 115,846 (115,842 too few)" in captured.out
+    assert f"missing: val, line 1: {tmp_path}/val/n01440764/val_0.JPEG" in captured.out
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: imagenet_lt is not as published")
+    assert exit_code(main, [*argv, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["splits"]["val"]["missing"] == [dict(line=1, path=f"{tmp_path}/val/n01440764/val_0.JPEG")]
+    message = refusal(capsys, "datasets", "check", "places_lt", "--data-dir", tmp_path)
+    assert "no Places_LT_train.txt" in message
 
 
 def test_unknown_models(capsys, photos):

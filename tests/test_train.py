@@ -147,6 +147,32 @@ def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp
     assert done.stderr.count("experts:") and done.stdout.count("ensemble") == 1
 
 
+def test_listed_images_and_a_validation_split_that_chooses_the_epoch(colours, tmp_path):
+    """The images by annotation lists; half of the test images are a validation list, on which the epoch is chosen."""
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    files = {split: sorted((colours / split).rglob("*.png")) for split in ("train", "test")}
+    parts = {"train": files["train"], "val": files["test"][::2], "test": files["test"][1::2]}
+    for split, paths in parts.items():
+        lines = [f"{path.relative_to(colours)} {path.parent.name.removeprefix('class')}\n" for path in paths]
+        (lists / f"colours_{split}.txt").write_text("".join(lines))
+    output = tmp_path / "run"
+    flags = _flags("colours", output, "--annotations", lists, "--data-dir", colours, "--stage", "experts")
+    done = _run(*flags, "--use-val", "--select", "best", "--few-shot", "10", "--many-shot", "20")
+    assert done.returncode == 0, done.stderr
+    found = RunFolder(output).results()
+    assert found["class_counts"] == [30, 16, 8] and found["stages"]["experts"]["epochs"] in (2, 3)
+    assert [row["held_out"] != "" for row in _rows(output)] == [False, True, True]
+    experts = found["stages"]["experts"]
+    assert [experts["many"], experts["medium"], experts["few"]] == experts["per_class"]
+    assert len(experts["experts"]["accuracy"]["all"]) == 2
+    assert {"head_to_tail.png", "reliability.png"} <= {path.name for path in output.iterdir()}
+    (colours.parent / "gone").mkdir(exist_ok=True)
+    refused = _run(*_flags("colours", tmp_path / "no", "--annotations", lists, "--data-dir", colours.parent / "gone"))
+    assert refused.returncode == 2 and "the image of line 1 is missing" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_router_from_another_run_and_from_the_folder_itself(finished, colours, tmp_path):
     """Stage two alone gives what both stages in a row give."""
     whole, _ = finished

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import InputError, RunError
+from .batches import Batches, collate, generator_of, torch_seed
+from .image_set import ImageSet
 from .orders import (
     BATCH,
     SAMPLE,
@@ -25,30 +27,9 @@ from .orders import (
     ShuffledOrder,
     check_integer,
 )
-from .sources import ImageSet
+from .stream_batches import StreamBatches
+from .streaming import StreamedSet
 from .transforms import BatchAugment, Fit, Policy, build_augment, build_crop, get_policy
-
-
-def _torch_seed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-class _Batches:
-    """What both kinds of loader share: the order, this rank's part in it, and the epoch."""
-
-    def __init__(self, order: Order, shares: Shares, seed: int, device: str | torch.device) -> None:
-        self.order, self.shares = order, shares
-        self.seed = check_integer(seed, "seed", 0)
-        self.device = torch.device(device)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Epochs count from 0; the next iteration gives this one."""
-        self.epoch = check_integer(epoch, "epoch", 0)
-
-    def __len__(self) -> int:
-        """Steps that this rank takes in an epoch."""
-        return len(self.shares)
 
 
 def decode(image_set: ImageSet, size: int | None = None) -> Tensor:
@@ -76,7 +57,7 @@ def decode(image_set: ImageSet, size: int | None = None) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-class TensorBatches(_Batches):
+class TensorBatches(Batches):
     """Batches of a set of small images that is held decoded, on `device`, and augmented a batch at a time.
 
     Yields (images float32 [b, 3, S, S] channels last, labels int64 [b]) on `device`. The random choices of a step are
@@ -118,7 +99,7 @@ class TensorBatches(_Batches):
             positions = order[low:high]
             images = self.pixels.index_select(0, positions)
             if self.shares.train:
-                generator = torch.Generator().manual_seed(_torch_seed(self.seed, BATCH, epoch, step))
+                generator = torch.Generator().manual_seed(torch_seed(self.seed, BATCH, epoch, step))
                 draws = self.augment.draw(stop - start, generator).part(low - start, high - start)
                 images = self.augment(images, draws)
             else:
@@ -146,9 +127,7 @@ class _Samples:
         epoch, position, index = key
         if not self.train:
             return self._sample(index)
-        # torchvision draws from the global CPU generator: lend it this sample's stream, then give it back untouched
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_torch_seed(self.seed, SAMPLE, epoch, position))
+        with generator_of(self.seed, SAMPLE, epoch, position):
             return self._sample(index)
 
     def _sample(self, index: int) -> tuple[Tensor, int] | RunError:
@@ -159,15 +138,7 @@ class _Samples:
         return self.augment(image), label
 
 
-def _collate(samples: list) -> tuple[Tensor, Tensor] | RunError:
-    failed = next((sample for sample in samples if isinstance(sample, RunError)), None)
-    if failed is not None:
-        return failed
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels, dtype=torch.int64)
-
-
-class WorkerBatches(_Batches):
+class WorkerBatches(Batches):
     """Batches of large images, decoded and augmented one by one, by worker processes if there are any.
 
     Yields as `TensorBatches` does. A sample's random choices depend on the seed, the epoch and its position in the
@@ -194,7 +165,7 @@ class WorkerBatches(_Batches):
             _Samples(image_set, get_policy(policy), shares.train, input_size, self.seed, reduced_decode),
             batch_sampler=self.keys,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers else None,  # a worker; each batch of 256 at 224 pixels takes 154 MB
@@ -234,7 +205,7 @@ class _Keys:
 
 
 def make_loader(
-    image_set: ImageSet,
+    image_set: ImageSet | StreamedSet,
     policy: str | Policy,
     *,
     train: bool,
@@ -247,8 +218,9 @@ def make_loader(
     device: str | torch.device = "cpu",
     input_size: int | None = None,
     reduced_decode: bool = True,
-) -> TensorBatches | WorkerBatches:
-    """The loader of a set: held in memory where the policy is one of small images, else read by workers.
+    shuffle_buffer: int = 1000,
+) -> TensorBatches | WorkerBatches | StreamBatches:
+    """The loader of a set: held in memory where the policy is one of small images, else read by workers, or streamed.
 
     train: shuffle and augment; else every image once, in order, test transform.
     batch_size: over all processes together.
@@ -256,6 +228,7 @@ def make_loader(
     input_size: side of the input; the policy's own by default. Small images of another size are resized as decoded.
     reduced_decode: decode large JPEGs at 1/2, 1/4 or 1/8 of their size where that is enough for the input. The crops
         are the same, the pixels nearly so; False decodes in full, for the authors' pixels.
+    shuffle_buffer: of a streamed set, how many images a worker holds back to draw from.
 
     Raises `InputError` for arguments out of range, before an image is read.
     """
@@ -266,6 +239,16 @@ def make_loader(
         raise InputError(f"split {image_set.split!r} has zero images")
     if order not in (None, "balanced") or (order and not train):
         raise InputError(f"unknown order {order!r}; choose None, or 'balanced' for training")
+    if isinstance(image_set, StreamedSet):
+        if policy.in_memory:
+            raise InputError(f"augmentation {policy.name!r} holds all images in memory: leave --streaming out")
+        if order == "balanced":
+            raise InputError(
+                "class-balanced batches draw single images, which a stream cannot: train this stage without --streaming"
+            )
+        shares = Shares(len(image_set), batch_size, train, rank, num_processes)
+        how = dict(num_workers=num_workers, device=device, input_size=size, reduced_decode=reduced_decode)
+        return StreamBatches(image_set, policy, shares=shares, seed=seed, shuffle_buffer=shuffle_buffer, **how)
     if order == "balanced":
         chosen = ClassBalancedOrder(image_set.labels, seed)
     else:

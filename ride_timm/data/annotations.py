@@ -1,0 +1,263 @@
+"""Annotation lists, `path label` by line: which images a data set has, and of which class, before any is looked at.
+
+ImageNet-LT and Places-LT (Liu et al. 2019, arXiv:1904.05160) and iNaturalist 2018 are published this way. The paths
+lead to files under a root, or name the rows of a data set on the Hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..errors import InputError, listed
+from .longtail import check_labels
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "val", "test")
+
+
+class SplitFacts(NamedTuple):
+    """What a published list holds: its images, and those of its largest and of its smallest class."""
+
+    images: int
+    largest: int
+    smallest: int
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published data set: how its lists are called (PREFIX_train.txt, …), what they hold, and its images' Hub id."""
+
+    prefix: str
+    num_classes: int
+    splits: dict[str, SplitFacts]
+    hub_id: str | None = None
+
+    def list_name(self, split: str) -> str:
+        return f"{self.prefix}_{split}.txt"
+
+
+PUBLISHED = {
+    "imagenet_lt": Published(
+        "ImageNet_LT",
+        1000,
+        dict(train=SplitFacts(115_846, 1280, 5), val=SplitFacts(20_000, 20, 20), test=SplitFacts(50_000, 50, 50)),
+        "ILSVRC/imagenet-1k",
+    ),
+    "places_lt": Published(
+        "Places_LT",
+        365,
+        dict(train=SplitFacts(62_500, 4980, 5), val=SplitFacts(7_300, 20, 20), test=SplitFacts(36_500, 100, 100)),
+    ),
+    # no test list: its labels are not public, so the field reports the validation images
+    "inat18": Published("iNaturalist18", 8142, dict(train=SplitFacts(437_513, 1000, 2), val=SplitFacts(24_426, 3, 3))),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class AnnotationList:
+    """One list: `files` as written in it, labels int64 [n]. Entry i stands in line i + 1."""
+
+    path: Path
+    files: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def class_names(self, num_classes: int) -> tuple[str, ...]:
+        """The folder of each class where there is one folder a class, else the class' number."""
+        present, first = np.unique(self.labels, return_index=True)
+        names = {c: PurePosixPath(self.files[i]).parent.name for c, i in zip(present.tolist(), first, strict=True)}
+        if len(set(names.values())) < num_classes or "" in names.values():
+            return tuple(map(str, range(num_classes)))
+        return tuple(names[c] for c in range(num_classes))
+
+
+def read_list(path: str | Path) -> AnnotationList:
+    """Read a list, whatever its classes. Paths may hold spaces; the label is what follows the last one.
+
+    Raises `InputError`, naming list and line, for a line without a path or without a label 0, 1, 2, …
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"annotation list {path} cannot be read: {error}") from error
+    if lines == [""]:
+        raise InputError(f"annotation list {path} is empty: expected a line `path label` for every image")
+    parts = [line.rsplit(None, 1) for line in lines]
+    # isascii: isdigit alone takes ², and more than 18 digits do not fit
+    wrong = next((i for i, p in enumerate(parts) if len(p) != 2 or not _is_label(p[1])), None)
+    if wrong is not None:
+        text = lines[wrong].strip()
+        if not text:
+            what = "is blank"
+        elif len(parts[wrong]) < 2:
+            what = f"has no label: {text[:100]!r}"
+        else:
+            what = f"has the label {parts[wrong][1][:100]!r}, not a class number"
+        raise InputError(
+            f"annotation list {path}: line {wrong + 1} {what}; expected `path label` with label 0, 1, 2, …"
+        )
+    return AnnotationList(path, [p[0].strip() for p in parts], np.array([int(p[1]) for p in parts], dtype=np.int64))
+
+
+def _is_label(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+def check_classes(annotations: AnnotationList, num_classes: int | None = None) -> int:
+    """The number of classes of a training list; `InputError`, naming a line, for a label beyond it or with gaps.
+
+    num_classes: what it must be; by default the highest label plus one.
+    """
+    highest = int(annotations.labels.argmax())
+    if num_classes is not None and annotations.labels[highest] >= num_classes:
+        raise InputError(
+            f"annotation list {annotations.path}: line {highest + 1} has the label {annotations.labels[highest]}, "
+            f"outside 0 … {num_classes - 1}"
+        )
+    try:
+        return check_labels(annotations.labels, num_classes)[1]
+    except InputError as error:
+        where = f"the highest label, {annotations.labels[highest]}, is in line {highest + 1}"
+        raise InputError(f"annotation list {annotations.path}: {error} ({where})") from error
+
+
+def find_lists(dataset: str, data_dir: Path | None, annotations: Path | None) -> dict[str, Path]:
+    """The lists of a data set by split: in `annotations` where given, else in the images' root or its folder PREFIX.
+
+    A published data set's lists have their published names; any other's end in train.txt, val.txt and test.txt.
+    Raises `InputError` where there is no training list, or several.
+    """
+    published = PUBLISHED.get(dataset)
+    if published is None or annotations is not None:
+        folders = [annotations]
+    elif data_dir is not None:
+        folders = [data_dir, data_dir / published.prefix]
+    else:
+        raise InputError(
+            f"where are the lists of {dataset}? Give --annotations DIR with {published.list_name('train')} and the "
+            "others, or --data-dir ROOT that holds them and the images"
+        )
+    if not folders[0].is_dir():
+        raise InputError(f"folder {str(folders[0])!r} does not exist: expected annotation lists in it")
+    for folder in folders:
+        lists = {}
+        for split in SPLITS:
+            pattern = published.list_name(split) if published else f"*{split}.txt"
+            found = sorted(folder.glob(pattern))
+            if len(found) > 1:
+                raise InputError(
+                    f"folder {str(folder)!r} has several {split} lists, {listed(p.name for p in found)}: leave "
+                    f"one there, or name the data set: {', '.join(PUBLISHED)}"
+                )
+            if found:
+                lists[split] = found[0]
+        if "train" in lists:
+            return lists
+    wanted = published.list_name("train") if published else "list *train.txt"
+    raise InputError(f"there is no {wanted} in {' or '.join(str(folder) for folder in folders)}")
+
+
+def image_root(dataset: str, data_dir: Path, annotations: AnnotationList) -> Path:
+    """The folder the paths start from: `data_dir`, or its folder PREFIX where the first image is found there only."""
+    published = PUBLISHED.get(dataset)
+    if published is not None and not (data_dir / annotations.files[0]).is_file():
+        inside = data_dir / published.prefix
+        if (inside / annotations.files[0]).is_file():
+            return inside
+    return data_dir
+
+
+def check_first_images(annotations: AnnotationList, root: Path) -> None:
+    """Look for the first image of every class: a wrong root or a missing folder shows before training starts.
+
+    Raises `InputError` with line and path of the first that is missing.
+    """
+    for i in np.sort(np.unique(annotations.labels, return_index=True)[1]).tolist():
+        path = root / annotations.files[i]
+        if not path.is_file():
+            raise InputError(
+                f"annotation list {annotations.path}: the image of line {i + 1} is missing, {path}; "
+                "`python -m ride_timm datasets check` lists all that are"
+            )
+
+
+def files_as_dataset(annotations: AnnotationList, root: Path) -> Dataset:
+    """The listed files as a data set of one column, "image": paths only, so building it opens none of them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from datasets import Dataset, DatasetInfo, Features, Image
+
+    # as root / file would: an absolute path stands for itself
+    paths = pa.array(annotations.files)
+    relative = pc.invert(pc.starts_with(paths, "/"))
+    paths = pc.if_else(relative, pc.binary_join_element_wise(str(root), paths, "/"), paths)
+    stored = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+    return Dataset(pa.table({"image": stored}), info=DatasetInfo(features=Features(image=Image())))
+
+
+class NameKeys:
+    """What a listed file and a row of a Hub data set have in common: the end of the path, without the extension.
+
+    That is the file's name, or as many folders before it as make the listed files differ. The Hub's ImageNet adds the
+    class to a name (`n01440764_10026_n01440764.JPEG`); this is taken off.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        deepest = max(file.count("/") for file in files) + 1
+        for self.parts in range(1, deepest + 1):
+            self.keys = [self(file) for file in files]
+            if len(set(self.keys)) == len(self.keys):
+                break
+
+    def __call__(self, path: str) -> str:
+        key = "/".join(path.rsplit("/", self.parts)[-self.parts :])
+        stem, dot, extension = key.rpartition(".")
+        return re.sub(r"(_\d+)_n\d{8}$", r"\1", stem if dot and "/" not in extension else key)
+
+
+def rows_of(annotations: AnnotationList, split: Dataset, image_column: str, split_name: str) -> np.ndarray:
+    """The row of a Hub data set's split that each listed file names, int64 [n], from the stored file names alone.
+
+    Raises `InputError`, naming the first line, where a file has no row.
+    """
+    import pyarrow.compute as pc
+
+    stored = split.select_columns([image_column]).with_format("arrow")[:].column(image_column)
+    paths = pc.struct_field(stored, "path").to_pylist()
+    keys = NameKeys(annotations.files)
+    row_of = {keys(path): row for row, path in enumerate(paths) if path is not None}
+    rows = np.array([row_of.get(key, -1) for key in keys.keys], dtype=np.int64)
+    missing = np.flatnonzero(rows < 0)
+    if len(missing):
+        line = int(missing[0])
+        example = next((path for path in paths if path), None)
+        raise InputError(
+            f"annotation list {annotations.path}: {len(missing)} of {len(rows)} images have no row of that name in "
+            f"split {split_name!r}, the first in line {line + 1}: {annotations.files[line]} (a row there: {example})"
+        )
+    return rows
+
+
+def hub_split(annotations: AnnotationList, own_split: str, splits: Sequence[str]) -> str:
+    """Which split of a Hub data set holds the images of a list: the one its paths begin with, else its namesake.
+
+    So ImageNet-LT's validation list (train/n01440764/…) is found in "train", its test list (val/…) in "validation".
+    """
+    first = {file.partition("/")[0] for file in annotations.files}
+    wanted = first.pop() if len(first) == 1 else own_split
+    for name in (wanted, own_split):
+        for candidate in (name, "validation" if name == "val" else name):
+            if candidate in splits:
+                return candidate
+    raise InputError(f"the data set has no split {wanted!r} for {annotations.path}; it has {listed(splits)}")

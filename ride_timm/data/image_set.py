@@ -1,0 +1,117 @@
+"""What every source gives: images that are decoded when asked for, with labels that are known before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import ArrayLike
+
+from ..errors import RunError, first_line
+from .reduced_decode import upright
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+
+def open_stored(stored: dict[str, Any]) -> Image | None:
+    """An image as `datasets` stores it, {"bytes", "path"}, opened but not decoded; None where it lies elsewhere."""
+    if stored["bytes"] is not None:
+        return PIL.Image.open(BytesIO(stored["bytes"]))
+    if stored["path"] is not None and "://" not in stored["path"]:
+        return PIL.Image.open(stored["path"])
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Some rows of one split, with their labels. Item i is (RGB image, label); nothing is decoded before.
+
+    images: the whole split; rows int64 [n]: the rows of it that belong to this set, in order; labels int64 [n];
+    annotations: the list whose lines are the split's rows, where there is one.
+    """
+
+    images: Dataset
+    rows: np.ndarray
+    labels: np.ndarray
+    image_column: str
+    split: str = "train"
+    annotations: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Image, int]:
+        return self.read(i, upright)
+
+    def read(self, i: int, load: Callable[[Image], Image]) -> tuple[Image, int]:
+        """(what `load` makes of the image, label). `load` is given the image as opened, not yet decoded, so it can
+        decode less than all of it; see `reduced_decode`.
+
+        Raises `RunError`, naming split and row (or list and line), for an image that is missing or cannot be read.
+        """
+        row = int(self.rows[i])
+        where = f"the image in row {row} of split {self.split!r}"
+        if self.annotations is not None:
+            where = f"the image of line {row + 1} of {self.annotations}"
+        try:
+            opened = self._open(row)
+            if opened is not None:
+                with opened:
+                    return load(opened), int(self.labels[i])
+        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, …
+            raise RunError(f"{where} cannot be read ({first_line(error)})") from error
+        raise RunError(f"{where} is missing: the row holds none")
+
+    @cached_property
+    def _stored(self) -> Dataset:
+        """The split, its images as they are stored: {"bytes", "path"}; without bytes, the path leads to them."""
+        from datasets import Image
+
+        return self.images.cast_column(self.image_column, Image(decode=False))
+
+    def _open(self, row: int) -> Image | None:
+        """The image of this row of the split, undecoded if its bytes are at hand; None where the row holds none."""
+        stored = self._stored[row][self.image_column]
+        if stored is None:
+            return None
+        if self.images.features[self.image_column].mode is None:
+            opened = open_stored(stored)
+            if opened is not None:
+                return opened
+        return self.images[row][self.image_column]  # `datasets` knows how: a URL, or a mode the column imposes
+
+    def select(self, positions: ArrayLike) -> ImageSet:
+        """The set of the images at these positions of this one, in the given order."""
+        positions = np.asarray(positions, dtype=np.int64)
+        return replace(self, rows=self.rows[positions], labels=self.labels[positions])
+
+
+@dataclass(frozen=True, eq=False)
+class LongTailData:
+    """A long-tailed training set and its test set. Every class has a training image; the test set may lack classes.
+
+    val: the data set's own validation images, where they were asked for.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    class_names: tuple[str, ...]
+    name: str
+    val: ImageSet | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def class_counts(self) -> list[int]:
+        """Training images of each class, [C]."""
+        return np.bincount(self.train.labels, minlength=self.num_classes).tolist()
