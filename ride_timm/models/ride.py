@@ -128,8 +128,9 @@ class Expert(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier (and the pooling) on the device, in the dtype and in the mode of the old ones."""
-        self.global_pool = create_pool(self.global_pool.pool_type if global_pool is None else global_pool, num_classes)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        if global_pool is not None:
+            self.global_pool = create_pool(global_pool, num_classes)
+            self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.fc = create_head(self.head_hidden_size, num_classes, self.use_norm).to(**get_device_dtype(self))
         self.train(self.training)
 

@@ -350,9 +350,8 @@ def test_reset_classifier(name):
     assert model.forward_experts(x)[0].shape == (4, 3, 2 * width // 3)
     model.reset_classifier(0)
     assert model(x).shape == (4, 2 * width)
-    model.reset_classifier(0, "")
     with pytest.raises(ValueError, match="pooling can be left out"):
-        model.reset_classifier(5)
+        model.reset_classifier(5, "")
     model.reset_classifier(6, "avg")
     assert model(x).shape == (4, 6) and model.head_hidden_size == width
 
