@@ -35,7 +35,7 @@ def flops_command(args: argparse.Namespace) -> None:
     shares = _shares(args.experts_used) if args.experts_used else None
     if shares:
         kwargs["router"] = True
-    model = create_ride_model(args.subject, **kwargs)
+    model = create_ride_model(args.subject, recipe.input_size, **kwargs)
     size = recipe.input_size or model.pretrained_cfg["input_size"][-1]
     macs: Macs = count_macs(model, (model.in_chans, size, size))
     found = dict(macs=round(macs.ensemble), params=macs.params, expert_macs=[round(m) for m in macs.experts])

@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models import model_entrypoint
+from timm.models import get_pretrained_cfg, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -209,10 +209,16 @@ def load_model(spec: str | Path, **kwargs: Any) -> Ride:
     return model
 
 
-def create_ride_model(name: str, **kwargs: Any) -> Ride:
-    """`timm.create_model` for our networks; InputError for a name or an argument that they do not know."""
+def create_ride_model(name: str, size: int | None = None, **kwargs: Any) -> Ride:
+    """`timm.create_model` for our networks; InputError for a name or an argument that they do not know.
+
+    size: side of the images; networks that are made for one side (ViT, Swin) are made for this one.
+    """
     if not timm.is_model(name) or not model_entrypoint(name).__module__.startswith(__package__):
         raise InputError(f"model={name!r}: no network with experts; there are {', '.join(timm.list_models('ride*'))}.")
+    architecture = str(kwargs.get("backbone", name)).partition(".")[0]
+    if size is not None and timm.is_model(architecture) and get_pretrained_cfg(architecture).fixed_input_size:
+        kwargs["img_size"] = size
     try:
         return timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError) as error:
@@ -220,13 +226,13 @@ def create_ride_model(name: str, **kwargs: Any) -> Ride:
         raise InputError(f"model {name}: {reason}") from error
 
 
-def create_model(recipe: Recipe, num_classes: int, source: str | None = None) -> Ride:
+def create_model(recipe: Recipe, num_classes: int, source: str | None = None, size: int | None = None) -> Ride:
     """The recipe's network without a router, from its seed, or with the trunk and experts of `source`.
 
     InputError for an argument that the network does not take, or weights of another one.
     """
     torch.manual_seed(recipe.seed)
-    model = create_ride_model(recipe.model, num_classes=num_classes, **recipe.model_args)
+    model = create_ride_model(recipe.model, size, num_classes=num_classes, **recipe.model_args)
     if source is not None:
         loaded = load_model(source)
         weights = loaded.state_dict()

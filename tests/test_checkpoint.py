@@ -140,9 +140,18 @@ def test_create_model_is_seeded_and_takes_weights(tmp_path):
         create_model(TINY.override({"num_experts": 3}), 5, str(folder.path))
 
 
+@pytest.mark.parametrize(("backbone", "size"), [("test_vit", 64), ("test_vit", 160), ("test_resnet", 64)])
+def test_networks_that_are_made_for_one_side_are_made_for_the_datas(backbone, size):
+    model = create_model(Recipe(model="ride", backbone=backbone, num_experts=2), 5, size=size).eval()
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 5)
+    assert model._model_args.get("img_size") == (size if backbone == "test_vit" else None)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"model": "ride", "backbone": "test_vitt"}, r"model ride: backbone='test_vitt': timm has no such model"),
+        ({"model": "ride", "backbone": "test_vit", "split": "blocks.99"}, r"split='blocks.99': test_vit can be split"),
         ({"model": "resnet18"}, r"model='resnet18': no network with experts; there are .*ride_resnet10"),
         ({"model": "nope"}, r"model='nope'"),
         ({"model": "ride_resnet32", "share_layer3": True}, r"ride_resnet32: it does not take 'share_layer3'"),

@@ -34,6 +34,15 @@ class CosineClassifier(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale}"
 
 
+def create_pool(global_pool: str, num_classes: int) -> SelectAdaptivePool2d:
+    """timm's pooling of that name; '' hands the map on, which no classifier reads: ValueError."""
+    if not global_pool and num_classes > 0:
+        raise ValueError(
+            f"global_pool='' with num_classes={num_classes}: pooling can be left out with num_classes=0 only."
+        )
+    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+
+
 def create_head(num_features: int, num_classes: int, use_norm: bool) -> nn.Module:
     """Cosine head (`use_norm`) or linear head with bias; no classes: identity."""
     if num_classes <= 0:
@@ -113,14 +122,14 @@ class Expert(nn.Module):
         self.num_features = num_features
         self.use_norm = use_norm
         self.drop_rate = drop_rate
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.global_pool = create_pool(global_pool, num_classes)
         self.head_hidden_size = num_features * self.global_pool.feat_mult()
         self.fc = create_head(self.head_hidden_size, num_classes, use_norm)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier (and the pooling) on the device, in the dtype and in the mode of the old ones."""
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = create_pool(global_pool, num_classes)
             self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.fc = create_head(self.head_hidden_size, num_classes, self.use_norm).to(**get_device_dtype(self))
         self.train(self.training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
@@ -202,6 +203,22 @@ class AnyRide(Ride):
         return names
 
 
+def fit_to_size(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights saved at another image size: positions and windows resampled as the native network does it."""
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    for prefix, stages in model.named_modules():
+        if not isinstance(stages, TimmStages):
+            continue
+        start = f"{prefix}.net."
+        own = {key: value for key, value in state.items() if key.startswith(start)}
+        rule = getattr(sys.modules[type(stages.net).__module__], "checkpoint_filter_fn", None)
+        if rule is not None and any(value.shape != shapes.get(key, value.shape) for key, value in own.items()):
+            fitted = rule({key.removeprefix(start): value for key, value in own.items()}, stages.net)
+            others = {key: value for key, value in state.items() if key not in own}
+            state = others | {start + key: value for key, value in fitted.items()}
+    return state
+
+
 def _known(backbone: str) -> PretrainedCfg:
     if not isinstance(backbone, str) or not timm.is_model(backbone.partition(".")[0]):
         close = get_close_matches(str(backbone), timm.list_models(), 3)
@@ -304,6 +321,7 @@ def _cfg(backbone: str, **kwargs: Any) -> dict[str, Any]:
 def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
     with torch.device("meta"):
         probe = timm.create_model(_known(backbone) and backbone)
+    kwargs["pretrained_filter_fn"] = fit_to_size
     num_levels = 3 if find_cut(probe, backbone).tokens else len(probe.feature_info)
     if pretrained:
         kwargs["backbone_pretrained"] = False  # the whole network's weights follow
@@ -331,7 +349,10 @@ def _create_named(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
 def ride(pretrained: bool = False, **kwargs: Any) -> Ride:
     """Any backbone of timm that can be cut (`backbone`, a ResNet-18 unless told otherwise), with its native heads."""
     backbone = kwargs.pop("backbone", DEFAULT_BACKBONE)
-    if not isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg):  # a saved network's own stands as it is
+    given = kwargs.get("pretrained_cfg")
+    given = given.to_dict() if isinstance(given, PretrainedCfg) else given
+    # a saved network's own stands as it is; timm's scripts hand in the registered one
+    if not isinstance(given, dict) or given == get_pretrained_cfg("ride").to_dict():
         cfg = {key: value for key, value in _cfg(backbone).items() if key in (*_FROM_BACKBONE, "first_conv")}
         kwargs["pretrained_cfg_overlay"] = cfg | (kwargs.get("pretrained_cfg_overlay") or {})
     return _create("ride", backbone, pretrained, kwargs)

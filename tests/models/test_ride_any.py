@@ -365,8 +365,8 @@ def test_features_only(backbone):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", FEW)
-def test_compile_export_script_channels_last_and_bfloat16(backbone):
+@pytest.mark.parametrize("backbone", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "densenet121"])
+def test_compile_export_script_channels_last_and_bfloat16(backbone):  # other families: by the names of test_names.py
     model, x = build(backbone).eval(), images(backbone)
     expected = model(x)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
@@ -382,12 +382,8 @@ def test_compile_export_script_channels_last_and_bfloat16(backbone):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [160, 288])
-def test_input_sizes(size):
-    x = torch.randn(1, 3, size, size)
-    assert build("test_convnext").eval()(x).shape == (1, 7)
-    for backbone in ("swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"):
-        kwargs = dict(BACKBONES[backbone][1], img_size=size)
-        model = timm.create_model("ride", backbone=backbone, num_classes=7, **kwargs).eval()
-        assert model(x).shape == (1, 7)
-        assert build(backbone, dynamic_img_size=True).eval()(x).shape == (1, 7)
+@pytest.mark.parametrize("backbone", ["swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"])
+def test_sizes_that_vary_from_batch_to_batch(backbone):
+    model = build(backbone, dynamic_img_size=True).eval()
+    for size in (64, 160, 288):
+        assert model(torch.randn(1, 3, size, size)).shape == (1, 7)
