@@ -88,7 +88,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         settings=_settings(recipe) if recipe else [],
         tail=_tail(results),
         balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
-        few_note=_few_note(results),
+        few_note=_few_note(results, config.get("label_names")),
         hand_edited=f"{BEGIN}\n{by_hand}\n{END}",
         licence=_licence(staged, results),
     )
@@ -204,8 +204,9 @@ def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]
     ]  # fmt: skip
     if counts := results.get("class_counts"):
         groups = {name: int(mask.sum()) for name, mask in shot_groups(counts).items()}
-        facts.append(("training images", f"{sum(counts):,}, {max(counts):,} to {min(counts):,} a class "
-                      f"({groups['many']} classes many-shot, {groups['medium']} medium, {groups['few']} few)"))  # fmt: skip
+        shots = ", ".join(f"{number} classes {name}-shot" for name, number in groups.items())
+        range_ = f"{max(counts):,} to {min(counts):,} a class"
+        facts.append(("training images", f"{sum(counts):,}, {range_} ({shots})"))
     facts.append(("sha256 of the weights", f"`{config['sha256']}`"))
     return facts
 
@@ -229,7 +230,7 @@ def _seed_facts(results: dict[str, Any]) -> dict[str, Any]:
     for stage in runs[0]["stages"]:
         values = {group: [run["stages"][stage][group] for run in runs if stage in run["stages"]] for group in _GROUPS}
         rows.append([_NAMES[stage], *(_spread(values[group]) for group in _GROUPS)])
-    text = f"Over {len(runs)} runs that differ by their seed alone, the released one among them, mean ± standard deviation:"
+    text = f"Over {len(runs)} runs that differ by their seed alone, this one among them, mean ± standard deviation:"
     return dict(spread=text, seed_rows=rows, seed_numbers=", ".join(str(run["seed"]) for run in runs))
 
 
@@ -310,17 +311,20 @@ def _tail(results: dict[str, Any]) -> str:
     )
 
 
-def _few_note(results: dict[str, Any]) -> str:
-    """What the worst classes are, by name where the accuracy by class was measured."""
+def _few_note(results: dict[str, Any], names: list[str] | None) -> str:
+    """The worst and the best class, where the accuracy by class was measured."""
     per_class = results["stages"].get("experts", {}).get("per_class")
     if not per_class:
         return ""
     known = [(accuracy, c) for c, accuracy in enumerate(per_class) if accuracy is not None]
-    worst, best = min(known), max(known)
     counts = results["class_counts"]
+
+    def told(accuracy: float, c: int) -> str:
+        return f"{accuracy:.0f} % ({names[c] if names else f'class {c}'}, {counts[c]:,} training images)"
+
     return (
-        f"Accuracy by class goes from {worst[0]:.0f} % (class {worst[1]}, {counts[worst[1]]:,} training images) to "
-        f"{best[0]:.0f} % (class {best[1]}, {counts[best[1]]:,}): do not rely on a class without looking at its own."
+        f"Accuracy by class goes from {told(*min(known))} to {told(*max(known))}: do not rely on a class without "
+        "looking at its own."
     )
 
 

@@ -61,11 +61,13 @@ def stage(
     data_dir: str | None = None,
     measured: bool = True,
     facts: dict[str, Any] | None = None,
+    files: dict[str, str] | None = None,
 ) -> Staged:
     """Stage a release; what stood in its folder gives way at the end, but for a hand-edited section of its card.
 
     seeds: runs of the same recipe with other seeds, for the spread; recipe: of a checkpoint's data; data_dir: where
-    the data lie; measured: look at the test set, if it is at hand; facts: further entries of results.json.
+    the data lie; measured: look at the test set, if it is at hand; facts: further entries of results.json;
+    files: further texts, by name.
     InputError for a source that is none, or of another network, or whose data are asked for and not there.
     """
     network, tag = parse_name(name)
@@ -96,6 +98,8 @@ def stage(
         results |= dict(network=_network_facts(model), data=_data_facts(recipe, results)) | (facts or {})
         if recipe is not None and source.is_dir():
             (new / RECIPE).write_text(_public(recipe).to_yaml(), encoding="utf-8")
+        for file, text in (files or {}).items():
+            (new / file).write_text(text, encoding="utf-8")
         safetensors.torch.save_file(golden_pair(model), new / GOLDEN)
         (new / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if "per_class" in results["stages"].get("experts", {}):
