@@ -40,7 +40,7 @@ class Hub:
         self.api = HfApi(token=self.token or False, library_name="ride_timm", library_version=ride_timm.__version__)
         self.place = dict(repo_id=repo, repo_type=repo_type)
 
-    def explain(self, error: Exception) -> InputError:
+    def explain(self, error: Exception) -> InputError | RunError:
         """One sentence for what the Hub refused, without the token."""
         status = getattr(getattr(error, "response", None), "status_code", None)
         owner = self.repo.partition("/")[0]
@@ -54,6 +54,10 @@ class Hub:
             return InputError(f"your token may not write to {owner}: it needs the write role and membership there.")
         if status == 412:
             return InputError(f"{self.repo} was changed by somebody else meanwhile: look again, without --push.")
+        if status is not None and status >= 500:
+            return RunError(
+                f"{constants.ENDPOINT} failed ({status}): try again, what is there already is not sent twice."
+            )
         return hub_error(error, self.repo, "the release")
 
     def check_token(self) -> None:
@@ -202,7 +206,7 @@ def publish(staged: Staged, repo: str, push: bool, release: str = RELEASE) -> di
             print("nothing to change")
     if not released:
         hub.tag(release, commit)
-    verify_download(staged, repo, release, hub.token)
+    verify_download(staged, repo, commit, hub.token)
     print(f"published {constants.ENDPOINT}/{repo}, downloaded into an empty cache and verified")
     return changes
 

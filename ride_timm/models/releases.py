@@ -161,7 +161,7 @@ def read_config(path: Path, where: str, variant: str | None = None) -> tuple[dic
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         cfg, architecture, args = load_model_config_from_path(path.parent)
-        PretrainedCfg(**cfg)
+        cfg = PretrainedCfg(**cfg).to_dict()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: {CONFIG} is none of a timm model ({_line(error)}).") from error
     if variant is not None and architecture != variant:
@@ -172,11 +172,11 @@ def read_config(path: Path, where: str, variant: str | None = None) -> tuple[dic
             raise InputError(
                 f"{where}: {CONFIG} names weights elsewhere ({key}={stated[key]!r}); only {WEIGHTS} is read."
             )
-    size = cfg.get("input_size")
+    size, num_classes = cfg["input_size"], cfg["num_classes"]
     if not (isinstance(size, list | tuple) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
         raise InputError(f"{where}: {CONFIG} states input_size={size!r}, expected [channels, height, width].")
-    if not isinstance(cfg.get("num_classes"), int) or not isinstance(args, dict):
-        raise InputError(f"{where}: {CONFIG} states no num_classes, or model_args that are none.")
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise InputError(f"{where}: {CONFIG} states num_classes={num_classes!r}, expected a whole number.")
     sha256 = config.get("sha256", "")
     if sha256 and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)):
         raise InputError(f"{where}: {CONFIG} states sha256={sha256!r}, expected 64 hexadecimal digits.")
@@ -229,19 +229,16 @@ def download(repository: str, variant: str | None = None, cache_dir: Any = None,
         try:
             path = _fetch(CONFIG, force, place, tag)
             config, cfg, sha256 = read_config(path, where, variant)
-        except InputError as error:
-            if force or not isinstance(error.__cause__, ValueError | KeyError):
-                raise
-            continue  # a config.json that cannot be parsed: perhaps the cached copy is damaged
-        if known and sha256 and sha256 != known:
-            problem = f"its {CONFIG} states another sha256 than the one released ({known})"
-            continue
-        try:
+            if known and sha256 and sha256 != known:
+                problem = f"its {CONFIG} states another sha256 than the one released ({known})"
+                continue
             weights = _fetch(WEIGHTS, force, place, tag)
         except InputError as error:
             if force and problem:
-                raise InputError(f"{where}: {problem}, and fetching it again failed. {error}") from error
-            raise
+                raise InputError(f"{where}: {problem}, and fetching it again failed: {error}") from error
+            if force or not isinstance(error.__cause__, json.JSONDecodeError):
+                raise
+            continue  # a config.json that cannot be parsed: perhaps the cached copy is damaged
         expected = known or sha256 or _blob_hash(weights)
         if not expected and tag:
             raise InputError(f"{where}: its {CONFIG} states no sha256 of the weights, so they are not trusted; "
