@@ -204,9 +204,9 @@ def publish(staged: Staged, repo: str, push: bool, release: str = RELEASE) -> di
             commit = hub.push(folder, commit, f"{staged.name} {release}", [STAMP])
         else:
             print("nothing to change")
-    if not released:
-        hub.tag(release, commit)
     verify_download(staged, repo, commit, hub.token)
+    if not released:
+        hub.tag(release, commit)  # of what has been seen to arrive whole
     print(f"published {constants.ENDPOINT}/{repo}, downloaded into an empty cache and verified")
     return changes
 

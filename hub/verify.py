@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ride_timm.recipe import Recipe, load_recipe
 
 TOLERANCE = 1e-3  # of logits of order 10, between machines
 POINTS = 0.1  # of accuracy, in percentage points
+_PUBLIC = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
 
 
 @torch.inference_mode()
@@ -96,6 +98,8 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
     name = f"{config['architecture']}.{config['pretrained_cfg'].get('tag')}"
     if not isinstance(model, Ride) or name != staged.name:
         raise InputError(f"{staged.path} holds {name}, its name says {staged.name}.")
+    if (staged.path / RECIPE).is_file():
+        check_recipe(load_recipe(staged.path / RECIPE), staged.path / RECIPE)
     difference = check_golden(model, staged.path / GOLDEN)
     card = (staged.path / CARD).read_text(encoding="utf-8")
     if card != render(staged, hand_edited(card)):
@@ -109,6 +113,12 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
     )
     (staged.path / STAMP).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def check_recipe(recipe: Recipe, where: Path) -> None:
+    """InputError for a recipe of a release that names places on a disk: it may only name what everybody has."""
+    if recipe.data_dir is not None or not _PUBLIC.fullmatch(recipe.dataset):
+        raise InputError(f"{where} names data on a disk (dataset={recipe.dataset!r}, data_dir={recipe.data_dir!r}).")
 
 
 def data_of(staged: Staged, data_dir: str | None, measured: bool, recipe: str | None = None) -> Recipe | None:

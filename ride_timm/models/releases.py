@@ -210,6 +210,14 @@ def read_folder(folder: Path, variant: str | None = None) -> Release:
     return Release(where, config["model_args"], cfg, weights)
 
 
+def is_release(folder: Path) -> bool:
+    """Whether a folder is a release, which may come from anybody, rather than a run of one's own."""
+    try:
+        return "sha256" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
 # the Hub
 
 
@@ -220,6 +228,8 @@ def download(repository: str, variant: str | None = None, cache_dir: Any = None,
     one beside the tag's cfg. A file that does not have its sha256 is fetched once more; InputError where that does
     not help, and for everything else that goes wrong.
     """
+    from huggingface_hub import constants
+
     repo, revision = hf_split(repository)
     where = f"Hub repository {repository}"
     place = dict(repo_id=repo, revision=revision, cache_dir=cache_dir)
@@ -239,7 +249,7 @@ def download(repository: str, variant: str | None = None, cache_dir: Any = None,
             if force or not isinstance(error.__cause__, json.JSONDecodeError):
                 raise
             continue  # a config.json that cannot be parsed: perhaps the cached copy is damaged
-        expected = known or sha256 or _blob_hash(weights)
+        expected = known or sha256 or ("" if tag else _blob_hash(weights))
         if not expected and tag:
             raise InputError(f"{where}: its {CONFIG} states no sha256 of the weights, so they are not trusted; "
                              "stage it by hub/stage.py and publish it again.")  # fmt: skip
@@ -247,6 +257,8 @@ def download(repository: str, variant: str | None = None, cache_dir: Any = None,
             cfg |= dict(source="hf-hub", hf_hub_id=repository, file=None)
             return Release(where, config["model_args"], cfg, weights)
         problem = f"{WEIGHTS} does not have the stated sha256 {expected}"
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(f"{where}: the cached {problem}; HF_HUB_OFFLINE is set: go online once to fetch it again.")
     raise InputError(
         f"{where}: {problem}, also after a second download: refused. Tell its owner, or load weights of your own by "
         "local-dir:."

@@ -86,6 +86,11 @@ class Hub:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def storage(self) -> str:
+        """Where large files lie: another host, as on the Hub, for clients follow a redirect to the same one by themselves."""
+        return f"http://localhost:{self.port}"
+
     def start(self) -> None:
         handler = type("HandlerOfThisHub", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
@@ -217,6 +222,8 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, path: str) -> None:
         if path == "/api/whoami-v2":
             return self.whoami()
+        if path == "/api/agent-harnesses":
+            return self.send_json(200, {"standardEnvVars": [], "harnesses": {}})
         if path == "/api/validate-yaml":
             return self.send_json(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
@@ -321,7 +328,7 @@ class Handler(BaseHTTPRequestHandler):
         for given in json.loads(self.body)["objects"]:
             actions = {}
             if given["oid"] not in self.hub.objects:
-                actions = dict(actions=dict(upload=dict(href=f"{self.hub.endpoint}/_lfs/{given['oid']}", header={})))
+                actions = dict(actions=dict(upload=dict(href=f"{self.hub.storage}/_lfs/{given['oid']}", header={})))
             objects.append(dict(oid=given["oid"], size=given["size"]) | actions)
         self.send_json(200, dict(transfer="basic", objects=objects), {"Content-Type": "application/vnd.git-lfs+json"})
 
@@ -359,7 +366,7 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(404, "Entry not found", "EntryNotFound", headers)
         if file["lfs"]:
             headers |= {"X-Linked-Size": str(file["size"]), "X-Linked-ETag": f'"{file["lfs"]}"'}
-            return self.send(302, b"", headers | {"Location": f"{self.hub.endpoint}/_cdn/{file['lfs']}"})
+            return self.send(302, b"", headers | {"Location": f"{self.hub.storage}/_cdn/{file['lfs']}"})
         self.send_part(self.hub.content(file), headers | {"ETag": f'"{file["oid"]}"'})
 
     def send_part(self, data: bytes, headers: dict[str, str]) -> None:

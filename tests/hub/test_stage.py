@@ -189,6 +189,8 @@ def set_json(path, **changes):
         (lambda path: (path / "more").mkdir(), "more does not belong"),
         (lambda path: (path / "README.md").unlink(), r"holds no README\.md"),
         (lambda path: (path / "recipe.yaml").write_text("module: os\n"), "unknown key module"),
+        (lambda path: (path / "recipe.yaml").write_text("dataset: /etc\n"), "names data on a disk"),
+        (lambda path: (path / "recipe.yaml").write_text("data_dir: ../..\n"), "names data on a disk"),
     ],
 )
 def test_verify_notices(staged, damage, message, capsys):

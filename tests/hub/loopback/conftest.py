@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from double import READER, STRANGER, WRITER, Hub
+from double import WRITER, Hub
 
 HUB = Hub()
 os.environ |= {
@@ -98,6 +98,3 @@ def copy_of(release, tmp_path):
 def files(release):
     """The release as bytes by file name, for a repository made without a client."""
     return {path.name: path.read_bytes() for path in release.path.iterdir() if path.name != "verified.json"}
-
-
-__all__ = ["HUB", "NAME", "READER", "STRANGER", "WRITER"]

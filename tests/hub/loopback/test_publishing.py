@@ -146,6 +146,7 @@ def test_a_damaged_upload_is_noticed_afterwards(release, hub, monkeypatch):
     hub.faults.append(dict(match="/_cdn/", method="GET", do="corrupt", times=99))
     with pytest.raises((InputError, RunError), match=r"sha256|not the staged file"):
         publish(release, "org/damaged", push=True)
+    assert not hub.repos["model", "org/damaged"].tags
 
 
 def test_no_token_in_what_is_sent_or_kept(published, release, hub):
