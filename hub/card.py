@@ -204,9 +204,9 @@ def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]
     ]  # fmt: skip
     if counts := results.get("class_counts"):
         groups = {name: int(mask.sum()) for name, mask in shot_groups(counts).items()}
-        shots = ", ".join(f"{number} classes {name}-shot" for name, number in groups.items())
+        shots = ", ".join(f"{number} {name}-shot" for name, number in groups.items())
         range_ = f"{max(counts):,} to {min(counts):,} a class"
-        facts.append(("training images", f"{sum(counts):,}, {range_} ({shots})"))
+        facts.append(("training images", f"{sum(counts):,}, {range_} (classes: {shots})"))
     facts.append(("sha256 of the weights", f"`{config['sha256']}`"))
     return facts
 

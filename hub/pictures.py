@@ -28,7 +28,7 @@ def draw_classes(path: Path, results: dict[str, Any], class_names: list[str]) ->
     figure = _figure(8, 4.6)
     images, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.4))
     places = range(len(order))
-    images.fill_between(places, [counts[c] for c in order], step="mid", color="#9aa0a6", alpha=0.5, linewidth=0)
+    images.bar(places, [counts[c] for c in order], color="#c8ccd0", width=1)
     images.set(yscale="log", ylabel="training\nimages")
     colours = [_COLOURS[group[c]] for c in order]
     axes.bar(places, [per_class[c] or 0 for c in order], color=colours, width=0.8 if len(order) <= 40 else 1)

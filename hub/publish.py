@@ -19,7 +19,13 @@ from pathlib import Path
 import timm
 from card import BEGIN, END, NOTHING_YET, hand_edited
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from staged import CARD, GOLDEN, HERE, STAMP, Staged, is_registered, read_table, write_table
 from verify import check_golden
 
@@ -54,6 +60,10 @@ class Hub:
             return InputError(f"your token may not write to {owner}: it needs the write role and membership there.")
         if status == 412:
             return InputError(f"{self.repo} was changed by somebody else meanwhile: look again, without --push.")
+        if status is None and not isinstance(error, HFValidationError):
+            return RunError(
+                f"{constants.ENDPOINT} cannot be reached, or HF_HUB_OFFLINE is set: {type(error).__name__}."
+            )
         if status is not None and status >= 500:
             return RunError(
                 f"{constants.ENDPOINT} failed ({status}): try again, what is there already is not sent twice."

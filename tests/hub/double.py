@@ -88,7 +88,7 @@ class Hub:
 
     @property
     def storage(self) -> str:
-        """Where large files lie: another host, as on the Hub, since clients treat redirects to the same one otherwise."""
+        """Where large files lie: another host, as on the Hub; clients take a redirect to the same one otherwise."""
         return f"http://localhost:{self.port}"
 
     def start(self) -> None:

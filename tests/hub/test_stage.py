@@ -20,6 +20,7 @@ from verify import main as verify_main
 from verify import verify
 
 from ride_timm import InputError, load_legacy
+from ride_timm.__main__ import main as evaluate_main
 from ride_timm.checkpoint import RunFolder
 from ride_timm.launch import exit_code
 from ride_timm.models.legacy import _legacy_key
@@ -98,7 +99,12 @@ def test_the_card_says_what_the_data_say(staged):
     assert not [name for name in metrics if "few" in name]  # there are no few-shot classes: nothing is made up
     assert "| ensemble | 50.0 | 60.0 | 50.0 | – | 100.0 |" in text and "| 50.0 / 25.0 / 25.0 % |" in text
     assert "20 % (drone, 30 training images)" in text and "One run of one seed" in text and "2 minutes" in text
-    assert "forward_routed" in text and "600 " in text and "{{" not in text and "None," not in text
+    assert (
+        "forward_routed" in text
+        and "| 600, 300 to 30 a class (classes: 3 many-shot, 1 medium-shot, 0 few-shot) |" in text
+        and "{{" not in text
+        and "None," not in text
+    )
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     for block in blocks:
         compile(block, "card", "exec")
@@ -210,6 +216,13 @@ def test_a_recipe_is_data(staged):
         (staged.path / "recipe.yaml").write_text(text)
         with pytest.raises(InputError, match="not YAML"):
             load_recipe(staged.path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("text", ["data_dir: /home/somebody\n", "dataset: /etc\n", "dataset: ../secret\n"])
+def test_a_downloaded_recipe_names_no_place_on_this_disk(staged, text):
+    (staged.path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match="is of a release and names data on a disk"):
+        evaluate_main(["evaluate", "--model", str(staged.path)])
 
 
 # the authors' model zoo
