@@ -150,7 +150,7 @@ def _row(name: str, metrics: dict[str, Any]) -> list[str]:
 
 def _curve_row(point: dict[str, Any]) -> list[str]:
     accuracies = [_percent(point[group]) for group in _GROUPS]
-    return [f"{point['threshold']:.3f}", _macs(point["macs"]), *accuracies, _shares(point["experts_used"])]
+    return [f"{point['threshold']:.6g}", _macs(point["macs"]), *accuracies, _shares(point["experts_used"])]
 
 
 def _few_points(curve: list[dict[str, Any]], most: int = 5) -> list[dict[str, Any]]:
@@ -244,13 +244,14 @@ def _spread(values: list[float | None]) -> str:
 def _provenance(results: dict[str, Any]) -> str:
     versions, commit = results["versions"], results["commit"]
     precision = {"no": "fp32"}.get(results["precision"], results["precision"])
-    run = f"seed {results['seed']}, {precision}" if results.get("seed") is not None else "measured in fp32"
+    verb = "Measured" if results.get("seed") is None else "Made"
+    run = "fp32" if results.get("seed") is None else f"seed {results['seed']}, {precision}"
     if results.get("num_processes", 1) > 1:
         run += f", {results['num_processes']} processes"
     time = f", {results['seconds'] / 60:.0f} minutes" if results.get("seconds", 0) >= 60 else ""
     made = ", ".join(f"{name} {versions[name]}" for name in ("ride-timm", "torch", "timm") if name in versions)
     at = f", commit `{commit[:12]}`" if commit else ""
-    return f"Made with {made}{at}: {run}, on {results['device']}{time}." if results.get("device") else ""
+    return f"{verb} with {made}{at}: {run}, on {results['device']}{time}." if results.get("device") else ""
 
 
 def _claimed_note(claimed: dict[str, Any], args: dict[str, Any]) -> str:
@@ -262,8 +263,10 @@ def _claimed_note(claimed: dict[str, Any], args: dict[str, Any]) -> str:
 def _training(recipe: Recipe | None, results: dict[str, Any], stages: dict[str, Any]) -> str:
     if recipe is None:
         origin = results.get("claimed")
-        kind = f": {origin['training']}." if origin else ", in the format of the authors' code."
-        return f"By the code of the paper's authors{kind} Here the checkpoint was only converted, tensor by tensor."
+        if origin:
+            by = f"By the code of the paper's authors: {origin['training']}."
+            return f"{by} Here the checkpoint was only converted, tensor by tensor."
+        return "From a checkpoint in the format of the authors' code, converted here tensor by tensor."
     router = f", then the router for {stages['router']['epochs']}" if "router" in stages else ""
     last = "The numbers are those of the last epoch, on the test set." if recipe.select == "last" else (
         "The epoch was chosen on held-out training images; the test set chose nothing."
