@@ -14,7 +14,6 @@ from .releases import check_arguments, find_release, tag_arguments
 from .ride import Expert, Ride, Stages
 from .router import Router
 
-
 _EVERY_NETWORK = ("class_affine",)  # arguments that the factory takes for all of them
 
 
