@@ -24,6 +24,7 @@ from torch import nn
 from .errors import InputError, RunError
 from .metrics import format_table
 from .models import Ride, add_class_affine, has_class_affine, load_legacy
+from .models.releases import check_network
 from .recipe import Recipe, load_recipe
 
 STAGES = ("experts", "router")
@@ -176,6 +177,9 @@ class RunFolder:
 _ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "threshold")
 
 
+_HUB = "hf-hub:"
+
+
 def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
     """A network in eval mode, ours or timm's own, from a run folder, an authors' `.pth`, or what timm creates.
 
@@ -203,6 +207,8 @@ def load_model(spec: str | Path, **kwargs: Any) -> Ride:
 
     InputError where nothing is found there, the weights do not fit, or the model is none of ours.
     """
+    if str(spec).startswith(_HUB):
+        check_network(str(spec).removeprefix(_HUB))  # before any weights are fetched
     model = load_any_model(spec, **kwargs)
     if not isinstance(model, Ride):
         raise InputError(f"model {str(spec)!r} is a {type(model).__name__}, expected one with experts (ride_…).")
@@ -232,7 +238,7 @@ def create_model(recipe: Recipe, num_classes: int, source: str | None = None, si
     InputError for an argument that the network does not take, or weights of another one.
     """
     torch.manual_seed(recipe.seed)
-    model = create_ride_model(recipe.model, size, num_classes=num_classes, **recipe.model_args)
+    model = create_ride_model(recipe.model, size, num_classes=num_classes, router=False, **recipe.model_args)
     if source is not None:
         loaded = load_model(source)
         weights = loaded.state_dict()

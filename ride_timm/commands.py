@@ -15,6 +15,7 @@ from .checkpoint import load_model, write_atomically
 from .errors import InputError
 from .inference import Timed, inference_of, prepare
 from .models import Ride
+from .models.releases import is_release
 from .recipe import Recipe, available, flags_given, load_recipe
 
 _RECIPE_OF = {"fashion_lt": "fashion_lt", "cifar10": "cifar10_lt", "cifar100": "cifar100_lt"}
@@ -28,7 +29,13 @@ def print_json(value: Any) -> None:
 def _own_recipe(spec: str | None) -> Recipe | None:
     """The recipe of a run folder, as it was run; None for other models."""
     path = Path(spec.removeprefix("local-dir:")) / "recipe.yaml" if spec else None
-    return load_recipe(path) if path is not None and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    recipe = load_recipe(path)
+    on_disk = recipe.data_dir is not None or recipe.dataset.startswith(("/", ".", "~"))
+    if on_disk and is_release(path.parent):
+        raise InputError(f"{path} is of a release and names data on a disk: give --data-dir, or --recipe.")
+    return recipe
 
 
 def recipe_for(args: argparse.Namespace) -> Recipe:

@@ -1,5 +1,6 @@
 import ride_timm  # noqa: F401  (registers the models)
 from ride_timm.catalogue import catalogue, describe, format_catalogue
+from ride_timm.models.releases import release_table
 
 
 def test_a_network_with_its_costs():
@@ -8,7 +9,9 @@ def test_a_network_with_its_costs():
     costs = [round(cost / 1e6, 1) for cost in row["macs_by_experts"]]
     assert costs[1:] == [76.4, 102.2, 128.0]  # as the authors count two, three and four experts
     assert row["macs"] == row["macs_by_experts"][-1] and len(row["expert_macs"]) == 4
-    assert row["tags"] == dict.fromkeys(["cifar100_lt100", "cifar10_lt100", "fashion_lt"], False)
+    assert {"cifar100_lt100", "cifar100_lt100_6experts", "cifar10_lt100", "fashion_lt"} <= set(row["tags"])
+    published = {tag for tag, release in release_table().items() if release.get("published")}
+    assert {f"ride_resnet32.{tag}" for tag, known in row["tags"].items() if known} <= published
 
 
 def test_the_table_has_a_line_for_each():

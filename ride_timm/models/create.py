@@ -10,8 +10,11 @@ import torch
 from timm.models import build_model_with_cfg
 
 from .class_affine import add_class_affine
+from .releases import check_arguments, find_release, tag_arguments
 from .ride import Expert, Ride, Stages
 from .router import Router
+
+_EVERY_NETWORK = ("class_affine",)  # arguments that the factory takes for all of them
 
 
 def ride_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -58,16 +61,33 @@ def assemble(
 
 
 def create_ride(
-    build: Callable[..., Ride], variant: str, pretrained: bool, *, num_levels: int, num_experts: int = 3, **kwargs: Any
+    build: Callable[..., Ride],
+    variant: str,
+    pretrained: bool,
+    *,
+    num_levels: int,
+    defaults: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Ride:
-    """Build through timm's factory; the names of what depends on the classes go with the cfg, so timm can swap them.
+    """Build through timm's factory, with the weights of a release where `pretrained` asks for them.
 
-    These are all experts' heads and the router's layers, which read the logits. class_affine, for every network: heads
-    with a scale and an offset a class, as re-balancing leaves them.
+    What depends on the classes goes with the cfg by name, so timm can swap it: all experts' heads, and the router's
+    layers, which read the logits. The network's `defaults` give way to what a release was made with, and that to
+    `kwargs`. class_affine, for every network: heads with a scale and an offset a class, as re-balancing leaves them.
     """
+    named, overlay = kwargs.get("pretrained_cfg"), dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    check_arguments(build, kwargs.get("pretrained_model_args") or {}, "the release", _EVERY_NETWORK)
+    release = find_release(variant, named, overlay, kwargs.get("cache_dir")) if pretrained else None
+    released = release.model_args if release else tag_arguments(variant, named)
+    check_arguments(build, released, release.where if release else variant, _EVERY_NETWORK)
+    kwargs = dict(num_experts=3) | (defaults or {}) | released | kwargs
+    if release:
+        kwargs["pretrained_cfg"] = release.pretrained_cfg
+        if kwargs.get("num_classes") == 0:
+            kwargs["router"] = False  # no logits, no gates
+    num_experts = kwargs["num_experts"]
     if not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
-    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     heads = ("fc.head", "fc.affine") if kwargs.get("class_affine") else ("fc",)
     classifier = [f"experts.{i}.{head}" for i in range(num_experts) for head in heads]
     if kwargs.get("router"):
@@ -81,14 +101,15 @@ def create_ride(
             model = build(**args)
             if class_affine:
                 add_class_affine(model)
-            return model.to(dtype=dtype)
+        if release:
+            release.load_into(model, tuple(classifier))
+        return model.to(dtype=dtype)
 
     return build_model_with_cfg(
         build_on,
         variant,
-        pretrained,
+        pretrained and release is None,
         pretrained_cfg_overlay=overlay,
         feature_cfg=dict(feature_cls="getter", out_indices=tuple(range(num_levels))),
-        num_experts=num_experts,
         **kwargs,
     )

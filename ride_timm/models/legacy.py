@@ -176,7 +176,7 @@ def load_legacy(path: str | Path) -> Ride:
         name, kwargs = infer_architecture(state_dict)
         tags = get_arch_pretrained_cfgs(name)
         tag = next((t for t, cfg in tags.items() if cfg.num_classes == kwargs["num_classes"]), None)
-        model = timm.create_model(tag or name, **kwargs)
+        model = timm.create_model(tag or name, **dict(dict(router=False), **kwargs))  # a router only where it has one
         model.load_state_dict(convert_state_dict(state_dict, model))
     except (ValueError, TypeError, RuntimeError) as error:  # a network that cannot be built has wrong shapes, too
         raise InputError(f"checkpoint {path}: {error}") from error

@@ -318,14 +318,15 @@ def _cfg(backbone: str, **kwargs: Any) -> dict[str, Any]:
     return ride_cfg(**ours, first_conv=tuple(f"trunk.net.{name}" for name in first_conv), **kwargs)
 
 
-def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
+def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> Ride:
     with torch.device("meta"):
         probe = timm.create_model(_known(backbone) and backbone)
     kwargs["pretrained_filter_fn"] = fit_to_size
     num_levels = 3 if find_cut(probe, backbone).tokens else len(probe.feature_info)
     if pretrained:
         kwargs["backbone_pretrained"] = False  # the whole network's weights follow
-    return create_ride(build_ride_any, variant, pretrained, num_levels=num_levels, backbone=backbone, **kwargs)
+    given = dict(num_levels=num_levels, defaults=defaults, backbone=backbone)
+    return create_ride(build_ride_any, variant, pretrained, **given, **kwargs)
 
 
 _NAMED = {
@@ -342,7 +343,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_named(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
-    return _create(name, _NAMED[name], pretrained, dict(dict(use_norm=True), **kwargs))
+    return _create(name, _NAMED[name], pretrained, kwargs, use_norm=True)
 
 
 @register_model

@@ -9,6 +9,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
 
 from .create import assemble, create_ride, ride_cfg
+from .releases import with_releases
 from .ride import Expert, Ride, Stages
 
 FULL_PLANES = (64, 128, 256, 512)
@@ -98,21 +99,29 @@ def build_ride_resnet(
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Ride:
-    return create_ride(build_ride_resnet, variant, pretrained, num_levels=5, **dict(defaults, **kwargs))
+    return create_ride(build_ride_resnet, variant, pretrained, num_levels=5, defaults=defaults, **kwargs)
 
+
+_INAT = dict(num_classes=8142, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
 
 default_cfgs = generate_default_cfgs(
-    {
-        "ride_resnet10.imagenet_lt": ride_cfg(),
-        "ride_resnet50.imagenet_lt": ride_cfg(),
-        "ride_resnet50.inat18": ride_cfg(num_classes=8142, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192)),
-        "ride_resnet101.untrained": ride_cfg(),
-        "ride_resnet152.untrained": ride_cfg(),
-        "ride_resnext50.imagenet_lt": ride_cfg(),
-        "ride_resnext101.untrained": ride_cfg(),
-        "ride_resnext152.untrained": ride_cfg(),
-        "test_ride_resnet.untrained": ride_cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
-    }
+    with_releases(
+        {
+            "ride_resnet10.imagenet_lt": ride_cfg(),
+            "ride_resnet50.imagenet_lt": ride_cfg(),
+            "ride_resnet50.inat18": ride_cfg(**_INAT),
+            "ride_resnet50.inat18_distill_4experts": ride_cfg(**_INAT),
+            "ride_resnet50.inat18_6experts": ride_cfg(**_INAT),
+            "ride_resnet101.untrained": ride_cfg(),
+            "ride_resnet152.untrained": ride_cfg(),
+            "ride_resnext50.imagenet_lt": ride_cfg(),
+            "ride_resnext50.imagenet_lt_distill_4experts": ride_cfg(),
+            "ride_resnext50.imagenet_lt_6experts": ride_cfg(),
+            "ride_resnext101.untrained": ride_cfg(),
+            "ride_resnext152.untrained": ride_cfg(),
+            "test_ride_resnet.untrained": ride_cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        }
+    )
 )
 
 _RESNEXT = dict(cardinality=32, base_width=4)

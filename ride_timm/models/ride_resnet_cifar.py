@@ -10,6 +10,7 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from .create import assemble, create_ride, ride_cfg
+from .releases import with_releases
 from .ride import Expert, Ride, Stages
 
 
@@ -112,19 +113,24 @@ def build_ride_resnet_cifar(
 _CIFAR_STATS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 _CIFAR_INPUT = dict(input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0)
 
+_CIFAR100 = dict(num_classes=100, **_CIFAR_INPUT, **_CIFAR_STATS)
+_FASHION_INPUT = dict(input_size=(3, 28, 28), pool_size=(7, 7), crop_pct=1.0)
+
 default_cfgs = generate_default_cfgs(
-    {
-        "ride_resnet32.cifar100_lt100": ride_cfg(num_classes=100, **_CIFAR_INPUT, **_CIFAR_STATS),
-        "ride_resnet32.cifar10_lt100": ride_cfg(num_classes=10, **_CIFAR_INPUT, **_CIFAR_STATS),
-        "ride_resnet32.fashion_lt": ride_cfg(
-            num_classes=10, input_size=(3, 28, 28), pool_size=(7, 7), crop_pct=1.0, mean=(0.286,) * 3, std=(0.353,) * 3
-        ),
-    }
+    with_releases(
+        {
+            "ride_resnet32.cifar100_lt100": ride_cfg(**_CIFAR100),
+            "ride_resnet32.cifar100_lt100_distill": ride_cfg(**_CIFAR100),
+            "ride_resnet32.cifar100_lt100_distill_4experts": ride_cfg(**_CIFAR100),
+            "ride_resnet32.cifar100_lt100_6experts": ride_cfg(**_CIFAR100),
+            "ride_resnet32.cifar10_lt100": ride_cfg(num_classes=10, **_CIFAR_INPUT, **_CIFAR_STATS),
+            "ride_resnet32.fashion_lt": ride_cfg(num_classes=10, **_FASHION_INPUT, mean=(0.286,) * 3, std=(0.353,) * 3),
+        }
+    )
 )
 
 
 @register_model
 def ride_resnet32(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """The CIFAR ResNet-32 (100 classes unless told otherwise), stem and stage 1 shared."""
-    args = dict(dict(num_classes=100), **kwargs)
-    return create_ride(build_ride_resnet_cifar, "ride_resnet32", pretrained, num_levels=4, **args)
+    """The CIFAR ResNet-32 (as many classes as its tag's data, 100 without one), stem and stage 1 shared."""
+    return create_ride(build_ride_resnet_cifar, "ride_resnet32", pretrained, num_levels=4, **kwargs)

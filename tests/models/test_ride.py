@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import ride_timm  # noqa: F401  (registers the models)
+from ride_timm import InputError
 from ride_timm.checkpoint import RunFolder
 from ride_timm.models import CosineClassifier, Ride, Router
 
@@ -489,7 +489,7 @@ def test_a_saved_model_comes_back_through_timm(tmp_path, name, kwargs):
 
 def test_adding_experts_to_saved_weights_is_an_error(tmp_path):
     RunFolder(tmp_path).export(build(num_experts=2), dict(input_size=(3, 64, 64)), tuple("abcdefghijk"))
-    with pytest.raises(RuntimeError, match=r"experts\.2"):
+    with pytest.raises(InputError, match=r"num_experts=2.*missing experts\.2"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_experts=3)
 
 

@@ -1,0 +1,356 @@
+"""The card of a staged release, rendered from its config.json, results.json and recipe.yaml; nothing in it is typed.
+
+python hub/card.py NAME.TAG
+
+renders it again, and keeps the section between the two hand-edited lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from staged import CARD, CONFIG, HERE, LICENCE, RECIPE, RESULTS, Staged, is_registered
+
+from ride_timm.launch import Parser, exit_code
+from ride_timm.priors import shot_groups
+from ride_timm.recipe import Recipe, load_recipe
+
+TEMPLATE = HERE / "card.md.jinja"
+BEGIN = "<!-- hand-edited: what stands between these two lines is kept when the card is rendered again -->"
+END = "<!-- hand-edited: end -->"
+NOTHING_YET = "None."
+DATASETS = {  # pretty name, Hub id of the images, home page
+    "fashion_lt": ("Fashion-MNIST-LT", "zalando-datasets/fashion_mnist",
+                   "https://github.com/zalandoresearch/fashion-mnist"),
+    "cifar10": ("CIFAR10-LT", "uoft-cs/cifar10", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar100": ("CIFAR100-LT", "uoft-cs/cifar100", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "imagenet_lt": ("ImageNet-LT", "ILSVRC/imagenet-1k", "https://liuziwei7.github.io/projects/LongTail.html"),
+    "inat18": ("iNaturalist 2018", None, "https://github.com/visipedia/inat_comp/tree/master/2018"),
+}  # fmt: skip
+_GROUPS = ("all", "many", "medium", "few")
+_NAMES = {"experts": "ensemble", "router": "routed"}
+
+
+def hand_edited(card: str) -> str:
+    """What stands between the two lines of a card; the usual text where there are none."""
+    match = re.search(re.escape(BEGIN) + r"\n(.*?)\n" + re.escape(END), card, re.S)
+    return match[1] if match else NOTHING_YET
+
+
+def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
+    """The card as text: front matter and page."""
+    config, results = staged.json(CONFIG), staged.json(RESULTS)
+    recipe = load_recipe(staged.path / RECIPE) if (staged.path / RECIPE).is_file() else None
+    stages, claimed, data = results["stages"], results.get("claimed"), results.get("data", {})
+    args = {**dict(num_experts=3), **config["model_args"]}
+    pretty, hub_id, home = _dataset(data, results)
+    routed = stages.get("router")
+    card_data = ModelCardData(
+        license="mit",
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "ride", "long-tailed-recognition", "mixture-of-experts"],
+        datasets=[hub_id] if hub_id else None,
+        metrics=["accuracy"],
+        model_name=staged.name,
+        eval_results=_eval_results(stages, claimed, pretty, hub_id) or None,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=staged.name,
+        spec=staged.name if is_registered(staged.name) else f"hf-hub:owner/{staged.name}",
+        summary=_summary(config, args, pretty, home, results),
+        has_classes=(staged.path / "classes.png").is_file(),
+        has_curves=(staged.path / "curves.png").is_file(),
+        has_router=bool(args.get("router")),
+        has_routing="routing" in results,
+        threshold=(routed or {}).get("threshold", 0.5),
+        facts=_facts(config, args, results),
+        num_classes=config["num_classes"],
+        num_experts=args["num_experts"],
+        counts_of_experts=" / ".join(map(str, range(1, args["num_experts"] + 1))),
+        measured_rows=[_row(_NAMES[stage], metrics) for stage, metrics in stages.items()],
+        **_seed_facts(results),
+        provenance=_provenance(results),
+        claimed_row=[claimed["method"], *(_percent(claimed[group]) for group in _GROUPS)] if claimed else None,
+        claimed_url=claimed and claimed["url"],
+        claimed_note=_claimed_note(claimed, args) if claimed else "",
+        curve_rows=[_curve_row(point) for point in _few_points(results.get("routing", {}).get("curve", []))],
+        training=_training(recipe, results, stages),
+        command=_command(recipe, results),
+        settings=_settings(recipe) if recipe else [],
+        tail=_tail(results),
+        balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
+        few_note=_few_note(results, config.get("label_names")),
+        hand_edited=f"{BEGIN}\n{by_hand}\n{END}",
+        licence=_licence(staged, results),
+    )
+    return re.sub(r"\n{3,}", "\n\n", card.content.rstrip()) + "\n"
+
+
+def write_card(staged: Staged, by_hand: str) -> None:
+    (staged.path / CARD).write_text(render(staged, by_hand), encoding="utf-8")
+
+
+def _dataset(data: dict[str, Any], results: dict[str, Any]) -> tuple[str, str | None, str | None]:
+    dataset = data.get("dataset")
+    if dataset in DATASETS:
+        pretty, hub_id, home = DATASETS[dataset]
+    elif dataset and re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset):
+        pretty, hub_id, home = dataset, dataset, f"https://huggingface.co/datasets/{dataset}"
+    else:
+        pretty, hub_id, home = dataset or "data that are not named", None, None
+    if data.get("imb_type") in ("exp", "step"):
+        kind = "" if data["imb_type"] == "exp" else "step, "
+        pretty += f" ({kind}imbalance factor {round(1 / data['imb_factor'])})"
+    return pretty, hub_id, home
+
+
+def _eval_results(
+    stages: dict[str, Any], claimed: dict[str, Any] | None, pretty: str, hub_id: str | None
+) -> list[EvalResult]:
+    """One entry an accuracy for the model-index; claimed ones name their source."""
+    place = dict(task_type="image-classification", task_name="Image Classification", dataset_name=pretty)
+    place |= dict(dataset_type=hub_id or "image-folder", dataset_split="test", metric_type="accuracy")
+    found = []
+    for stage, metrics in stages.items():
+        for group in (*_GROUPS, "top5"):
+            if metrics.get(group) is not None:
+                name = f"accuracy, {group}, {_NAMES[stage]}"
+                found.append(EvalResult(**place, metric_name=name, metric_value=round(metrics[group], 2)))
+    for group in _GROUPS if claimed else ():
+        name = f"accuracy, {group}, claimed by the authors, not measured here"
+        found.append(EvalResult(**place, metric_name=name, metric_value=claimed[group]))
+    return found
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _macs(value: float) -> str:
+    return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.1f} M"
+
+
+def _shares(used: list[float] | None) -> str:
+    return " / ".join(f"{100 * share:.1f}" for share in used) + " %" if used else "–"
+
+
+def _row(name: str, metrics: dict[str, Any]) -> list[str]:
+    accuracies = [_percent(metrics.get(group)) for group in (*_GROUPS, "top5")]
+    return [name, *accuracies, _macs(metrics["macs"]), _shares(metrics.get("experts_used"))]
+
+
+def _curve_row(point: dict[str, Any]) -> list[str]:
+    accuracies = [_percent(point[group]) for group in _GROUPS]
+    return [f"{point['threshold']:.6g}", _macs(point["macs"]), *accuracies, _shares(point["experts_used"])]
+
+
+def _few_points(curve: list[dict[str, Any]], most: int = 5) -> list[dict[str, Any]]:
+    """A handful of points of a curve, evenly by cost, both ends among them."""
+    if len(curve) <= most:
+        return curve
+    low, high = curve[0]["macs"], curve[-1]["macs"]
+    wanted = [low + (high - low) * i / (most - 1) for i in range(most)]
+    picked = [min(curve, key=lambda point: abs(point["macs"] - cost)) for cost in wanted]
+    return [point for i, point in enumerate(picked) if point not in picked[:i]]
+
+
+def _summary(
+    config: dict[str, Any], args: dict[str, Any], pretty: str, home: str | None, results: dict[str, Any]
+) -> str:
+    experts, network = args["num_experts"], config["architecture"].removeprefix("ride_")
+    data = f"[{pretty}]({home})" if home else pretty
+    router = (
+        " A router sends an image to the next expert only where the answer so far is likely to be wrong."
+        if args.get("router")
+        else ""
+    )
+    origin = (
+        f" These are the weights of the authors' own checkpoint ([model zoo]({results['claimed']['url']})), converted."
+        if results.get("claimed")
+        else ""
+    )
+    body = (
+        f"{experts} experts share the first stages of a {network} and answer as the mean of their logits; the loss "
+        "drives them apart and knows how rare each class is."
+        if experts > 1
+        else f"a {network} with one expert."
+    )
+    return (
+        f"An image classifier for long-tailed data, trained on {data} by RIDE "
+        f"([arXiv:2010.01809](https://arxiv.org/abs/2010.01809)): {body}{router}{origin}"
+    )
+
+
+def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, str]]:
+    network, size = results["network"], config["pretrained_cfg"]["input_size"]
+    router = " and a router" if args.get("router") else ""
+    facts = [
+        ("network", f"`{config['architecture']}`, {args['num_experts']} experts{router}"),
+        ("parameters", f"{network['params'] / 1e6:.2f} M"),
+        ("MACs", f"{_macs(network['macs'])} (trunk {_macs(network['trunk_macs'])}, "
+                 f"each expert {_macs(network['expert_macs'][0])})"),
+        ("input", f"{size[0]} x {size[1]} x {size[2]}, normalised by mean {_numbers(config['pretrained_cfg']['mean'])} "
+                  f"and std {_numbers(config['pretrained_cfg']['std'])}"),
+        ("classes", f"{config['num_classes']}" + _class_list(config)),
+    ]  # fmt: skip
+    if counts := results.get("class_counts"):
+        groups = {name: int(mask.sum()) for name, mask in shot_groups(counts).items()}
+        shots = ", ".join(f"{number} {name}-shot" for name, number in groups.items())
+        range_ = f"{max(counts):,} to {min(counts):,} a class"
+        facts.append(("training images", f"{sum(counts):,}, {range_} (classes: {shots})"))
+    facts.append(("sha256 of the weights", f"`{config['sha256']}`"))
+    return facts
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _class_list(config: dict[str, Any]) -> str:
+    names = config.get("label_names") or []
+    return f": {', '.join(names)}" if 0 < len(names) <= 20 else ""
+
+
+def _seed_facts(results: dict[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, or the plain word that there is one only."""
+    runs = results.get("seeds") or []
+    if len(runs) < 2:
+        one = "One run of one seed: how far other seeds would spread was not measured." if runs else ""
+        return dict(spread=one, seed_rows=[], seed_numbers="")
+    rows = []
+    for stage in runs[0]["stages"]:
+        values = {group: [run["stages"][stage][group] for run in runs if stage in run["stages"]] for group in _GROUPS}
+        rows.append([_NAMES[stage], *(_spread(values[group]) for group in _GROUPS)])
+    text = f"Over {len(runs)} runs that differ by their seed alone, this one among them, mean ± standard deviation:"
+    return dict(spread=text, seed_rows=rows, seed_numbers=", ".join(str(run["seed"]) for run in runs))
+
+
+def _spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return "–"
+    return f"{statistics.mean(known):.1f} ± {statistics.stdev(known):.1f}"
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    versions, commit = results["versions"], results["commit"]
+    precision = {"no": "fp32"}.get(results["precision"], results["precision"])
+    verb = "Measured" if results.get("seed") is None else "Made"
+    run = "fp32" if results.get("seed") is None else f"seed {results['seed']}, {precision}"
+    if results.get("num_processes", 1) > 1:
+        run += f", {results['num_processes']} processes"
+    time = f", {results['seconds'] / 60:.0f} minutes" if results.get("seconds", 0) >= 60 else ""
+    made = ", ".join(f"{name} {versions[name]}" for name in ("ride-timm", "torch", "timm") if name in versions)
+    at = f", commit `{commit[:12]}`" if commit else ""
+    return f"{verb} with {made}{at}: {run}, on {results['device']}{time}." if results.get("device") else ""
+
+
+def _claimed_note(claimed: dict[str, Any], args: dict[str, Any]) -> str:
+    if claimed["routed"] and not args.get("router"):
+        return "They were measured with a router, which this checkpoint does not have: its own figures differ."
+    return f"They were measured {'with' if claimed['routed'] else 'without'} a router."
+
+
+def _training(recipe: Recipe | None, results: dict[str, Any], stages: dict[str, Any]) -> str:
+    if recipe is None:
+        origin = results.get("claimed")
+        if origin:
+            by = f"By the code of the paper's authors: {origin['training']}."
+            return f"{by} Here the checkpoint was only converted, tensor by tensor."
+        return "From a checkpoint in the format of the authors' code, converted here tensor by tensor."
+    router = f", then the router for {stages['router']['epochs']}" if "router" in stages else ""
+    last = "The numbers are those of the last epoch, on the test set." if recipe.select == "last" else (
+        "The epoch was chosen on held-out training images; the test set chose nothing."
+    )  # fmt: skip
+    return f"With `ride_timm`: the experts for {stages['experts']['epochs']} epochs{router}. {last}"
+
+
+def _command(recipe: Recipe | None, results: dict[str, Any]) -> str:
+    if recipe is None:
+        return ""
+    stage = "" if "router" in results["stages"] or recipe.num_experts == 1 else " --stage experts"
+    return f"accelerate launch train_accelerate.py --recipe recipe.yaml{stage}"
+
+
+def _settings(recipe: Recipe) -> list[tuple[str, str]]:
+    steps = f"x {recipe.decay_rate:g} after epochs {', '.join(map(str, recipe.decay_epochs))}"
+    schedule = steps if recipe.schedule == "step" else recipe.schedule
+    loss = recipe.loss
+    if loss == "ride":
+        loss += f", diversity factor {recipe.additional_diversity_factor:g}"
+        if recipe.reweight and recipe.reweight_epoch >= 0:
+            loss += f", re-weighted after epoch {recipe.reweight_epoch}"
+    rows = [
+        ("loss", loss + (", with a teacher" if recipe.distillation else "")),
+        ("epochs, batch", f"{recipe.epochs}, {recipe.batch_size} images"),
+        ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
+        ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
+        ("augmentation", recipe.augment),
+        ("precision", {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision)),
+    ]
+    if recipe.num_experts > 1:
+        batches = f"{recipe.router_epochs} epochs of class-balanced batches of {recipe.router_batch_size}"
+        rows.append(("router", f"{batches}, learning rate {recipe.router_lr:g}, positive weight {recipe.pos_weight:g}"))
+    return rows
+
+
+def _tail(results: dict[str, Any]) -> str:
+    counts = results.get("class_counts")
+    if not counts:
+        return "a few classes have most of the images."
+    few = sum(1 for count in counts if count < 20)
+    return (
+        f"from {max(counts):,} images of the most frequent class to {min(counts):,} of the rarest, "
+        f"{few} of {len(counts)} classes with fewer than 20."
+    )
+
+
+def _few_note(results: dict[str, Any], names: list[str] | None) -> str:
+    """The worst and the best class, where the accuracy by class was measured."""
+    per_class = results["stages"].get("experts", {}).get("per_class")
+    if not per_class:
+        return ""
+    known = [(accuracy, c) for c, accuracy in enumerate(per_class) if accuracy is not None]
+    counts = results["class_counts"]
+
+    def told(accuracy: float, c: int) -> str:
+        return f"{accuracy:.0f} % ({names[c] if names else f'class {c}'}, {counts[c]:,} training images)"
+
+    return (
+        f"Accuracy by class goes from {told(*min(known))} to {told(*max(known))}: do not rely on a class without "
+        "looking at its own."
+    )
+
+
+def _licence(staged: Staged, results: dict[str, Any]) -> str:
+    if (staged.path / LICENCE).is_file():
+        return (
+            "The checkpoint is the work of the paper's authors, published with their code under the MIT licence, whose "
+            "notice stands in [LICENSE](LICENSE); `ride_timm`, which converted it, is an independent implementation "
+            "under the MIT licence. Please cite the paper:"
+        )
+    return "MIT. `ride_timm` is an independent implementation of a method by others; please cite their paper:"
+
+
+def main(argv: list[str] | None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("name", metavar="NAME.TAG")
+    parser.add_argument("--root", type=Path, default=HERE, metavar="DIR", help="folder of the staged releases")
+    args = parser.parse_args(argv)
+    staged = Staged.find(args.name, args.root)
+    path = staged.path / CARD
+    write_card(staged, hand_edited(path.read_text(encoding="utf-8") if path.is_file() else ""))
+    print(f"rendered {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, None))

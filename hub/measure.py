@@ -1,0 +1,51 @@
+"""The figures of a model on its test set, by the same code as training and `python -m ride_timm evaluate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ride_timm import InputError
+from ride_timm.data.loader import make_loader
+from ride_timm.data.sources import load_longtail
+from ride_timm.data.transforms import get_policy
+from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
+from ride_timm.flops import count_macs
+from ride_timm.models import Ride
+from ride_timm.recipe import Recipe
+from ride_timm.routing import collect_outcomes, prefix_points, routing_curve, thin
+
+
+def measure(model: Ride, recipe: Recipe) -> dict[str, Any]:
+    """What results.json says of a model, measured now on the recipe's test set.
+
+    {"class_counts", "class_names", "stages": {"experts": …, "router": …}, "routing": {"curve", "prefixes"}}, the last
+    two for models with a router only. InputError where the data are of other classes.
+    """
+    data = load_longtail(**recipe.data_args)
+    if data.num_classes != model.num_classes:
+        raise InputError(f"the data set {data.name} has {data.num_classes} classes, the model {model.num_classes}.")
+    model = model.eval().to(memory_format=torch.channels_last)  # as in training
+    size = get_policy(recipe.augment).input_size(recipe.input_size)
+    shape = (model.in_chans, size, size)
+    batches = make_loader(
+        data.test,
+        recipe.augment,
+        train=False,
+        batch_size=evaluation_batch(size),
+        seed=0,
+        input_size=size,
+        num_workers=recipe.workers,
+        reduced_decode=recipe.reduced_decode,
+    )
+    counts = data.class_counts
+    stages = dict(experts=with_macs(evaluate(model, batches, counts), model, shape))
+    found: dict[str, Any] = dict(class_counts=counts, class_names=list(data.class_names), stages=stages)
+    if model.router is not None:
+        routed = evaluate(model, batches, counts, routed=True, threshold=recipe.threshold)
+        stages["router"] = with_macs(routed, model, shape) | dict(threshold=recipe.threshold)
+        outcomes, macs = collect_outcomes(model, batches), count_macs(model, shape)
+        curve = thin(routing_curve(outcomes, macs, counts), 60)
+        found["routing"] = dict(curve=curve, prefixes=prefix_points(outcomes, macs, counts))
+    return found

@@ -1,0 +1,141 @@
+"""Publish a long-tailed split as a Hub dataset of index lists, and read it back.
+
+python hub/splits.py cifar100 [--imb-factor 0.01] [--data-dir DIR] [--namespace N] [--push]
+
+writes hub/splits/cifar100_lt100/ (data/train.parquet with columns index and label, and a card). Without --push, only
+says what would change on the Hub; after a push the split is read back by `datasets` and compared row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import DatasetCard, DatasetCardData, constants
+from publish import Hub, compare, print_changes
+from staged import CARD, HERE
+
+from ride_timm import InputError, RunError
+from ride_timm.data.sources import EMBEDDED, HUB_IDS, ImageSet, load_longtail
+from ride_timm.launch import Parser, exit_code
+from ride_timm.models.releases import NAMESPACE, repository_of
+from ride_timm.recipe import Recipe, add_flags, flags_given
+
+TEMPLATE = HERE / "split_card.md.jinja"
+SPLITS = HERE / "splits"
+KEYS = ("data_dir", "imb_type", "imb_factor", "split_seed", "image_column", "label_column", "test_split")
+
+
+def split_name(recipe: Recipe) -> str:
+    """cifar100_lt100: the data set, the imbalance factor as papers write it, and what is not usual."""
+    name = f"{recipe.dataset.rpartition('/')[2].lower()}_lt{round(1 / recipe.imb_factor)}"
+    name += "_step" if recipe.imb_type == "step" else ""
+    return name + (f"_seed{recipe.split_seed}" if recipe.split_seed else "")
+
+
+def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
+    """The folder of a split: its rows and labels as parquet, and its card.
+
+    InputError for data without a place on the Hub that others could take the images from, or that are long-tailed
+    already.
+    """
+    from datasets import Dataset
+
+    source = HUB_IDS.get(recipe.dataset, recipe.dataset)
+    if recipe.dataset == EMBEDDED or "/" not in source or Path(recipe.dataset).exists():
+        raise InputError(
+            f"{recipe.dataset!r}: name cifar10, cifar100 or a Hub id; the index list refers to its images."
+        )
+    if recipe.imb_type == "none":
+        raise InputError("imb_type=none takes every row: there is no split to publish.")
+    data = load_longtail(**recipe.data_args)
+    folder = root / split_name(recipe)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    columns = {"index": data.train.rows, "label": data.train.labels}
+    Dataset.from_dict(columns).to_parquet(folder / "data" / "train.parquet")
+    counts = data.class_counts
+    card_data = DatasetCardData(
+        license="mit",
+        task_categories=["image-classification"],
+        source_datasets=[f"extended|{source}"],
+        pretty_name=f"{recipe.dataset} long-tailed, index list ({folder.name})",
+        tags=["long-tailed-recognition", "imbalanced-classification", "ride"],
+        configs=[dict(config_name="default", data_files=[dict(split="train", path="data/train.parquet")])],
+    )
+    card = DatasetCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=folder.name,
+        repo=repo,
+        source=source,
+        dataset=recipe.dataset,
+        label_column=recipe.label_column or "the label column",
+        num_images=f"{len(data.train):,}",
+        num_classes=data.num_classes,
+        most=f"{max(counts):,}",
+        least=f"{min(counts):,}",
+        factor=round(1 / recipe.imb_factor),
+        imb_type=recipe.imb_type,
+        imb_factor=recipe.imb_factor,
+        seed=recipe.split_seed,
+        class_counts=counts,
+    )
+    (folder / CARD).write_text(card.content.rstrip() + "\n", encoding="utf-8")
+    return folder
+
+
+def read_split(repo: str, cache_dir: str | None = None, token: str | bool | None = None) -> dict[str, np.ndarray]:
+    """{"index", "label"} of a published split, int64 [n], in its order."""
+    from datasets import load_dataset
+
+    rows = load_dataset(repo, split="train", cache_dir=cache_dir, token=token)
+    return {name: np.asarray(rows[name], dtype=np.int64) for name in ("index", "label")}
+
+
+def check_split(found: dict[str, np.ndarray], train: ImageSet, where: str) -> None:
+    """RunError where the rows or labels that were read back are not those of the split."""
+    for name, expected in (("index", train.rows), ("label", train.labels)):
+        if not np.array_equal(found[name], expected):
+            raise RunError(f"{where}: column {name!r} is not what was published.")
+
+
+def publish_split(recipe: Recipe, repo: str, push: bool, root: Path = SPLITS) -> dict[str, str]:
+    """Write the folder, say what a push would change, push if told to and read it back; gives the changes."""
+    folder = write_split(recipe, repo, root)
+    hub = Hub(repo, "dataset")
+    if push:
+        hub.check_token()
+    there, commit = hub.look()
+    changes = compare(folder, there)
+    what = f"dataset {repo} on {constants.ENDPOINT}{' (new)' if commit is None else ''}"
+    print(f"pushing to {what}:" if push else f"dry run, nothing is sent; --push would change {what}:")
+    print_changes(changes, folder)
+    if push:
+        if {"add", "change"} & set(changes.values()):
+            hub.push(folder, commit, f"{folder.name}: index list", [])
+        with tempfile.TemporaryDirectory() as cache:
+            check_split(read_split(repo, cache, hub.token or False), load_longtail(**recipe.data_args).train, repo)
+        print(f"published {constants.ENDPOINT}/datasets/{repo} and read back row by row")
+    return changes
+
+
+def main(argv: list[str] | None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("dataset", metavar="NAME|HUB-ID", help="cifar10, cifar100, or a data set of the Hub")
+    parser.add_argument("--namespace", metavar="N", help=f"owner (default: RIDE_TIMM_HUB, or {NAMESPACE})")
+    parser.add_argument("--push", action="store_true", help="really send it")
+    parser.add_argument("--output", type=Path, default=SPLITS, metavar="DIR", help="folder of the splits")
+    add_flags(parser, KEYS)
+    args: Any = parser.parse_args(argv)
+    recipe = Recipe(dataset=args.dataset).override({k: v for k, v in flags_given(args).items() if k != "dataset"})
+    name = split_name(recipe)
+    repo = f"{args.namespace}/{name}" if args.namespace else repository_of(name)
+    publish_split(recipe, repo, args.push, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, None))

@@ -1,0 +1,274 @@
+"""Turn a run folder, or a checkpoint of the authors' code, into a Hub repository folder: hub/NAME.TAG/.
+
+python hub/stage.py SOURCE NAME.TAG [--seeds RUN …] [--recipe NAME|FILE] [--data-dir DIR] [--no-measure]
+
+SOURCE is a finished run folder of train_accelerate.py or an authors' .pth file. The model is measured on the test set
+where the data are at hand, which gives the router's curve and, for a checkpoint, its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from card import hand_edited, write_card
+from measure import measure
+from pictures import draw_classes, draw_routing
+from staged import CARD, GOLDEN, HERE, RECIPE, RESULTS, Staged, is_registered, parse_name, read_table, write_table
+
+from ride_timm import InputError, RunError, load_legacy
+from ride_timm.checkpoint import RunFolder, device_name, provenance
+from ride_timm.data.sources import EMBEDDED
+from ride_timm.flops import count_macs
+from ride_timm.launch import Parser, exit_code, set_threads
+from ride_timm.models import Ride
+from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of
+from ride_timm.recipe import Recipe, load_recipe
+
+_SHOWN = ("all", "many", "medium", "few")
+_OF_THE_DATA = ("num_classes", "in_chans", "global_pool", "img_size", "backbone_pretrained")
+_DEFAULTS = dict(num_experts=3, use_norm=True, reduce_dimension=True, share_expert_help_pred_fc=True, router=False)
+
+
+@torch.inference_mode()
+def golden_pair(model: Ride) -> dict[str, torch.Tensor]:
+    """Images [B, C, H, W] of seeded noise and the model's answers to them, in fp32 on the CPU."""
+    channels, height, width = model.pretrained_cfg["input_size"]
+    images = torch.randn(4 if height <= 64 else 2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    pair = dict(input=images, output=model(images))
+    if model.router is not None:
+        pair["routed_output"], pair["experts_used"] = model.forward_routed(images)
+    return pair
+
+
+def stage(
+    source: Path,
+    name: str,
+    root: Path = HERE,
+    *,
+    seeds: tuple[Path, ...] = (),
+    recipe: Recipe | None = None,
+    data_dir: str | None = None,
+    measured: bool = True,
+    facts: dict[str, Any] | None = None,
+    files: dict[str, str] | None = None,
+) -> Staged:
+    """Stage a release; what stood in its folder gives way at the end, but for a hand-edited section of its card.
+
+    seeds: runs of the same recipe with other seeds, for the spread; recipe: of a checkpoint's data; data_dir: where
+    the data lie; measured: look at the test set, if it is at hand; facts: further entries of results.json;
+    files: further texts, by name.
+    InputError for a source that is none, or of another network, or whose data are asked for and not there.
+    """
+    network, tag = parse_name(name)
+    root.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
+    try:
+        if source.is_dir():
+            results, recipe, names = _from_run(source, new, seeds)
+        elif source.is_file():
+            if seeds:
+                raise InputError("--seeds are run folders of one recipe: a checkpoint has none.")
+            results, names = _from_checkpoint(source, name, new), None
+        else:
+            raise InputError(f"{source}: no such run folder or checkpoint.")
+        _finish_config(new, network, name, tag)
+        model = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
+        recipe = _with_data(recipe, data_dir)
+        if measured and recipe is not None and (data_dir or recipe.dataset == EMBEDDED or not source.is_dir()):
+            found = measure(model, recipe)
+            names = found.pop("class_names")
+            if source.is_dir():
+                _check_same(results["stages"], found["stages"])
+                found = {key: value for key, value in found.items() if key == "routing"}
+            else:
+                facts = dict(facts or {}, measured_with=recipe.augment, device=device_name(torch.device("cpu")))
+                _name_classes(new / CONFIG, names)
+            results |= found
+        results |= dict(network=_network_facts(model), data=_data_facts(recipe, results)) | (facts or {})
+        if recipe is not None and source.is_dir():
+            (new / RECIPE).write_text(_public(recipe).to_yaml(), encoding="utf-8")
+        for file, text in (files or {}).items():
+            (new / file).write_text(text, encoding="utf-8")
+        safetensors.torch.save_file(golden_pair(model), new / GOLDEN)
+        (new / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if "per_class" in results["stages"].get("experts", {}):
+            draw_classes(new / "classes.png", results, names or list(map(str, range(model.num_classes))))
+        if "routing" in results:
+            draw_routing(new / "routing.png", results["routing"], results["stages"]["router"])
+        _finish_folder(new, root / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    if root == HERE and is_registered(name):
+        _write_down(name, root / name)
+    return Staged(name, root / name)
+
+
+def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[str, Any], Recipe, list[str] | None]:
+    """Copy what a run leaves; (its results, its recipe, its class names)."""
+    for file in (CONFIG, WEIGHTS, RESULTS, RECIPE):
+        if not (source / file).is_file():
+            raise InputError(f"{source} holds no {file}: not a run folder, or its run is not finished.")
+    folder = RunFolder(source)
+    results, recipe = folder.results(), folder.recipe()
+    if len(results["stages"]) == 1 and recipe.num_experts > 1 and (source / "state.pt").is_file():
+        state = folder.state()
+        if state and state["stage"] == "router" and state["epoch"]:
+            raise InputError(f"the run in {source} is not finished: its router is half trained (--resume).")
+    runs = [results]
+    for path in seeds:
+        other = RunFolder(path)
+        if not (path / RESULTS).is_file():
+            raise InputError(f"{path} holds no {RESULTS}: not a finished run.")
+        if keys := [key for key in recipe.differing(other.recipe()) if key != "seed"]:
+            raise InputError(f"the run in {path} is of another recipe ({', '.join(keys)}), not of another seed alone.")
+        runs.append(other.results())
+    numbers = [run["seed"] for run in runs]
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"--seeds: runs of the seeds {numbers}, expected every seed once.")
+    results["seeds"] = [
+        dict(seed=run["seed"], stages={s: {k: m[k] for k in _SHOWN} for s, m in run["stages"].items()}) for run in runs
+    ]
+    for file in (CONFIG, WEIGHTS, "curves.png"):
+        if (source / file).is_file():
+            shutil.copyfile(source / file, new / file)
+    return results, recipe, json.loads((source / CONFIG).read_text(encoding="utf-8")).get("label_names")
+
+
+def _from_checkpoint(source: Path, name: str, new: Path) -> dict[str, Any]:
+    """Convert an authors' checkpoint; gives the beginnings of its results."""
+    network, _, _ = name.partition(".")
+    model = load_legacy(source)
+    found = model.pretrained_cfg["architecture"]
+    if found != network:
+        raise InputError(f"{source} holds a {found}, not a {network}.")
+    if is_registered(name):
+        cfg = timm.get_pretrained_cfg(name)
+        if cfg.num_classes != model.num_classes:
+            raise InputError(f"{source} has {model.num_classes} classes, the tag {name} {cfg.num_classes}.")
+        model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, **cfg.to_dict(remove_source=True))
+    keys = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    RunFolder(new).export(model, {key: model.pretrained_cfg[key] for key in keys}, ())
+    return dict(recipe=None, seed=None, **provenance(), precision="no", stages={})
+
+
+def _finish_config(new: Path, network: str, name: str, tag: str) -> None:
+    """The released config.json: the tag, and the sha256 of the weights."""
+    config = json.loads((new / CONFIG).read_text(encoding="utf-8"))
+    if config["architecture"] != network:
+        raise InputError(f"the source holds a {config['architecture']}, not a {network}.")
+    if is_registered(name) and (expected := timm.get_pretrained_cfg(name).num_classes) != config["num_classes"]:
+        raise InputError(f"the source has {config['num_classes']} classes, the tag {name} {expected}.")
+    config["pretrained_cfg"]["tag"] = tag
+    config = dict(config, sha256=sha256_of(new / WEIGHTS))
+    (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_classes(path: Path, names: list[str]) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(dict(config, label_names=names), indent=2) + "\n", encoding="utf-8")
+
+
+def _with_data(recipe: Recipe | None, data_dir: str | None) -> Recipe | None:
+    if data_dir is None:
+        return recipe
+    if recipe is None:
+        raise InputError("--data-dir: name the --recipe of the data as well, such as cifar100_lt.")
+    return dataclasses.replace(recipe, data_dir=data_dir)
+
+
+def _public(recipe: Recipe) -> Recipe:
+    """The recipe without places on this machine."""
+    private = os.path.isabs(recipe.dataset) or recipe.dataset.startswith((".", "~")) or os.path.isdir(recipe.dataset)
+    return dataclasses.replace(recipe, data_dir=None, dataset=Path(recipe.dataset).name if private else recipe.dataset)
+
+
+def _check_same(stated: dict[str, Any], measured: dict[str, Any]) -> None:
+    """RunError where a run's model does not have the accuracy that its results state (in percentage points)."""
+    for name, metrics in stated.items():
+        if name in measured and abs(measured[name]["all"] - metrics["all"]) > 0.1:
+            raise RunError(
+                f"the model measures {measured[name]['all']:.2f} % ({name}), its results say {metrics['all']:.2f}: "
+                "weights and results are not of one run, or the data are not the same."
+            )
+
+
+def _network_facts(model: Ride) -> dict[str, Any]:
+    macs = count_macs(model, tuple(model.pretrained_cfg["input_size"]))
+    experts = [round(own) for own in macs.experts]
+    return dict(params=macs.params, macs=round(macs.ensemble), trunk_macs=round(macs.trunk), expert_macs=experts)
+
+
+def _data_facts(recipe: Recipe | None, results: dict[str, Any]) -> dict[str, Any]:
+    if recipe is None:
+        return {}
+    recipe, keys = _public(recipe), ("dataset", "imb_type", "imb_factor", "split_seed")
+    counts = results.get("class_counts")
+    return {key: getattr(recipe, key) for key in keys} | (dict(train_images=sum(counts)) if counts else {})
+
+
+def _finish_folder(new: Path, final: Path) -> None:
+    """Render the card and put the folder in place of the old one, whose hand-edited section is kept."""
+    old = (final / CARD).read_text(encoding="utf-8") if (final / CARD).is_file() else ""
+    write_card(Staged(final.name, new), hand_edited(old))
+    for path in new.iterdir():
+        path.chmod(0o644)
+    new.chmod(0o755)
+    if final.exists():
+        away = final.with_name(f".{final.name}.old")
+        shutil.rmtree(away, ignore_errors=True)
+        os.replace(final, away)
+        os.replace(new, final)
+        shutil.rmtree(away)
+    else:
+        os.replace(new, final)
+
+
+def _write_down(name: str, path: Path) -> None:
+    """The sha256 and the arguments beside the tag's cfg."""
+    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    args = {
+        key: value
+        for key, value in config["model_args"].items()
+        if key not in _OF_THE_DATA and _DEFAULTS.get(key) != value
+    }
+    table = read_table()
+    same = table.get(name, {}).get("sha256") == config["sha256"]
+    published = dict(published=table[name]["published"]) if same and "published" in table[name] else {}
+    table[name] = dict(model_args=args, sha256=config["sha256"]) | published
+    write_table(table)
+    release_table.cache_clear()
+
+
+def main(argv: list[str] | None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a finished run folder, or an authors' .pth")
+    parser.add_argument("name", metavar="NAME.TAG", help="such as ride_resnet32.cifar100_lt100")
+    parser.add_argument("--seeds", type=Path, nargs="+", default=[], metavar="RUN", help="the recipe's other seeds")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="of a checkpoint: the recipe with its data")
+    parser.add_argument("--data-dir", metavar="DIR", help="read the data from this folder instead of the Hub")
+    parser.add_argument("--no-measure", dest="measured", action="store_false", help="do not look at the test set")
+    parser.add_argument("--root", type=Path, default=HERE, metavar="DIR", help="folder of the staged releases")
+    args = parser.parse_args(argv)
+    if args.recipe and args.source.is_dir():
+        raise InputError("--recipe is for checkpoints: a run folder brings its own.")
+    set_threads(None)
+    recipe = load_recipe(args.recipe) if args.recipe else None
+    where = dict(seeds=tuple(args.seeds), recipe=recipe, data_dir=args.data_dir, measured=args.measured)
+    staged = stage(args.source, args.name, args.root, **where)
+    print(f"staged {staged.path}: {', '.join(staged.hashes())}")
+    print(f"next: python hub/verify.py {args.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, None))

@@ -1,0 +1,92 @@
+"""A staged release: one folder with what its Hub repository will hold, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+import ride_timm
+from ride_timm import InputError
+from ride_timm.models.releases import CONFIG, WEIGHTS, sha256_of
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+TABLE = Path(ride_timm.__file__).parent / "models" / "releases.json"
+CARD, RESULTS, RECIPE, GOLDEN = "README.md", "results.json", "recipe.yaml", "golden.safetensors"
+LICENCE = "LICENSE"
+PICTURES = ("curves.png", "classes.png", "routing.png")
+PUBLISHED_FILES = (CONFIG, WEIGHTS, CARD, RESULTS, RECIPE, GOLDEN, LICENCE, *PICTURES)
+STAMP = "verified.json"  # stays here: what verify.py found, for which files
+
+
+def parse_name(text: str) -> tuple[str, str]:
+    """`NAME.TAG` as (network, tag); InputError for a network that is none of ours or a tag that is no plain word."""
+    name, _, tag = text.partition(".")
+    if not timm.is_model(name) or not timm.model_entrypoint(name).__module__.startswith("ride_timm."):
+        networks = ", ".join(timm.list_models("ride*"))
+        raise InputError(f"{text!r}: expected NAME.TAG, the NAME one of {networks}.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", tag):
+        raise InputError(f"{text!r}: expected NAME.TAG, the TAG of small letters, digits and _, like cifar100_lt100.")
+    return name, tag
+
+
+def is_registered(name_and_tag: str) -> bool:
+    """Whether timm knows this tag, so that `create_model(…, pretrained=True)` may ask for it."""
+    name, _, tag = name_and_tag.partition(".")
+    return f"{name}.{tag}" in timm.models.get_arch_pretrained_cfgs(name)
+
+
+def read_table() -> dict[str, Any]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def write_table(table: dict[str, Any]) -> None:
+    """The releases beside the cfgs, a line each, in order."""
+    lines = [f"  {json.dumps(tag)}: {json.dumps(row)}" for tag, row in sorted(table.items())]
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """The folder `root/NAME.TAG`."""
+
+    name: str
+    path: Path
+
+    @classmethod
+    def find(cls, name: str, root: Path) -> Staged:
+        """InputError where nothing is staged under this name."""
+        parse_name(name)
+        path = root / name
+        if not (path / CONFIG).is_file():
+            raise InputError(f"{path} is not staged: python hub/stage.py SOURCE {name}")
+        return cls(name, path)
+
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON file of the folder; InputError where it is missing or none."""
+        try:
+            return json.loads((self.path / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path / file} cannot be read ({type(error).__name__}): stage it again.") from error
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 by file, of all that will be published.
+
+        InputError for files that a release does not have, such as pickles, links and folders.
+        """
+        found = {}
+        for path in sorted(self.path.iterdir()):
+            if path.name == STAMP:
+                continue
+            if path.name not in PUBLISHED_FILES or path.is_symlink() or not path.is_file():
+                raise InputError(f"{path} does not belong to a release (there are {', '.join(PUBLISHED_FILES)}).")
+            found[path.name] = sha256_of(path)
+        for file in (CONFIG, WEIGHTS, CARD, RESULTS, GOLDEN):
+            if file not in found:
+                raise InputError(f"{self.path} holds no {file}: stage it again.")
+        return found

@@ -1,0 +1,320 @@
+"""Staging, verifying and the card, without a Hub; and what of all this is committed."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tags as tag_table
+import timm
+import torch
+import yaml
+import zoo
+from card import hand_edited, render
+from publish import check_stamp
+from stage import stage
+from staged import HERE, LICENCE, Staged, parse_name, read_table
+from verify import main as verify_main
+from verify import verify
+
+from ride_timm import InputError, load_legacy
+from ride_timm.__main__ import main as evaluate_main
+from ride_timm.checkpoint import RunFolder
+from ride_timm.launch import exit_code
+from ride_timm.models.legacy import _legacy_key
+from ride_timm.recipe import Recipe
+
+TAG = "test_ride_resnet.own_data"
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory):
+    """Makes a run folder of a tiny network: `make_run(seed=0, all=50.0, **model arguments)`."""
+
+    def make(seed=0, accuracy=50.0, **kwargs):
+        path = tmp_path_factory.mktemp("run")
+        torch.manual_seed(seed)
+        model = timm.create_model("test_ride_resnet", num_classes=4, **kwargs).eval()
+        args = dict(model="test_ride_resnet", dataset="/home/somebody/beetles", imb_type="none", seed=seed, epochs=3)
+        recipe = Recipe(**args, data_dir="/home/somebody/data", name="beetles", num_experts=model.num_experts)
+        folder = RunFolder(path)
+        folder.start(recipe)
+        folder.export(model, dict(input_size=(3, SIZE, SIZE), crop_pct=1.0), ("ant", "bee", "cicada", "drone"))
+        metrics = dict(all=accuracy, many=60.0, medium=50.0, few=None, top5=100.0, per_class=[70.0, 50.0, 60.0, 20.0])
+        stages = dict(experts=metrics | dict(macs=1000, epochs=3))
+        if model.router is not None:
+            used = dict(experts_used=[0.5, 0.25, 0.25], threshold=0.5)
+            stages["router"] = metrics | dict(macs=700, epochs=5, **used)
+        facts = dict(num_processes=1, class_counts=[300, 150, 120, 30], seconds=125.0)
+        folder.write_results(recipe, torch.device("cpu"), stages, **facts)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return make_run(router=True, top_choices_num=3)
+
+
+@pytest.fixture
+def staged(run, tmp_path):
+    return stage(run, TAG, tmp_path)
+
+
+def front_matter(text):
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.S)[1])
+
+
+def test_a_run_becomes_a_release(staged, run):
+    assert {
+        "model.safetensors",
+        "config.json",
+        "recipe.yaml",
+        "results.json",
+        "golden.safetensors",
+        "classes.png",
+    } <= set(staged.hashes())
+    config = staged.json("config.json")
+    assert config["sha256"] == staged.hashes()["model.safetensors"] and config["pretrained_cfg"]["tag"] == "own_data"
+    found = verify(staged)
+    assert found["golden"] < 1e-4 and found["files"] == staged.hashes() and found["measured"] is None
+    model = timm.create_model(f"local-dir:{staged.path}", pretrained=True).eval()
+    golden = safetensors.torch.load_file(staged.path / "golden.safetensors")
+    torch.testing.assert_close(model(golden["input"]), golden["output"])
+    for path in staged.path.iterdir():  # no places on this machine
+        assert b"somebody" not in path.read_bytes() and str(run).encode() not in path.read_bytes()
+
+
+def test_the_card_says_what_the_data_say(staged):
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    front = front_matter(text)
+    assert front["library_name"] == "timm" and front["pipeline_tag"] == "image-classification"
+    assert front["license"] == "mit" and front["metrics"] == ["accuracy"]
+    metrics = {m["name"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["accuracy, all, ensemble"] == 50.0 and metrics["accuracy, many, routed"] == 60.0
+    assert not [name for name in metrics if "few" in name]  # there are no few-shot classes: nothing is made up
+    assert "| ensemble | 50.0 | 60.0 | 50.0 | – | 100.0 |" in text and "| 50.0 / 25.0 / 25.0 % |" in text
+    assert "20 % (drone, 30 training images)" in text and "One run of one seed" in text and "2 minutes" in text
+    assert (
+        "forward_routed" in text
+        and "| 600, 300 to 30 a class (classes: 3 many-shot, 1 medium-shot, 0 few-shot) |" in text
+        and "{{" not in text
+        and "None," not in text
+    )
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    for block in blocks:
+        compile(block, "card", "exec")
+    assert len(blocks) == 2
+
+
+def test_seeds_give_a_spread(make_run, run, tmp_path):
+    other = make_run(seed=1, accuracy=52.0, router=True, top_choices_num=3)
+    text = (stage(run, TAG, tmp_path, seeds=(other,)).path / "README.md").read_text(encoding="utf-8")
+    assert "| ensemble | 51.0 ± 1.4 | 60.0 ± 0.0 |" in text and "Over 2 runs" in text
+    with pytest.raises(InputError, match="every seed once"):
+        stage(run, TAG, tmp_path, seeds=(run,))
+    with pytest.raises(InputError, match=r"another recipe \(num_experts\)"):
+        stage(run, TAG, tmp_path, seeds=(make_run(seed=2, num_experts=2),))
+
+
+def test_what_is_written_by_hand_is_kept(staged, run):
+    card = staged.path / "README.md"
+    text = card.read_text(encoding="utf-8")
+    assert hand_edited(text) == "None."
+    card.write_text(text.replace("None.", "Seen in the wild.\n\n| a | b |"), encoding="utf-8")
+    verify(staged)
+    again = stage(run, TAG, staged.path.parent)
+    assert hand_edited((again.path / "README.md").read_text(encoding="utf-8")) == "Seen in the wild.\n\n| a | b |"
+    assert render(again, "x") == render(again, "x")
+
+
+def test_plain_networks_without_a_router(make_run, tmp_path):
+    staged = stage(make_run(num_experts=1), TAG, tmp_path)
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    assert "with one expert" in text and "forward_routed" not in text and "router" not in text
+    assert verify(staged)["golden"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18.a1", "the NAME one of"),
+        ("ride_resnet32", "the TAG of small letters"),
+        ("ride_resnet32.../../etc", "the TAG of small letters"),
+        ("test_ride_resnet.Own", "the TAG of small letters"),
+    ],
+)
+def test_names(name, message):
+    with pytest.raises(InputError, match=message):
+        parse_name(name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "results.json").unlink(), r"holds no results\.json: not a run folder"),
+        (lambda path: set_json(path / "config.json", architecture="ride_resnet50"), "holds a ride_resnet50, not a"),
+    ],
+)  # fmt: skip
+def test_sources_that_are_none(run, tmp_path, damage, message):
+    source = Path(shutil.copytree(run, tmp_path / "run"))
+    damage(source)
+    with pytest.raises(InputError, match=message):
+        stage(source, TAG, tmp_path / "hub")
+    assert not list((tmp_path / "hub").iterdir())  # nothing half-written
+
+
+def test_a_registered_tag_has_its_own_classes(run, tmp_path):
+    with pytest.raises(InputError, match=r"has 4 classes, the tag test_ride_resnet\.untrained 1000"):
+        stage(run, "test_ride_resnet.untrained", tmp_path)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def set_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: flip_a_bit(path / "model.safetensors"), r"is not the file whose sha256 config\.json states"),
+        (lambda path: flip_a_bit(path / "golden.safetensors"), r"golden|experts used"),
+        (lambda path: (path / "golden.safetensors").write_bytes(b"x"), "is no golden pair"),
+        (lambda path: set_json(path / "results.json", seconds=1), "says something else than its data"),
+        (lambda path: (path / "model.pth").write_bytes(b"x"), r"model\.pth does not belong to a release"),
+        (lambda path: (path / "curves.png").symlink_to("/etc/passwd"), r"curves\.png does not belong"),
+        (lambda path: (path / "more").mkdir(), "more does not belong"),
+        (lambda path: (path / "README.md").unlink(), r"holds no README\.md"),
+        (lambda path: (path / "recipe.yaml").write_text("module: os\n"), "unknown key module"),
+        (lambda path: (path / "recipe.yaml").write_text("dataset: /etc\n"), "names data on a disk"),
+        (lambda path: (path / "recipe.yaml").write_text("data_dir: ../..\n"), "names data on a disk"),
+    ],
+)
+def test_verify_notices(staged, damage, message, capsys):
+    verify(staged)
+    damage(staged.path)
+    assert exit_code(verify_main, [TAG, "--root", str(staged.path.parent)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(InputError):  # nor can it be published
+        check_stamp(staged)
+
+
+def test_a_recipe_is_data(staged):
+    """YAML that would build objects is refused, and so is every key that is none of a recipe."""
+    from ride_timm.recipe import load_recipe
+
+    for text in ("name: !!python/object/apply:os.system ['true']\n", "model: !!python/name:os.system\n"):
+        (staged.path / "recipe.yaml").write_text(text)
+        with pytest.raises(InputError, match="not YAML"):
+            load_recipe(staged.path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("text", ["data_dir: /home/somebody\n", "dataset: /etc\n", "dataset: ../secret\n"])
+def test_a_downloaded_recipe_names_no_place_on_this_disk(staged, text):
+    (staged.path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match="is of a release and names data on a disk"):
+        evaluate_main(["evaluate", "--model", str(staged.path)])
+
+
+# the authors' model zoo
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def authors_checkpoint(path, network, marker=None, **kwargs):
+    """A file as the authors' code writes it, of random weights, with a hostile configuration."""
+    model = timm.create_model(network, **kwargs)
+    ours = model.state_dict()
+    cosine = [f"experts.{i}.fc.weight" for i in range(model.num_experts)]
+    theirs = {
+        "module.backbone." + _legacy_key(key, model): v.t().contiguous() if key in cosine else v
+        for key, v in ours.items()
+    }
+    torch.save(dict(arch="DataParallel", epoch=200, state_dict=theirs, config=Evil(marker or path)), path)
+    return path
+
+
+def test_every_checkpoint_of_the_zoo_has_its_tag():
+    checkpoints = zoo.read_zoo()["checkpoints"]
+    assert len(checkpoints) == 10 and len({row["file"] for row in checkpoints.values()}) == 10
+    for tag, row in checkpoints.items():
+        assert timm.get_pretrained_cfg(tag).num_classes in (100, 1000, 8142)
+        args = read_table()[tag]["model_args"]
+        assert args.get("num_experts", 3) == zoo.experts_of(tag) and bool(args.get("router")) == row["routed"]
+        assert 0 < row["few"] < row["all"] + 2 < 80
+
+
+def test_a_checkpoint_of_the_zoo_becomes_a_release(tmp_path):
+    marker = tmp_path / "executed"
+    kwargs = dict(num_experts=4, router=True, top_choices_num=30)
+    path = authors_checkpoint(tmp_path / "any.pth", "ride_resnet32", marker, **kwargs)
+    marker.unlink(missing_ok=True)  # pickling opens nothing, but be sure
+    staged = zoo.convert(path, root=tmp_path / "hub")
+    assert staged.name == "ride_resnet32.cifar100_lt100_distill_4experts" and not marker.exists()
+    images = torch.randn(2, 3, 32, 32)
+    model = timm.create_model(f"local-dir:{staged.path}", pretrained=True).eval()
+    assert torch.equal(model(images), load_legacy(path)(images))
+    assert model.router is not None and model.pretrained_cfg["mean"] == [0.4914, 0.4822, 0.4465]
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    assert "Claimed by the authors of the paper for this checkpoint, not measured here" in text
+    assert "| RIDE + distillation | 49.4 | 67.7 | 51.3 | 25.7 |" in text and "with a router" in text
+    metrics = front_matter(text)["model-index"][0]["results"][0]["metrics"]
+    assert all("claimed by the authors, not measured here" in metric["name"] for metric in metrics)
+    assert "Victor Huang" in (staged.path / LICENCE).read_text() and "[LICENSE](LICENSE)" in text
+    assert staged.json("results.json")["stages"] == {}
+    verify(staged)
+
+
+def test_which_checkpoint_is_which(tmp_path):
+    path = authors_checkpoint(tmp_path / "x.pth", "ride_resnet32", router=True, top_choices_num=30)
+    with pytest.raises(InputError, match=r"may be ride_resnet32\.cifar100_lt100 or .*_distill: say which by --tag"):
+        zoo.recognise(path)
+    named = tmp_path / "cifar_standard_distill_003240.pth"
+    shutil.copyfile(path, named)
+    assert zoo.recognise(named) == "ride_resnet32.cifar100_lt100_distill"
+    with pytest.raises(
+        InputError, match=r"holds a ride_resnet32 of 3 experts, not ride_resnet32\.cifar100_lt100_6experts"
+    ):
+        zoo.convert(path, "ride_resnet32.cifar100_lt100_6experts", tmp_path / "hub")
+    two = authors_checkpoint(tmp_path / "two.pth", "ride_resnet32", num_experts=2)
+    with pytest.raises(InputError, match=r"2 experts and 100 classes, none of the zoo's"):
+        zoo.recognise(two)
+    plain = authors_checkpoint(tmp_path / "plain.pth", "ride_resnet32")  # three experts, no router
+    staged = zoo.convert(plain, "ride_resnet32.cifar100_lt100", tmp_path / "hub")
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    assert "measured with a router, which this checkpoint does not have" in text
+
+
+# what is committed
+
+
+def test_the_table_of_tags_is_as_rendered():
+    page = tag_table.PAGE.read_text(encoding="utf-8")
+    assert tag_table.render_page(page) == page, "python hub/tags.py"
+    assert {row["state"] for row in tag_table.rows()} <= {"published", "staged", "convertible", "trainable"}
+    assert {row["tag"] for row in tag_table.rows()} >= set(read_table())
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in HERE.glob("*/config.json")))
+def test_what_is_staged_here_is_verified_and_stands_in_the_table(folder):
+    staged = Staged.find(folder, HERE)
+    seen = staged.json("verified.json")["files"]
+    assert seen == staged.hashes()
+    assert read_table()[folder]["sha256"] == seen["model.safetensors"] == staged.json("config.json")["sha256"]
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    assert text == render(staged, hand_edited(text)), f"python hub/card.py {folder}, and verify it again"

@@ -1,0 +1,89 @@
+"""What stands beside the cfgs, and releases in folders; those of a Hub are rehearsed in tests/hub."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from ride_timm import InputError
+from ride_timm.checkpoint import RunFolder, create_model
+from ride_timm.models.releases import read_config, release_table, repository_of, sha256_of
+from ride_timm.recipe import load_recipe
+
+
+def test_every_release_is_a_tag_that_can_be_built():
+    for tag, row in release_table().items():
+        assert set(row) <= {"model_args", "sha256", "published"}
+        with torch.device("meta"):
+            model = timm.create_model(tag)
+        assert model.num_classes == timm.get_pretrained_cfg(tag).num_classes
+        assert model.num_experts == row["model_args"].get("num_experts", 3)
+        assert (model.router is not None) == row["model_args"].get("router", False)
+
+
+def test_a_bare_name_and_own_arguments_stand_over_a_tag():
+    assert timm.create_model("ride_resnet32").router is None
+    model = timm.create_model("ride_resnet32.cifar100_lt100_6experts", num_experts=2, num_classes=5)
+    assert (model.num_experts, model.num_classes) == (2, 5)
+    assert create_model(load_recipe("fashion_lt").override(dict(model="ride_resnet32.fashion_lt")), 10).router is None
+
+
+@pytest.mark.parametrize(
+    ("value", "owner"), [(None, "ride-timm"), ("", "ride-timm"), ("somebody", "somebody"), ("a.b-c_d", "a.b-c_d")]
+)
+def test_the_owner(monkeypatch, value, owner):
+    monkeypatch.delenv("RIDE_TIMM_HUB", raising=False)
+    if value is not None:
+        monkeypatch.setenv("RIDE_TIMM_HUB", value)
+    assert repository_of("ride_resnet32.fashion_lt") == f"{owner}/ride_resnet32.fashion_lt"
+
+
+@pytest.mark.parametrize("value", ["a/b", "..", "https://x", "a b", "a..b"])
+def test_owners_that_are_none(monkeypatch, value):
+    monkeypatch.setenv("RIDE_TIMM_HUB", value)
+    with pytest.raises(InputError, match="expected a user or an organisation"):
+        repository_of("ride_resnet32.fashion_lt")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A release in a folder: its config.json states the sha256."""
+    model = timm.create_model("test_ride_resnet", num_classes=4).eval()
+    RunFolder(tmp_path).export(model, dict(input_size=(3, 64, 64)), ())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["sha256"] = sha256_of(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def create(folder, **kwargs):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+
+
+def test_a_folder(folder):
+    assert create(folder).num_classes == 4
+    assert read_config(folder / "config.json", "here", "test_ride_resnet")[2]
+    with pytest.raises(InputError, match="not the ride_resnet50 that was asked for"):
+        read_config(folder / "config.json", "here", "ride_resnet50")
+
+
+def test_changed_weights_are_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(InputError, match=r"is not the file whose sha256 config\.json states"):
+        create(folder)
+
+
+def test_pickles_in_a_folder_are_not_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"holds no model\.safetensors: only safetensors are read"):
+        create(folder)
+
+
+def test_a_configuration_reaches_nowhere_without_weights_either(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in dict(checkpoint_path="/etc/passwd", backbone_pretrained="x.pth", block="os.system").items():
+        (folder / "config.json").write_text(json.dumps(config | dict(model_args={key: value})))
+        with pytest.raises(InputError, match=r"model_args that the network does not take|names weights elsewhere"):
+            timm.create_model(f"local-dir:{folder}", pretrained=False)
