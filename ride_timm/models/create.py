@@ -102,7 +102,7 @@ def create_ride(
             if class_affine:
                 add_class_affine(model)
         if release:
-            release.load_into(model, tuple(classifier))
+            release.load_into(model, tuple(classifier), kwargs.get("pretrained_filter_fn"))
         return model.to(dtype=dtype)
 
     return build_model_with_cfg(

@@ -76,10 +76,16 @@ class Release:
     pretrained_cfg: dict[str, Any]
     weights: Path
 
-    def load_into(self, model: nn.Module, classifier: tuple[str, ...]) -> None:
+    def load_into(
+        self,
+        model: nn.Module,
+        classifier: tuple[str, ...],
+        fit: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+    ) -> None:
         """Every tensor into its place; new classifiers, and a first convolution for other channels, as timm does it.
 
-        classifier: names of what depends on the classes. InputError where any other tensor is missing, left over or
+        classifier: names of what depends on the classes; fit: makes the tensors fit the model, such as one for images
+        of another size. InputError where any other tensor is missing, left over or
         of another shape; the model is untouched then.
         """
         try:
@@ -88,6 +94,7 @@ class Release:
             raise InputError(f"{self.where}: {WEIGHTS} is damaged, nothing was loaded ({_line(error)}).") from error
         if getattr(model, "router", None) is None and self.model_args.get("router"):  # not wanted: router=False
             tensors = {name: value for name, value in tensors.items() if not name.startswith("router.")}
+        tensors = fit(tensors, model) if fit else tensors
         cfg = self.pretrained_cfg
         same_classes = model.num_classes == cfg["num_classes"]
         adapted = () if same_classes else tuple(f"{name}." for name in classifier)
