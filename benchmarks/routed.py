@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -89,7 +90,12 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--models", nargs="+", choices=tuple(SIZES), default=list(SIZES))
     flags.add_argument("--batch-sizes", nargs="+", type=int, help="default: 1 32 256, for ride_resnext50 1 8 32")
     flags.add_argument("--image-size", type=int, help="default: 32, for ride_resnext50 224")
-    flags.add_argument("--fuse", action="store_true", help="fold BatchNorm into the convolutions first, on both sides")
+    flags.add_argument(
+        "--fuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fold BatchNorm into the convolutions first, on both sides",
+    )
     flags.add_argument("--seconds", type=float, default=0.5, help="least length of a run: short calls are repeated")
     args = parse(flags, argv)
     keep_memory()  # as the commands do
