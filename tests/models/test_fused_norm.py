@@ -89,7 +89,7 @@ def test_what_does_not_fit_goes_one_by_one(uncompiled, case):
 
 @pytest.mark.parametrize("name", ["ride_resnet32", "test_ride_resnet"])
 def test_a_network_trains_alike(uncompiled, name):
-    """Loss, gradients and statistics of a fused network; float64 tells how far float32 is off by itself."""
+    """Logits, gradients, statistics of a fused network; float64 tells how far float32 is off, which flips some ReLUs."""
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=10).to(memory_format=torch.channels_last)
     fused, exact = deepcopy(plain), deepcopy(plain).double()
@@ -105,7 +105,7 @@ def test_a_network_trains_alike(uncompiled, name):
     for plainly, fusedly, exactly in zip(*found.values(), strict=True):
         off = (plainly.double() - exactly.double()).norm().item()
         scale = exactly.double().norm().item()
-        assert (fusedly.double() - exactly.double()).norm().item() <= 10 * off + 1e-4 * scale
+        assert (fusedly.double() - exactly.double()).norm().item() <= 10 * off + 1e-3 * scale
     plain.load_state_dict(fused.state_dict())
     assert torch.equal(plain.eval()(images), fused.eval()(images))
 
