@@ -124,10 +124,11 @@ def _experts(rows: dict[str, dict[str, Any]]) -> Any:
             alone = list(zip(*(experts["accuracy"][group] for group in groups), strict=True))
             numbers = metrics.get("members", range(len(alone)))
             bars |= {f"expert {i}": [value or 0 for value in own] for i, own in zip(numbers, alone, strict=True)}
+        if experts and len(alone) > 1:  # one alone differs from none
             right.bar(places, [100 * (experts["disagreement"][group] or 0) for group in groups], width=0.4)
             right.set(ylabel="disagreement (%)", ylim=(0, 100))
             nats = right.twinx()
-            nats.plot(places, [experts["diversity"][group] for group in groups], "D", color="black")
+            nats.plot(places, [experts["diversity"][group] or 0 for group in groups], "D", color="black")
             nats.set(ylabel="diversity (nats, black)")
             nats.set_ylim(bottom=0)
         elif used:
