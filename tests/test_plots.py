@@ -34,7 +34,7 @@ def test_experts_alone_their_differences_and_how_many_are_used():
     assert nats.get_ylabel().startswith("diversity") and nats.lines[0].get_ydata()[-1] > 0
     assert [[bar.get_height() for bar in bars] for bars in routed.containers] == [[100] * 4]
     shares = [[bar.get_height() for bar in bars] for bars in used.containers]
-    assert shares == pytest.approx([[50, 100, 50, 0], [50, 0, 50, 100]])
+    assert shares == [pytest.approx([50, 100, 50, 0]), pytest.approx([50, 0, 50, 100])]
     tops = [bar.get_y() + bar.get_height() for bar in used.containers[1]]
     assert tops == pytest.approx([100] * 4)
 
