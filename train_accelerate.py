@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from ride_timm import InputError, RunError
-from ride_timm.checkpoint import RunFolder, create_model, load_any_model
+from ride_timm.checkpoint import RunFolder, create_model, load_teacher
 from ride_timm.data.loader import make_loader
 from ride_timm.data.orders import Shares
 from ride_timm.data.sources import hold_out, load_longtail
@@ -139,10 +139,8 @@ class Run:
         if taught and "experts" in args.stages and "experts" not in self.reached:
             if not args.teacher:
                 raise InputError("this recipe learns from a teacher: name one by --teacher.")
-            self.teacher = load_any_model(args.teacher)
-            if self.teacher.num_classes != self.data.num_classes:
-                raise InputError(f"the teacher {args.teacher} has {self.teacher.num_classes} classes, "
-                                 f"the data {self.data.num_classes}.")  # fmt: skip
+            image = (self.model.in_chans, self.size, self.size)
+            self.teacher = load_teacher(args.teacher, self.data.num_classes, image)
         for name in args.stages:  # a batch that cannot be shared out is found now, not after stage one
             size = recipe.stage(name).batch_size
             Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)

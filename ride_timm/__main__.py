@@ -141,7 +141,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     experts = "average these experts alone, numbered from 0, such as 0,2"
     evaluate.add_argument("--experts", metavar="I,J,…", help=experts)
-    evaluate.add_argument("--plots", metavar="DIR", help="draw head_to_tail.png and reliability.png there")
+    evaluate.add_argument("--plots", metavar="DIR", help="draw head_to_tail.png, reliability.png and experts.png there")
     evaluate.add_argument("--curve", metavar="FILE", help="accuracy against MACs by threshold, as .png or .csv")
     evaluate.add_argument("--time", action="store_true", help="images per second of the forward passes")
     add_inference_flags(evaluate)

@@ -21,7 +21,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from .errors import InputError, RunError
+from .errors import InputError, RunError, first_line
 from .metrics import format_table
 from .models import Ride, add_class_affine, has_class_affine, load_legacy
 from .models.releases import check_network
@@ -213,6 +213,27 @@ def load_model(spec: str | Path, **kwargs: Any) -> Ride:
     if not isinstance(model, Ride):
         raise InputError(f"model {str(spec)!r} is a {type(model).__name__}, expected one with experts (ride_…).")
     return model
+
+
+@torch.no_grad()
+def load_teacher(spec: str | Path, num_classes: int, image: tuple[int, int, int]) -> nn.Module:
+    """A network in eval mode from wherever `load_any_model` finds it, that answers to the student's images.
+
+    image: channels and sides of one. InputError for other classes than `num_classes`, or a network that does not take
+    such images, as one made for another size.
+    """
+    teacher = load_any_model(spec)
+    classes = getattr(teacher, "num_classes", num_classes)
+    if classes != num_classes:
+        raise InputError(f"the teacher {spec} has {classes} classes, the data {num_classes}.")
+    size = f"{image[1]} x {image[2]} pixels in {image[0]} channels"
+    try:
+        logits = teacher(torch.zeros(1, *image))
+    except Exception as error:  # networks refuse images by whatever they like
+        raise InputError(f"the teacher {spec} does not take images of {size} ({first_line(error)}).") from error
+    if getattr(logits, "shape", None) != (1, num_classes):
+        raise InputError(f"the teacher {spec} gives no logits of {num_classes} classes for an image of {size}.")
+    return teacher
 
 
 def create_ride_model(name: str, size: int | None = None, **kwargs: Any) -> Ride:

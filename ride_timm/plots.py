@@ -51,11 +51,14 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
 
 
 def plot_measures(folder: Path, rows: dict[str, dict[str, Any]]) -> list[Path]:
-    """Draw head_to_tail.png (accuracy by runs of classes) and reliability.png (accuracy by confidence, by shot group).
+    """Draw head_to_tail.png (accuracy by runs of classes), reliability.png (accuracy by confidence, by shot group) and
+    experts.png (each expert alone and how they differ, or how many are used, by shot group).
 
     rows: what `metrics.Accuracy.compute` gives, by name; gives the files written.
     """
-    written = {folder / "head_to_tail.png": _head_to_tail(rows), folder / "reliability.png": _reliability(rows)}
+    figures = {"head_to_tail.png": _head_to_tail(rows), "reliability.png": _reliability(rows)}
+    figures["experts.png"] = _experts(rows)
+    written = {folder / name: figure for name, figure in figures.items()}
     for path, figure in written.items():
         write_atomically(path, lambda partial, figure=figure: figure.savefig(partial, dpi=120, format="png"))
     return list(written)
@@ -104,6 +107,46 @@ def _reliability(rows: dict[str, dict[str, Any]]) -> Any:
         axes.set_xlabel("confidence (%)")
     # below, where it hides no bar
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _experts(rows: dict[str, dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 2, squeeze=False)
+    for (left, right), (name, metrics) in zip(grid, rows.items(), strict=True):
+        groups = list(metrics["class_means"])
+        places = range(len(groups))
+        bars = {name: [metrics[group] or 0 for group in groups]}
+        experts, used = metrics.get("experts"), metrics.get("experts_used_by_group")
+        if experts:
+            alone = list(zip(*(experts["accuracy"][group] for group in groups), strict=True))
+            numbers = metrics.get("members", range(len(alone)))
+            bars |= {f"expert {i}": [value or 0 for value in own] for i, own in zip(numbers, alone, strict=True)}
+        if experts and len(alone) > 1:  # one alone differs from none
+            right.bar(places, [100 * (experts["disagreement"][group] or 0) for group in groups], width=0.4)
+            right.set(ylabel="disagreement (%)", ylim=(0, 100))
+            nats = right.twinx()
+            nats.plot(places, [experts["diversity"][group] or 0 for group in groups], "D", color="black")
+            nats.set(ylabel="diversity (nats, black)")
+            nats.set_ylim(bottom=0)
+        elif used:
+            shares = [[100 * share for share in used[group] or [0] * len(used["all"])] for group in groups]
+            for i, own in enumerate(zip(*shares, strict=True)):
+                below = [sum(of_group[:i]) for of_group in shares]
+                right.bar(places, own, width=0.6, bottom=below, label=f"{i + 1} used")
+            right.set(ylabel="share of the images (%)", ylim=(0, 100))
+            right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        else:
+            right.set_axis_off()
+        width = 0.8 / len(bars)
+        for i, (label, heights) in enumerate(bars.items()):
+            left.bar([place + (i + 0.5) * width - 0.4 for place in places], heights, width, label=label)
+        left.set(ylabel="accuracy (%)", ylim=(0, 100))
+        left.legend(loc="center right", bbox_to_anchor=(-0.15, 0.5))
+        for axes in (left, right):
+            axes.set_xticks(places, groups)
     return figure
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import RunFolder, write_atomically
+from .commands import print_json
 from .errors import InputError, RunError
 from .launch import Interrupted, Parser
 from .recipe import add_flags, flags_given, load_recipe
@@ -38,13 +39,20 @@ def check_flags(recipes: Sequence[str], flags: Sequence[str]) -> None:
     for flag in _SCRIPT_FLAGS:
         parser.add_argument(flag)
     add_flags(parser)
-    values = flags_given(parser.parse_args(flags))
+    given = parser.parse_args(flags)
+    values, given = flags_given(given), vars(given)
     if taken := [name for name in _OWN if name in values]:
         raise InputError(f"--{taken[0]} is the sweep's to give: seeds by --seeds, names by --recipes.")
     if len({Path(recipe).stem for recipe in recipes}) < len(recipes):
         raise InputError(f"recipes {', '.join(recipes)}: two of one name would share their folders.")
-    for recipe in recipes:
-        load_recipe(recipe).override(values)
+    for name in recipes:
+        recipe = load_recipe(name).override(values)
+        if given["stage"] == "router":
+            continue
+        if recipe.decouple != "none" and not given["from"]:
+            raise InputError(f"recipe {name} re-balances a trained network: name one behind `--`, by --from.")
+        if recipe.distillation and recipe.decouple == "none" and not given["teacher"]:
+            raise InputError(f"recipe {name} learns from a teacher: name one behind `--`, by --teacher.")
 
 
 def run_all(
@@ -188,8 +196,6 @@ def sweep_command(args: Any) -> None:
     finally:
         rows = collect(output, args.recipes, args.seeds)
         if args.json:
-            import json
-
-            print(json.dumps(rows, indent=2))
+            print_json(rows)
         elif rows:
             print(to_markdown(rows) + f"in {output / 'results.md'} and results.csv")

@@ -183,7 +183,7 @@ def test_evaluate_gives_figures_by_group_and_expert(capsys, run, evaluated, tmp_
     assert sum(n > 500 for n in counts) == groups["many"] and sum(n < 50 for n in counts) == groups["few"]
     assert chosen["many"] == pytest.approx(sum(chosen["per_class"][:2]) / 2)
     assert chosen["few"] == pytest.approx(sum(chosen["per_class"][6:]) / 4)
-    assert {path.name for path in tmp_path.iterdir()} == {"head_to_tail.png", "reliability.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"head_to_tail.png", "reliability.png", "experts.png"}
     text = output(capsys, "evaluate", "--model", run, "--experts", "1")
     assert "experts 1" in text and "expert 1" in text and "harmonic mean" in text
 

@@ -153,6 +153,8 @@ def test_a_signal_reaches_the_run_and_ends_the_sweep(sweep, tmp_path):
         (["--recipes", "cifar100_lt", "--", "--hope"], "unrecognized arguments: --hope"),
         (["--recipes", "cifar100_lt", "--", "--output", "x"], "unrecognized arguments: --output x"),
         (["--recipes", "cifar100_lt", "cifar100_lt_sade", "--", "--num-experts", "2"], "num_experts=2: SADE"),
+        (["--recipes", "cifar100_lt", "cifar100_lt_crt"], "recipe cifar100_lt_crt re-balances a trained network"),
+        (["--recipes", "cifar100_lt", "cifar100_lt_distill"], "recipe cifar100_lt_distill learns from a teacher"),
     ],
 )
 def test_bad_input_is_found_before_the_first_run(sweep, argv, message, tmp_path, capsys):

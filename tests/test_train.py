@@ -35,6 +35,13 @@ def _run(*flags, launcher=(sys.executable,), **kwargs):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment(), **kwargs)
 
 
+def _two_processes(port, *flags):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    command = [*launcher, "--main_process_port", port, SCRIPT, *map(str, flags)]
+    environment = _environment(ACCELERATE_USE_CPU="1")
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
 def _flags(colours, output, *more):
     return ["--dataset", str(colours), "--output", str(output), "--threads", "1", *TINY, *more]
 
@@ -132,11 +139,7 @@ def test_a_killed_run_resumes_bit_identical(finished, colours, tmp_path):
 
 def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp_path, capsys):
     output = tmp_path / "two"
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-    launcher += ("--main_process_port", "29531")
-    command = [*launcher, SCRIPT, *_flags(colours, output)]
-    environment = _environment(ACCELERATE_USE_CPU="1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = _two_processes("29531", *_flags(colours, output))
     assert done.returncode == 0, done.stderr
     results = RunFolder(output).results()
     assert results["num_processes"] == 2
@@ -166,7 +169,7 @@ def test_listed_images_and_a_validation_split_that_chooses_the_epoch(colours, tm
     experts = found["stages"]["experts"]
     assert [experts["many"], experts["medium"], experts["few"]] == experts["per_class"]
     assert len(experts["experts"]["accuracy"]["all"]) == 2
-    assert {"head_to_tail.png", "reliability.png"} <= {path.name for path in output.iterdir()}
+    assert {"head_to_tail.png", "reliability.png", "experts.png"} <= {path.name for path in output.iterdir()}
     (colours.parent / "gone").mkdir(exist_ok=True)
     refused = _run(*_flags("colours", tmp_path / "no", "--annotations", lists, "--data-dir", colours.parent / "gone"))
     assert refused.returncode == 2 and "the image of line 1 is missing" in refused.stderr
@@ -385,13 +388,42 @@ def test_a_teacher_is_any_network_of_timm(train, colours, tmp_path, capsys):
     import timm
     from timm.models._hub import save_for_hf
 
-    for name, num_classes in (("teacher", 3), ("stranger", 4)):
-        save_for_hf(timm.create_model("test_resnet", num_classes=num_classes), tmp_path / name, safe_serialization=True)
+    fixed = dict(dynamic_img_size=False)  # to the 160 pixels that it was made for
+    networks = dict(teacher=("test_resnet", 3, {}), stranger=("test_resnet", 4, {}), blind=("test_resnet", 0, {}))
+    for name, (network, num_classes, more) in (networks | dict(large=("test_vit", 3, fixed))).items():
+        model = timm.create_model(network, num_classes=num_classes, **more)
+        save_for_hf(model, tmp_path / name, model_args=more, safe_serialization=True)
     flags = ["--stage", "experts", "--epochs", "1", "--teacher"]
     assert train(_flags(colours, tmp_path / "student", *flags, tmp_path / "teacher")) == 0
     assert RunFolder(tmp_path / "student").results()["stages"]["experts"]["all"] > 0
-    assert train(_flags(colours, tmp_path / "other", *flags, tmp_path / "stranger")) == 2
-    assert "has 4 classes, the data 3" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    refusals = dict(stranger="has 4 classes, the data 3", blind="has 0 classes, the data 3")
+    refusals["large"] = "does not take images of 32 x 32 pixels in 3 channels (AssertionError"
+    for name, message in refusals.items():
+        assert train(_flags(colours, tmp_path / "other", *flags, tmp_path / name)) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_a_teacher_in_train_mode_teaches_two_processes_as_one_with_ghost_batches(train, colours, tmp_path):
+    """It normalises by each process' own images, which are one process' ghost batches; its mode makes a difference."""
+    import timm
+    from timm.models._hub import save_for_hf
+
+    torch.manual_seed(5)
+    save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path / "teacher", safe_serialization=True)
+
+    def flags(name, mode):
+        more = ("--stage", "experts", "--epochs", "2", "--drop-rate", "0", "--batch-size", "18", "--lr", "0.01")
+        more += ("--teacher", tmp_path / "teacher", "--teacher-mode", mode, "--mixed-precision", "no")
+        return _flags(colours, tmp_path / name, *more)
+
+    done = _two_processes("29533", *flags("two", "train"))
+    assert done.returncode == 0, done.stderr
+    assert train([*flags("one", "train"), "--ghost-batch", "9"]) == 0
+    assert train([*flags("eval", "eval"), "--ghost-batch", "9"]) == 0
+    two, one, other = (RunFolder(tmp_path / name).state()["model"] for name in ("two", "one", "eval"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+    name = "experts.0.fc.weight"
+    assert (other[name] - one[name]).abs().max() > 1e-3
 
 
 def test_recipe_without_a_value_lists_them_all(script, capsys):

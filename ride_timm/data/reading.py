@@ -73,10 +73,13 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
         raise InputError(f"data set folder {str(path)!r} does not exist")
     if path.is_file() and path.suffix != ".parquet":
         raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, or a .parquet file")
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if saved and streaming:
+        raise InputError(f"{str(path)!r} was written by save_to_disk and is never read as a whole: leave streaming out")
     how = dict(streaming=True) if streaming else {}
     with _quiet(datasets):
         try:
-            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            if saved:
                 splits = datasets.load_from_disk(str(path))
             elif path.is_file():
                 splits = datasets.load_dataset("parquet", data_files=str(path), **how)

@@ -148,6 +148,9 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path, data):
         make_loader(data.train, "cifar", train=True, batch_size=4, seed=0)
     lists = write_lists(tmp_path / "more", lists=LISTS | {"test": [*LISTS["test"], "val/n01440764/other.JPEG 0"]})
     short = load_longtail("imagenet_lt", tmp_path / "hub", annotations=lists, streaming=True)
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"image": ["a"]})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="written by save_to_disk"):
+        load_longtail("imagenet_lt", tmp_path / "saved", annotations=tmp_path / "lists", streaming=True)
     with pytest.raises(RunError, match="gave 9 of the 10 listed images"):
         list(loader(short.test, train=False))
 
