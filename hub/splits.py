@@ -20,7 +20,9 @@ from publish import Hub, compare, print_changes
 from staged import CARD, HERE
 
 from ride_timm import InputError, RunError
-from ride_timm.data.sources import EMBEDDED, HUB_IDS, ImageSet, load_longtail
+from ride_timm.data.image_set import ImageSet
+from ride_timm.data.reading import EMBEDDED, HUB_IDS
+from ride_timm.data.sources import load_longtail
 from ride_timm.launch import Parser, exit_code
 from ride_timm.models.releases import NAMESPACE, repository_of
 from ride_timm.recipe import Recipe, add_flags, flags_given
