@@ -190,7 +190,8 @@ def _with_data(recipe: Recipe | None, data_dir: str | None) -> Recipe | None:
 def _public(recipe: Recipe) -> Recipe:
     """The recipe without places on this machine."""
     private = os.path.isabs(recipe.dataset) or recipe.dataset.startswith((".", "~")) or os.path.isdir(recipe.dataset)
-    return dataclasses.replace(recipe, data_dir=None, dataset=Path(recipe.dataset).name if private else recipe.dataset)
+    dataset = Path(recipe.dataset).name if private else recipe.dataset
+    return dataclasses.replace(recipe, data_dir=None, annotations=None, dataset=dataset)
 
 
 def _check_same(stated: dict[str, Any], measured: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from ride_timm.recipe import Recipe, load_recipe
 
 TOLERANCE = 1e-3  # of logits of order 10, between machines
 POINTS = 0.1  # of accuracy, in percentage points
-_PUBLIC = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
 
 
 @torch.inference_mode()
@@ -117,8 +115,9 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
 
 def check_recipe(recipe: Recipe, where: Path) -> None:
     """InputError for a recipe of a release that names places on a disk: it may only name what everybody has."""
-    if recipe.data_dir is not None or not _PUBLIC.fullmatch(recipe.dataset):
-        raise InputError(f"{where} names data on a disk (dataset={recipe.dataset!r}, data_dir={recipe.data_dir!r}).")
+    if recipe.on_disk:
+        places = ", ".join(f"{key}={value!r}" for key, value in recipe.on_disk.items())
+        raise InputError(f"{where} names data on a disk ({places}).")
 
 
 def data_of(staged: Staged, data_dir: str | None, measured: bool, recipe: str | None = None) -> Recipe | None:

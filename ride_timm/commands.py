@@ -32,8 +32,7 @@ def _own_recipe(spec: str | None) -> Recipe | None:
     if path is None or not path.is_file():
         return None
     recipe = load_recipe(path)
-    on_disk = recipe.data_dir is not None or recipe.dataset.startswith(("/", ".", "~"))
-    if on_disk and is_release(path.parent):
+    if recipe.on_disk and is_release(path.parent):
         raise InputError(f"{path} is of a release and names data on a disk: give --data-dir, or --recipe.")
     return recipe
 

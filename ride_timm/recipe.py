@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -21,6 +22,7 @@ from .losses import LOSSES
 from .schedule import SCHEDULES, lr_factor
 
 DEFAULT_RECIPE = "fashion_lt"
+_PUBLIC_DATA = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
 
 
 def key(group: str, help: str, default: Any = None, low: float | None = None, high: float | None = None,
@@ -192,6 +194,14 @@ class Recipe:
         names = ("dataset", "data_dir", "annotations", "imb_type", "imb_factor", "image_column", "label_column")
         names += ("test_split", "use_val", "streaming")
         return {name: getattr(self, name) for name in names} | dict(seed=self.split_seed)
+
+    @property
+    def on_disk(self) -> dict[str, str]:
+        """The keys that name places on a disk, which a recipe from elsewhere must not; a data set by name is none."""
+        found = {name: getattr(self, name) for name in ("data_dir", "annotations")}
+        if not _PUBLIC_DATA.fullmatch(self.dataset):
+            found["dataset"] = self.dataset
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def shots(self) -> tuple[int, int]:

@@ -64,6 +64,7 @@ def create_ride(
     build: Callable[..., Ride],
     variant: str,
     pretrained: bool,
+    /,  # a release's arguments of these names are refused below
     *,
     num_levels: int,
     defaults: dict[str, Any] | None = None,

@@ -21,7 +21,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
-from timm.models import PretrainedCfg, load_pretrained
+from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained
 from timm.models._hub import hf_split, load_model_config_from_path
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ NAMESPACE = "ride-timm"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _BY_CALLER = ("file", "url", "state_dict", "hf_hub_id")  # where a caller's overlay may place the weights itself
 _BY_NAME = ("block", "layers", "cardinality", "base_width")  # what the network's name decides
+_BY_FACTORY = ("build", "num_levels", "defaults", "pruned", "features_only", "out_indices", "feature_cls")
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -41,9 +42,16 @@ def release_table() -> dict[str, dict[str, Any]]:
 
 
 def with_releases(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The cfgs of a family, those of published weights with their place on the Hub."""
+    """The cfgs of a family, those of published weights with their place on the Hub.
+
+    The first tag of a network stays its default one, whichever others are published: a bare name keeps its classes and
+    its input. timm prefers tags with weights, and to all of them the one with a `*` that comes last.
+    """
     places = {tag: dict(hf_hub_id=f"{NAMESPACE}/{tag}") for tag, row in release_table().items() if row.get("published")}
-    return {tag: cfg | places.get(tag, {}) for tag, cfg in cfgs.items()}
+    found = {tag: cfg | places.get(tag, {}) for tag, cfg in cfgs.items()}
+    for tag in {tag.partition(".")[0]: tag for tag in reversed(cfgs)}.values():
+        found[f"{tag}*"] = found.pop(tag)
+    return found
 
 
 def repository_of(name_and_tag: str) -> str:
@@ -139,6 +147,7 @@ def find_release(variant: str, named: Any, overlay: dict[str, Any] | None, cache
     """
     if any((overlay or {}).get(key) for key in _BY_CALLER):
         return None
+    named = _registered_tag(variant, named)
     cfg = PretrainedCfg(**named) if isinstance(named, dict) else named
     if isinstance(cfg, PretrainedCfg) and cfg.source == "local-dir":
         return read_folder(Path(cfg.file), variant)
@@ -152,9 +161,21 @@ def find_release(variant: str, named: Any, overlay: dict[str, Any] | None, cache
     return download(repository_of(name), variant, cache_dir, tag=name)
 
 
+def _registered_tag(variant: str, named: Any) -> Any:
+    """The tag of a registered cfg, which is what timm's scripts hand in for a name; anything else as it is."""
+    cfg = PretrainedCfg(**named) if isinstance(named, dict) else named
+    if not isinstance(cfg, PretrainedCfg):
+        return named
+    known = timm.models.get_arch_pretrained_cfgs(variant).get(f"{variant}.{cfg.tag}")
+    return cfg.tag if known is not None and known.to_dict() == cfg.to_dict() else named
+
+
 def tag_arguments(variant: str, named: Any) -> dict[str, Any]:
     """The arguments beside the cfg of a tag that was named; none for a bare name or another cfg."""
-    return release_table().get(f"{variant}.{named}", {}).get("model_args", {}) if isinstance(named, str) else {}
+    tag = _registered_tag(variant, named)
+    if tag is not named and tag == timm.get_pretrained_cfg(variant).tag:
+        return {}  # timm's scripts hand in the default tag's cfg for a bare name
+    return release_table().get(f"{variant}.{tag}", {}).get("model_args", {}) if isinstance(tag, str) else {}
 
 
 # folders
@@ -196,7 +217,9 @@ def check_arguments(
     """InputError for model_args of a release that the network does not know, or that reach beyond its folder."""
     known = inspect.signature(build).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    reserved = {*inspect.signature(timm.create_model).parameters, *_BY_NAME}  # of timm's factory, not of a network
+    reserved = {*_BY_NAME, *_BY_FACTORY}  # of timm's factory and of ours, not of a network
+    for factory in (timm.create_model, build_model_with_cfg):
+        reserved |= inspect.signature(factory).parameters.keys()
     for key, value in args.items():
         plain = all(isinstance(item, _SCALARS) for item in (value if isinstance(value, list | tuple) else [value]))
         if key in reserved or not (key in known or key in also or takes_any) or not plain:

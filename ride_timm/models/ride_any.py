@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import timm
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from .cuts import (
     stage_names,
     stem_names,
 )
+from .releases import with_releases
 from .ride import CosineClassifier, Expert, Ride
 
 DEFAULT_BACKBONE = "resnet18"
@@ -238,7 +240,7 @@ def _load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool |
         raise ValueError(f"backbone_pretrained={str(source)!r}: no such file.")
     try:
         return make(pretrained=True, **overlay)
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
+    except (RuntimeError, OSError, KeyError, ValueError, EOFError, safetensors.SafetensorError) as error:
         where = "published weights" if source is True else f"weights in {source}"
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
         reason = "; ".join([line for line in lines if "size mismatch" in line] or lines)[:300]
@@ -319,8 +321,9 @@ def _cfg(backbone: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> Ride:
+    _known(backbone)
     with torch.device("meta"):
-        probe = timm.create_model(_known(backbone) and backbone)
+        probe = timm.create_model(backbone)
     kwargs["pretrained_filter_fn"] = fit_to_size
     num_levels = 3 if find_cut(probe, backbone).tokens else len(probe.feature_info)
     if pretrained:
@@ -337,8 +340,10 @@ _NAMED = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.imagenet_lt": _cfg(backbone) for name, backbone in _NAMED.items()}
-    | {"ride.untrained": _cfg(DEFAULT_BACKBONE)}
+    with_releases(
+        {f"{name}.imagenet_lt": _cfg(backbone) for name, backbone in _NAMED.items()}
+        | {"ride.untrained": _cfg(DEFAULT_BACKBONE)}
+    )
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
@@ -17,14 +18,18 @@ REDUCED_PLANES = (64, 128, 192, 384)
 
 
 def _stage(
-    block: type, in_channels: int, planes: int, num_blocks: int, stride: int, **block_args: Any
+    block: type, in_channels: int, planes: int, drop_path_rates: list[float], stride: int, **block_args: Any
 ) -> nn.Sequential:
+    # one block a rate
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
         downsample = downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
-    blocks = [block(in_channels, planes, stride, downsample, **block_args)]
-    blocks += [block(out_channels, planes, **block_args) for _ in range(num_blocks - 1)]
+    blocks = []
+    for rate in drop_path_rates:
+        first = () if blocks else (stride, downsample)
+        drop_path = DropPath(rate) if rate else None
+        blocks.append(block(out_channels if blocks else in_channels, planes, *first, drop_path=drop_path, **block_args))
     return nn.Sequential(*blocks)
 
 
@@ -42,6 +47,7 @@ def build_ride_resnet(
     in_chans: int = 3,
     global_pool: str = "avg",
     drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
     num_experts: int = 3,
     reduce_dimension: bool = True,
     use_norm: bool = True,
@@ -58,6 +64,7 @@ def build_ride_resnet(
     """Stem to layer2 (to layer3 with `share_layer3`) shared, the rest per expert. arXiv:2010.01809, section 3.
 
     layers: blocks in each of the four stages; cardinality, base_width: groups and width of ResNeXt;
+    drop_path_rate: stochastic depth, from 0 at the first block up to this at each expert's last, as timm's ResNets;
     reduce_dimension: layer3 and layer4 at 3/4 of their width (192 and 384 planes), in the one-expert network too;
     layer3_output_dim, layer4_output_dim: planes of these stages, instead of the above;
     use_norm: cosine heads (scale 30) instead of linear ones; router: build the stage-two gates, which look at the
@@ -67,9 +74,10 @@ def build_ride_resnet(
     planes = (*default[:2], layer3_output_dim or default[2], layer4_output_dim or default[3])
     block_args = dict(cardinality=cardinality, base_width=base_width)
     channels = (64, *(p * block.expansion for p in planes))
+    drop_paths = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
 
     def stage(i: int) -> nn.Sequential:
-        return _stage(block, channels[i - 1], planes[i - 1], layers[i - 1], stride=1 if i == 1 else 2, **block_args)
+        return _stage(block, channels[i - 1], planes[i - 1], drop_paths[i - 1], stride=1 if i == 1 else 2, **block_args)
 
     def stages(stem: dict[str, nn.Module], numbers: range) -> Stages:
         info = [dict(num_chs=64, reduction=2, module="act1")] if stem else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
@@ -29,10 +30,15 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], self.padding)
 
 
-def _stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+def _stage(in_channels: int, channels: int, drop_path_rates: list[float], stride: int) -> nn.Sequential:
+    # one block a rate
     shortcut = PadShortcut(in_channels, channels) if stride != 1 or in_channels != channels else None
-    blocks = [BasicBlock(in_channels, channels, stride, shortcut)]
-    return nn.Sequential(*blocks, *(BasicBlock(channels, channels) for _ in range(num_blocks - 1)))
+    blocks = []
+    for rate in drop_path_rates:
+        first = () if blocks else (stride, shortcut)
+        drop_path = DropPath(rate) if rate else None
+        blocks.append(BasicBlock(channels if blocks else in_channels, channels, *first, drop_path=drop_path))
+    return nn.Sequential(*blocks)
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -61,6 +67,7 @@ def build_ride_resnet_cifar(
     in_chans: int = 3,
     global_pool: str = "fastavg",
     drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
     num_experts: int = 3,
     reduce_dimension: bool = True,
     use_norm: bool = True,
@@ -77,6 +84,7 @@ def build_ride_resnet_cifar(
     """
     narrow, wide = (24, 48) if reduce_dimension else (32, 64)
     channels = (16, 16, layer2_output_dim or narrow, layer3_output_dim or wide)
+    drop_paths = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
     for i in (2, 3):
         if channels[i] < channels[i - 1]:
             raise ValueError(
@@ -86,7 +94,8 @@ def build_ride_resnet_cifar(
     def stages(stem: dict[str, nn.Module], numbers: range) -> Stages:
         info = [dict(num_chs=16, reduction=1, module="act1")] if stem else []
         info += [dict(num_chs=channels[i], reduction=2 ** (i - 1), module=f"layer{i}") for i in numbers]
-        made = {f"layer{i}": _stage(channels[i - 1], channels[i], layers[i - 1], 1 if i == 1 else 2) for i in numbers}
+        strides = (1, 2, 2)
+        made = {f"layer{i}": _stage(*channels[i - 1 : i + 1], drop_paths[i - 1], strides[i - 1]) for i in numbers}
         return Stages({**stem, **made}, info)
 
     stem = {

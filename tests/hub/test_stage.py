@@ -39,7 +39,8 @@ def make_run(tmp_path_factory):
         torch.manual_seed(seed)
         model = timm.create_model("test_ride_resnet", num_classes=4, **kwargs).eval()
         args = dict(model="test_ride_resnet", dataset="/home/somebody/beetles", imb_type="none", seed=seed, epochs=3)
-        recipe = Recipe(**args, data_dir="/home/somebody/data", name="beetles", num_experts=model.num_experts)
+        places = dict(data_dir="/home/somebody/data", annotations="/home/somebody/lists")
+        recipe = Recipe(**args, **places, name="beetles", num_experts=model.num_experts)
         folder = RunFolder(path)
         folder.start(recipe)
         folder.export(model, dict(input_size=(3, SIZE, SIZE), crop_pct=1.0), ("ant", "bee", "cicada", "drone"))
@@ -197,6 +198,7 @@ def set_json(path, **changes):
         (lambda path: (path / "recipe.yaml").write_text("module: os\n"), "unknown key module"),
         (lambda path: (path / "recipe.yaml").write_text("dataset: /etc\n"), "names data on a disk"),
         (lambda path: (path / "recipe.yaml").write_text("data_dir: ../..\n"), "names data on a disk"),
+        (lambda path: (path / "recipe.yaml").write_text("annotations: /etc\n"), r"names data on a disk \(annotations"),
     ],
 )
 def test_verify_notices(staged, damage, message, capsys):
@@ -218,7 +220,16 @@ def test_a_recipe_is_data(staged):
             load_recipe(staged.path / "recipe.yaml")
 
 
-@pytest.mark.parametrize("text", ["data_dir: /home/somebody\n", "dataset: /etc\n", "dataset: ../secret\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data_dir: /home/somebody\n",
+        "dataset: /etc\n",
+        "dataset: ../secret\n",
+        "dataset: a/../../b\n",
+        "annotations: lists\n",
+    ],
+)
 def test_a_downloaded_recipe_names_no_place_on_this_disk(staged, text):
     (staged.path / "recipe.yaml").write_text(text)
     with pytest.raises(InputError, match="is of a release and names data on a disk"):

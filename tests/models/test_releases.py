@@ -5,9 +5,11 @@ import json
 import pytest
 import timm
 import torch
+from timm.models import generate_default_cfgs, resolve_model_input_args
 
 from ride_timm import InputError
 from ride_timm.checkpoint import RunFolder, create_model
+from ride_timm.models import releases
 from ride_timm.models.releases import read_config, release_table, repository_of, sha256_of
 from ride_timm.recipe import load_recipe
 
@@ -27,6 +29,24 @@ def test_a_bare_name_and_own_arguments_stand_over_a_tag():
     model = timm.create_model("ride_resnet32.cifar100_lt100_6experts", num_experts=2, num_classes=5)
     assert (model.num_experts, model.num_classes) == (2, 5)
     assert create_model(load_recipe("fashion_lt").override(dict(model="ride_resnet32.fashion_lt")), 10).router is None
+
+
+def test_timms_scripts_ask_by_the_cfg_of_a_tag():
+    asked = resolve_model_input_args("ride_resnet32.cifar100_lt100_6experts", {})
+    assert isinstance(asked["pretrained_cfg"], dict) and timm.create_model(**asked).num_experts == 6
+    bare = timm.create_model(**resolve_model_input_args("ride_resnet32", {}))
+    assert (bare.num_experts, bare.router) == (3, None)
+    other = dict(asked["pretrained_cfg"], num_classes=5)  # a cfg of somebody's own
+    assert timm.create_model("ride_resnet32", pretrained_cfg=other).num_experts == 3
+
+
+@pytest.mark.parametrize("published", ["fashion_lt", "cifar100_lt100", None])
+def test_a_bare_name_keeps_its_tag_whatever_is_published(monkeypatch, published):
+    monkeypatch.setattr(releases, "release_table", lambda: {f"ride_resnet32.{published}": dict(published=True)})
+    tags = ("cifar100_lt100", "fashion_lt")
+    found = generate_default_cfgs(releases.with_releases({f"ride_resnet32.{tag}": {} for tag in tags}))
+    assert found["ride_resnet32"].tags[0] == "cifar100_lt100" and len(found["ride_resnet32"].tags) == 2
+    assert [tag for tag in tags if found["ride_resnet32"].cfgs[tag].has_weights] == [published] * bool(published)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +103,22 @@ def test_pickles_in_a_folder_are_not_read(folder):
 
 def test_a_configuration_reaches_nowhere_without_weights_either(folder):
     config = json.loads((folder / "config.json").read_text())
-    for key, value in dict(checkpoint_path="/etc/passwd", backbone_pretrained="x.pth", block="os.system").items():
+    for key, value in dict(
+        checkpoint_path="/etc/passwd", backbone_pretrained="x.pth", block="os.system", pruned=True, kwargs_filter="x"
+    ).items():
         (folder / "config.json").write_text(json.dumps(config | dict(model_args={key: value})))
         with pytest.raises(InputError, match=r"model_args that the network does not take|names weights elsewhere"):
             timm.create_model(f"local-dir:{folder}", pretrained=False)
+
+
+def test_any_backbone_takes_no_arguments_of_the_factories(tmp_path):
+    RunFolder(tmp_path).export(timm.create_model("ride", backbone="test_resnet"), dict(input_size=(3, 64, 64)), ())
+    config = json.loads((tmp_path / "config.json").read_text())
+    hostile = dict(
+        build="os:system", variant="x", pretrained_filter_fn="os.system", features_only=True, checkpoint_path="/"
+    )
+    for key, value in hostile.items():
+        args = config["model_args"] | {key: value}
+        (tmp_path / "config.json").write_text(json.dumps(config | dict(model_args=args)))
+        with pytest.raises(InputError, match=f"does not take: {key}="):
+            create(tmp_path)

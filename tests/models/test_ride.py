@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import nn
 
 from ride_timm import InputError
@@ -440,6 +441,28 @@ def test_dropout_acts_in_training_only():
     features = model.train().forward_experts(x)[0]
     assert 0.3 < (features == 0).float().mean() < 0.7
     assert not torch.equal(model(x), model(x))
+
+
+def depths(model) -> list[float]:
+    return [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+
+
+def test_stochastic_depth_grows_as_in_timms_resnets():
+    theirs = depths(timm.create_model("resnet50", drop_path_rate=0.3, device="meta"))
+    model = build("ride_resnet50", drop_path_rate=0.3, num_experts=2, device="meta")
+    assert depths(model.trunk) == theirs[:6]  # the first of the 3 + 4 shared blocks is never left out
+    assert all(depths(expert) == theirs[6:] for expert in model.experts)
+
+
+@pytest.mark.parametrize("name", ["test_ride_resnet", "ride_resnet32"])
+def test_stochastic_depth_acts_in_training_only(name):
+    model, x = build(name, drop_path_rate=0.5), images(name)
+    assert len(depths(model)) == {"test_ride_resnet": 1 + 3 * 2, "ride_resnet32": 4 + 3 * 10}[name]
+    plain = build(name)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), plain(x)) and not depths(plain)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(plain.train()(x), plain(x))
 
 
 @pytest.mark.parametrize("name", ["test_ride_resnet", "ride_resnet32"])

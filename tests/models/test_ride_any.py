@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -325,6 +326,29 @@ def test_weights_of_another_width_are_refused(tmp_path):
         ValueError, match=r"backbone='test_vit': its weights in .*narrow.* do not fit it: size mismatch"
     ):
         timm.create_model("ride", backbone="test_vit", embed_dim=96, backbone_pretrained=str(file))
+
+
+class Evil:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["empty.pth", "evil.pth", "evil_checkpoint.pth", "noise.safetensors"])
+def test_files_that_hold_no_weights_are_refused(name, tmp_path):
+    file, marker = tmp_path / name, tmp_path / "executed"
+    if name == "evil_checkpoint.pth":
+        torch.save(dict(state_dict={}, args=Evil(marker)), file)
+    else:
+        file.write_bytes(dict(empty=b"", evil=pickle.dumps(Evil(marker)), noise=b"noise")[file.stem])
+    marker.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=rf"backbone='test_vit': its weights in .*{name} could not be loaded"):
+        timm.create_model("ride", backbone="test_vit", backbone_pretrained=str(file))
+    assert not marker.exists()
 
 
 # Named networks, and what timm offers

@@ -6,9 +6,10 @@ import tempfile
 from double import WRITER, Hub
 
 HUB = Hub()
+HOME = tempfile.TemporaryDirectory(prefix="loopback-home-")  # goes when the process does
 os.environ |= {
     "HF_ENDPOINT": HUB.endpoint,
-    "HF_HOME": tempfile.mkdtemp(prefix="loopback-home-"),
+    "HF_HOME": HOME.name,
     "HF_HUB_OFFLINE": "0",
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -15,6 +15,7 @@ import timm
 import torch
 from double import STRANGER, WRITER
 from huggingface_hub import constants
+from timm.models import _registry, generate_default_cfgs, resolve_model_input_args
 
 from ride_timm import InputError
 from ride_timm.checkpoint import load_model
@@ -52,6 +53,19 @@ def test_a_tag_from_an_empty_cache(published, release, tmp_path):
 def test_by_the_name_of_a_repository(published, release, tmp_path, spec):
     pair = golden(release)
     torch.testing.assert_close(create(tmp_path, spec)(pair["input"]), pair["output"])
+
+
+def test_as_timms_scripts_ask_for_it_once_it_is_published(published, release, tmp_path, monkeypatch):
+    places = {NAME: dict(published=True)}
+    monkeypatch.setattr(releases, "release_table", lambda: places)
+    monkeypatch.setitem(_registry._model_pretrained_cfgs, NAME,
+                        generate_default_cfgs(releases.with_releases({NAME: timm.get_pretrained_cfg(NAME).to_dict()}))
+                        ["ride_resnet32"].cfgs["fashion_lt"])  # fmt: skip
+    asked = resolve_model_input_args(NAME, {})
+    assert asked["pretrained_cfg"]["hf_hub_id"] == f"ride-timm/{NAME}"  # RIDE_TIMM_HUB stands over it
+    model, pair = timm.create_model(pretrained=True, cache_dir=tmp_path, **asked).eval(), golden(release)
+    torch.testing.assert_close(model.forward_routed(pair["input"])[0], pair["routed_output"])
+    assert model.num_experts == 2 and model.pretrained_cfg["hf_hub_id"] == published
 
 
 def test_other_classes_channels_and_no_router(published, release, tmp_path):
