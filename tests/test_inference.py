@@ -125,7 +125,7 @@ def test_options_that_do_not_go_together(monkeypatch):
     monkeypatch.setattr(inference, "find_spec", lambda name: None if name == "onnxruntime" else object())
     with pytest.raises(InputError, match="pip install onnxruntime"):
         Inference(runtime="onnx").check()
-    monkeypatch.setattr(inference.shutil, "which", lambda name: None)
+    monkeypatch.setattr(inference, "has_compiler", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="C\\+\\+ compiler"):
         Inference(compile=True).check()

@@ -217,7 +217,8 @@ def check_arguments(
     """InputError for model_args of a release that the network does not know, or that reach beyond its folder."""
     known = inspect.signature(build).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    reserved = {*_BY_NAME, *_BY_FACTORY}  # of timm's factory and of ours, not of a network
+    # what timm's factory and ours take, not a network; a backbone of any kind may well take what our names decide
+    reserved = {*_BY_FACTORY, *(() if takes_any else _BY_NAME)}
     for factory in (timm.create_model, build_model_with_cfg):
         reserved |= inspect.signature(factory).parameters.keys()
     for key, value in args.items():

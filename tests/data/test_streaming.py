@@ -19,6 +19,7 @@ from ride_timm.errors import InputError, RunError
 def small(monkeypatch, tmp_path_factory):
     monkeypatch.setitem(annotations.PUBLISHED, "imagenet_lt", Published("ImageNet_LT", 3, {}, "ILSVRC/imagenet-1k"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # for interpreters on their way out
 
 
 @pytest.fixture
