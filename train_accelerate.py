@@ -81,8 +81,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         flags["mixed_precision"] = "no"
     if flags.get("fused_norm", recipe.fused_norm) and not torch.cuda.is_available() and not has_compiler():
         if "fused_norm" in flags:
-            raise InputError("fused_norm needs a C++ compiler, and there is no g++: leave --fused-norm out.")
-        print("notice: no C++ compiler on this machine, BatchNorm and ReLU stay apart", file=sys.stderr)
+            raise InputError("fused_norm needs a C++ compiler (g++) and Python.h: install both or leave it out.")
+        print("notice: no C++ compiler with Python.h here, BatchNorm and ReLU stay apart", file=sys.stderr)
         flags["fused_norm"] = False
     if args.teacher:
         flags.setdefault("distillation", True)

@@ -46,7 +46,7 @@ class Inference:
             if missing:
                 raise InputError(f"runtime=onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
         if self.compile and not torch.cuda.is_available() and not has_compiler():
-            raise InputError("compile needs a C++ compiler, and there is no g++: leave --compile out.")
+            raise InputError("compile needs a C++ compiler (g++) and Python.h: install both or leave it out.")
         if self.precision == "bf16" and not has_bf16():
             print("notice: this machine only imitates bf16, fp32 is faster", file=sys.stderr)
 

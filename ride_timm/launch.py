@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -74,8 +75,9 @@ def keep_memory() -> None:
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler, which it needs on a CPU."""
-    return any(shutil.which(name) is not None for name in (os.environ.get("CXX") or "g++", "clang++"))
+    """Whether torch.compile finds a C++ compiler and Python's headers, which it needs on a CPU."""
+    found = any(shutil.which(name) is not None for name in (os.environ.get("CXX") or "g++", "clang++"))
+    return found and os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
 
 
 def has_bf16() -> bool:

@@ -2,12 +2,13 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ride_timm import InputError, RunError
-from ride_timm.launch import Interrupted, Parser, Signals, exit_code, set_threads
+from ride_timm import InputError, RunError, launch
+from ride_timm.launch import Interrupted, Parser, Signals, exit_code, has_compiler, keep_memory, set_threads
 
 
 def _raise(error):
@@ -83,3 +84,37 @@ def test_threads(monkeypatch):
             set_threads(0)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_compiler_needs_the_headers_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(launch.shutil, "which", lambda name: "/usr/bin/" + name)
+    assert not has_compiler()
+    (tmp_path / "Python.h").touch()
+    assert has_compiler()
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    assert not has_compiler()
+
+
+@pytest.mark.parametrize(("recipe", "told"), [("cifar100_lt", True), ("fashion_lt", False)])
+def test_without_a_compiler_norms_stay_plain(script, monkeypatch, capsys, recipe, told):
+    monkeypatch.setattr(script, "has_compiler", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not script.parse_arguments(["--recipe", recipe])[1].fused_norm
+    assert ("no C++ compiler" in capsys.readouterr().err) == told
+    with pytest.raises(InputError, match="fused_norm needs a C\\+\\+ compiler"):
+        script.parse_arguments(["--recipe", recipe, "--fused-norm"])
+
+
+@pytest.mark.parametrize("chosen", [None, "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"])
+def test_memory_is_kept_unless_its_settings_are_chosen(monkeypatch, chosen):
+    settings = {}
+    libc = SimpleNamespace(mallopt=settings.__setitem__)
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv(chosen, "1")
+    monkeypatch.setattr(launch.sys, "platform", "linux")
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: libc)
+    keep_memory()
+    assert set(settings) == (set() if chosen else {-1, -2, -3})
