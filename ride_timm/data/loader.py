@@ -179,7 +179,10 @@ class WorkerBatches(Batches):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.loader:
             if isinstance(batch, RunError):
-                raise batch
+                try:
+                    raise batch
+                finally:  # frame and error would hold each other, and workers found by the garbage collector stop late
+                    del batch
             images, labels = batch
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 

@@ -92,7 +92,10 @@ class StreamBatches(Batches):
         self.samples.part.set_pass(number)
         for batch in self.loader:
             if isinstance(batch, RunError):
-                raise batch
+                try:
+                    raise batch
+                finally:  # frame and error would hold each other, and workers found by the garbage collector stop late
+                    del batch
             yield batch
 
     def _once(self) -> Iterator[tuple[Tensor, Tensor]]:

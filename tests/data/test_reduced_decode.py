@@ -1,6 +1,9 @@
 """Reduced decoding: the same crops, nearly the same pixels, and in full wherever the format does not allow it."""
 
+import contextlib
+import gc
 import io
+import weakref
 
 import datasets
 import numpy as np
@@ -251,6 +254,20 @@ def test_a_corrupt_jpeg_names_its_row(broken, reduced, train, num_workers):
     )
     with pytest.raises(RunError, match=r"^the image in row 2 of split 'train' (cannot be read \([^\n]*\)$|is missing)"):
         list(loader)
+
+
+def test_after_an_error_nothing_holds_the_loader_and_its_workers():
+    """Else they stop when the garbage collector finds them, each after waiting for five seconds."""
+    loader = make_loader(image_set(None), "imagenet", train=True, batch_size=1, seed=0, input_size=48, num_workers=1)
+    gone = weakref.ref(loader)
+    gc.disable()
+    try:
+        with contextlib.suppress(RunError):
+            list(loader)
+        del loader
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("train", [True, False])
