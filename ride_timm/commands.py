@@ -107,12 +107,16 @@ def _check_evaluate(args: argparse.Namespace) -> None:
                                  "a .csv does not.") from None  # fmt: skip
 
 
-def _experts(args: argparse.Namespace, model: Ride, routed: bool) -> list[int]:
+def _check_experts(args: argparse.Namespace, routed: bool) -> None:
+    """InputError for chosen experts where none can be chosen, before any tool or model is looked for."""
+    if args.experts is not None and (routed or args.runtime == "onnx"):
+        raise InputError(f"experts={args.experts}: neither a routed model nor ONNX's graph averages chosen experts.")
+
+
+def _experts(args: argparse.Namespace, model: Ride) -> list[int]:
     """The experts to average, from 0: those of `--experts 0,2`, or all."""
     if args.experts is None:
         return list(range(model.num_experts))
-    if routed or args.runtime == "onnx":
-        raise InputError(f"experts={args.experts}: neither a routed model nor ONNX's graph averages chosen experts.")
     try:
         chosen = [int(part) for part in args.experts.split(",")]
     except ValueError:
@@ -131,10 +135,11 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from .routing import check_budget, collect_outcomes, prefix_points, routing_curve, thin
 
     _check_evaluate(args)
+    _check_experts(args, args.routed)
     inference = inference_of(args)
     recipe = recipe_for(args)
     model = _load(args, args.routed or args.curve is not None).to(memory_format=torch.channels_last)  # as in training
-    experts = _experts(args, model, args.routed)
+    experts = _experts(args, model)
     data = load_data(recipe, use_val=recipe.use_val and args.macs_budget is not None)
     if data.num_classes != model.num_classes:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
@@ -248,6 +253,7 @@ def predict_command(args: argparse.Namespace) -> None:
 
     from .data.reduced_decode import upright
 
+    _check_experts(args, args.routed)
     inference = inference_of(args)
     images = []
     for path in args.images:
@@ -260,7 +266,8 @@ def predict_command(args: argparse.Namespace) -> None:
     transform = create_transform(**config, is_training=False)
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
     routed = args.routed or model.routed
-    experts = _experts(args, model, routed) if args.experts is not None else None
+    _check_experts(args, routed)
+    experts = _experts(args, model) if args.experts is not None else None
     answer = prepare(model, inference, routed, _threshold(args), config["input_size"][-1], experts)
     predictions = []
     for path, image in zip(args.images, images, strict=True):
