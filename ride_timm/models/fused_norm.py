@@ -233,16 +233,13 @@ def _fusable(block: nn.Module) -> bool:
     if type(block) not in (BasicBlock, Bottleneck):
         return False
     extras = [block.se, block.drop_path, getattr(block, "drop_block", None), getattr(block, "aa", None)]
-    children = dict(block.named_children())
+    norms = [module for name, module in block.named_children() if name.startswith("bn")]
+    activations = [module for name, module in block.named_children() if name.startswith("act")]
     return (
         all(extra is None or type(extra) is nn.Identity for extra in extras)
-        and all(type(module) is nn.BatchNorm2d for name, module in children.items() if name.startswith("bn"))
-        and all(type(module) is nn.ReLU for name, module in children.items() if name.startswith("act"))
-        and all(
-            module.affine and module.track_running_stats and module.momentum is not None
-            for name, module in children.items()
-            if name.startswith("bn")
-        )
+        and all(type(activation) is nn.ReLU for activation in activations)
+        and all(type(norm) is nn.BatchNorm2d for norm in norms)
+        and all(norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms)
     )
 
 
