@@ -34,7 +34,7 @@ DATASETS = {  # pretty name, Hub id of the images, home page
     "inat18": ("iNaturalist 2018", None, "https://github.com/visipedia/inat_comp/tree/master/2018"),
 }  # fmt: skip
 _GROUPS = ("all", "many", "medium", "few")
-_NAMES = {"experts": "ensemble", "router": "routed"}
+STAGE_NAMES = {"experts": "ensemble", "router": "routed"}
 
 
 def hand_edited(card: str) -> str:
@@ -49,7 +49,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
     recipe = load_recipe(staged.path / RECIPE) if (staged.path / RECIPE).is_file() else None
     stages, claimed, data = results["stages"], results.get("claimed"), results.get("data", {})
     args = {**dict(num_experts=3), **config["model_args"]}
-    pretty, hub_id, home = _dataset(data, results)
+    pretty, hub_id, home = describe_data(data, results)
     routed = stages.get("router")
     card_data = ModelCardData(
         license="mit",
@@ -76,8 +76,8 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         num_classes=config["num_classes"],
         num_experts=args["num_experts"],
         counts_of_experts=" / ".join(map(str, range(1, args["num_experts"] + 1))),
-        measured_rows=[_row(_NAMES[stage], metrics) for stage, metrics in stages.items()],
-        **_seed_facts(results),
+        measured_rows=[result_row(STAGE_NAMES[stage], metrics) for stage, metrics in stages.items()],
+        **seed_facts(results),
         provenance=_provenance(results),
         claimed_row=[claimed["method"], *(_percent(claimed[group]) for group in _GROUPS)] if claimed else None,
         claimed_url=claimed and claimed["url"],
@@ -99,7 +99,7 @@ def write_card(staged: Staged, by_hand: str) -> None:
     (staged.path / CARD).write_text(render(staged, by_hand), encoding="utf-8")
 
 
-def _dataset(data: dict[str, Any], results: dict[str, Any]) -> tuple[str, str | None, str | None]:
+def describe_data(data: dict[str, Any], results: dict[str, Any]) -> tuple[str, str | None, str | None]:
     dataset = data.get("dataset")
     if dataset in DATASETS:
         pretty, hub_id, home = DATASETS[dataset]
@@ -123,7 +123,7 @@ def _eval_results(
     for stage, metrics in stages.items():
         for group in (*_GROUPS, "top5"):
             if metrics.get(group) is not None:
-                name = f"accuracy, {group}, {_NAMES[stage]}"
+                name = f"accuracy, {group}, {STAGE_NAMES[stage]}"
                 found.append(EvalResult(**place, metric_name=name, metric_value=round(metrics[group], 2)))
     for group in _GROUPS if claimed else ():
         name = f"accuracy, {group}, claimed by the authors, not measured here"
@@ -143,7 +143,7 @@ def _shares(used: list[float] | None) -> str:
     return " / ".join(f"{100 * share:.1f}" for share in used) + " %" if used else "–"
 
 
-def _row(name: str, metrics: dict[str, Any]) -> list[str]:
+def result_row(name: str, metrics: dict[str, Any]) -> list[str]:
     accuracies = [_percent(metrics.get(group)) for group in (*_GROUPS, "top5")]
     return [name, *accuracies, _macs(metrics["macs"]), _shares(metrics.get("experts_used"))]
 
@@ -220,7 +220,7 @@ def _class_list(config: dict[str, Any]) -> str:
     return f": {', '.join(names)}" if 0 < len(names) <= 20 else ""
 
 
-def _seed_facts(results: dict[str, Any]) -> dict[str, Any]:
+def seed_facts(results: dict[str, Any]) -> dict[str, Any]:
     """Mean and standard deviation over seeds, or the plain word that there is one only."""
     runs = results.get("seeds") or []
     if len(runs) < 2:
@@ -229,7 +229,7 @@ def _seed_facts(results: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for stage in runs[0]["stages"]:
         values = {group: [run["stages"][stage][group] for run in runs if stage in run["stages"]] for group in _GROUPS}
-        rows.append([_NAMES[stage], *(_spread(values[group]) for group in _GROUPS)])
+        rows.append([STAGE_NAMES[stage], *(_spread(values[group]) for group in _GROUPS)])
     text = f"Over {len(runs)} runs that differ by their seed alone, this one among them, mean ± standard deviation:"
     return dict(spread=text, seed_rows=rows, seed_numbers=", ".join(str(run["seed"]) for run in runs))
 

@@ -51,6 +51,15 @@ def write_table(table: dict[str, Any]) -> None:
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
+def fill(page: str, begin: str, end: str, body: str) -> str:
+    """The page with `body` between the two lines; InputError where it has no such lines."""
+    before, found, rest = page.partition(f"{begin}\n")
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise InputError(f"the page has no lines {begin} and {end} to render between.")
+    return f"{before}{begin}\n{body}\n{end}{after}"
+
+
 @dataclass(frozen=True)
 class Staged:
     """The folder `root/NAME.TAG`."""

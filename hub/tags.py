@@ -8,12 +8,11 @@ cfg), convertible (a checkpoint of the authors' zoo), or trainable (a recipe or 
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
 import timm
-from staged import CONFIG, HERE, read_table
+from staged import CONFIG, HERE, fill, read_table
 from zoo import DOWNLOAD, read_zoo
 
 from ride_timm.launch import Parser, exit_code
@@ -63,9 +62,7 @@ def render_table() -> str:
 
 def render_page(page: str) -> str:
     """The page with the table as it should be."""
-    return re.sub(
-        re.escape(BEGIN) + r"\n.*?" + re.escape(END), f"{BEGIN}\n{render_table()}\n{END}", page, count=1, flags=re.S
-    )
+    return fill(page, BEGIN, END, render_table())
 
 
 def main(argv: list[str] | None) -> None:

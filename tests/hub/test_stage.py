@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import results as results_table
 import safetensors.torch
 import tags as tag_table
 import timm
@@ -15,7 +16,7 @@ import zoo
 from card import hand_edited, render
 from publish import check_stamp
 from stage import stage
-from staged import HERE, LICENCE, Staged, parse_name, read_table
+from staged import HERE, LICENCE, Staged, fill, parse_name, read_table
 from verify import main as verify_main
 from verify import verify
 
@@ -293,7 +294,7 @@ def test_a_checkpoint_of_the_zoo_becomes_a_release(tmp_path):
 
 def test_which_checkpoint_is_which(tmp_path):
     path = authors_checkpoint(tmp_path / "x.pth", "ride_resnet32", router=True, top_choices_num=30)
-    with pytest.raises(InputError, match=r"may be ride_resnet32\.cifar100_lt100 or .*_distill: say which by --tag"):
+    with pytest.raises(InputError, match=r"may be ride_resnet32\.cifar100_lt100_zoo or .*_distill: say which by --tag"):
         zoo.recognise(path)
     named = tmp_path / "cifar_standard_distill_003240.pth"
     shutil.copyfile(path, named)
@@ -306,7 +307,7 @@ def test_which_checkpoint_is_which(tmp_path):
     with pytest.raises(InputError, match=r"2 experts and 100 classes, none of the zoo's"):
         zoo.recognise(two)
     plain = authors_checkpoint(tmp_path / "plain.pth", "ride_resnet32")  # three experts, no router
-    staged = zoo.convert(plain, "ride_resnet32.cifar100_lt100", tmp_path / "hub")
+    staged = zoo.convert(plain, "ride_resnet32.cifar100_lt100_zoo", tmp_path / "hub")
     text = (staged.path / "README.md").read_text(encoding="utf-8")
     assert "measured with a router, which this checkpoint does not have" in text
 
@@ -319,6 +320,22 @@ def test_the_table_of_tags_is_as_rendered():
     assert tag_table.render_page(page) == page, "python hub/tags.py"
     assert {row["state"] for row in tag_table.rows()} <= {"published", "staged", "convertible", "trainable"}
     assert {row["tag"] for row in tag_table.rows()} >= set(read_table())
+
+
+def test_the_results_in_the_readme_are_those_of_the_releases():
+    page = results_table.PAGE.read_text(encoding="utf-8")
+    assert results_table.render_page(page) == page, "python hub/results.py"
+    for folder in HERE.glob("*/config.json"):
+        stages = json.loads(folder.with_name("results.json").read_text())["stages"]
+        accuracies = [f"{metrics['all']:.1f}" for metrics in stages.values()]
+        rows = [line.split(" | ") for line in page.splitlines() if line.startswith(f"| [`{folder.parent.name}`]")]
+        assert [row[2] for row in rows][: len(accuracies)] == accuracies
+
+
+def test_a_page_without_the_lines_to_fill():
+    with pytest.raises(InputError, match="has no lines <!-- a --> and <!-- b -->"):
+        fill("a page\n<!-- b -->\n", "<!-- a -->", "<!-- b -->", "text")
+    assert fill("x\n<a>\nold\n<b>\ny", "<a>", "<b>", r"\1 new") == "x\n<a>\n\\1 new\n<b>\ny"
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in HERE.glob("*/config.json")))

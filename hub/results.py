@@ -1,0 +1,71 @@
+"""The README's table of results, from results.json of every release staged here; nothing in it is typed.
+
+python hub/results.py
+
+renders it into README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from card import STAGE_NAMES, describe_data, result_row, seed_facts
+from staged import CONFIG, HERE, RESULTS, ROOT, Staged, fill
+
+from ride_timm.launch import Parser, exit_code
+
+PAGE = ROOT / "README.md"
+BEGIN, END = "<!-- results: rendered by hub/results.py -->", "<!-- results: end -->"
+_COLUMNS = ("model", "answer", "all", "many", "medium", "few", "top-5", "MACs", "images that use 1 / 2 / … experts")
+
+
+def measured() -> list[tuple[Staged, dict[str, Any]]]:
+    """The staged releases with figures of our own, by name, each with its results."""
+    found = [Staged(path.parent.name, path.parent) for path in sorted(HERE.glob(f"*/{CONFIG}"))]
+    return [(staged, results) for staged in found if (results := staged.json(RESULTS))["stages"]]
+
+
+def _rows(staged: Staged, results: dict[str, Any]) -> list[list[str]]:
+    model = f"[`{staged.name}`](hub/{staged.name})"
+    rows = [[model, *result_row(STAGE_NAMES[stage], metrics)] for stage, metrics in results["stages"].items()]
+    spread = seed_facts(results)
+    for name, *accuracies in spread["seed_rows"]:
+        rows.append([model, f"{name}, seeds {spread['seed_numbers']}", *accuracies, "–", "–", "–"])
+    return rows
+
+
+def _origin(staged: Staged, results: dict[str, Any]) -> str:
+    """Data, recipe, seed, epochs, precision, commit, time and processor."""
+    pretty, _, _ = describe_data(results["data"], results)
+    facts = [pretty]
+    if results["recipe"]:
+        epochs = " + ".join(str(stage["epochs"]) for stage in results["stages"].values())
+        facts += [f"recipe `{results['recipe']}`", f"seed {results['seed']}", f"{epochs} epochs"]
+    facts.append({"no": "fp32"}.get(results["precision"], results["precision"]))
+    facts.append(f"commit `{results['commit'][:12]}`" if results["commit"] else "no commit known")
+    if "seconds" in results:
+        facts.append(f"{results['seconds']:,.0f} s")
+    return f"- `{staged.name}`: {', '.join(facts)} on {results['device']}."
+
+
+def render_table() -> str:
+    releases = measured()
+    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *(row for release in releases for row in _rows(*release))]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n" + "\n".join(_origin(*release) for release in releases)
+
+
+def render_page(page: str) -> str:
+    """The page with the table as it should be."""
+    return fill(page, BEGIN, END, render_table())
+
+
+def main(argv: list[str] | None) -> None:
+    Parser(description=__doc__, allow_abbrev=False).parse_args(argv)
+    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(render_table())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, None))
