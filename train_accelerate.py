@@ -34,7 +34,7 @@ from ride_timm.decoupling import decouple
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_bf16, has_compiler, keep_memory, set_threads
 from ride_timm.losses import make_loss
-from ride_timm.mixing import Mixing
+from ride_timm.mixing import Erasing, Mixing
 from ride_timm.models import Router, add_class_affine
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
@@ -228,12 +228,14 @@ class Run:
             convert_sync_batchnorm(objective)
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
         hook_experts(objective.model)
-        ema, mixing = None, None
+        ema, changes = None, []
         if stage.name == "experts" and not self.decoupling:
             if recipe.ema_decay is not None:
                 ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=True)
+            if recipe.random_erasing:
+                changes.append(Erasing(recipe.random_erasing, views=2 if recipe.loss == "mdcs" else 1))
             if recipe.mixup_alpha or recipe.cutmix_alpha:
-                mixing = Mixing(recipe.mixup_alpha, recipe.cutmix_alpha)
+                changes.append(Mixing(recipe.mixup_alpha, recipe.cutmix_alpha))
         scored = self.model if ema is None else ema.module
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0
         if resumed:
@@ -252,7 +254,7 @@ class Run:
         )
         while done < stage.epochs and not selection.exhausted(done):
             started = time.perf_counter()
-            loss = self.train_epoch(stage, done, objective, wrapped, optimizer, loader, bar, ema, mixing)
+            loss = self.train_epoch(stage, done, objective, wrapped, optimizer, loader, bar, ema, changes)
             if self.sharded:
                 self.model.load_state_dict(whole(objective.model.state_dict()))
             row = dict(stage=stage.name, epoch=done + 1, lr=stage.lr_at(done), loss=loss)
@@ -284,7 +286,7 @@ class Run:
 
     def train_epoch(
         self, stage: Stage, epoch: int, objective: Objective, wrapped: Any, optimizer: Any, loader: Any, bar: tqdm,
-        ema: ModelEmaV3 | None, mixing: Mixing | None,
+        ema: ModelEmaV3 | None, changes: list[Erasing | Mixing],
     ) -> float:  # fmt: skip
         """One epoch; its mean loss. Everything random in it follows from seed and epoch, so resuming is exact."""
         accelerator, accumulation = self.accelerator, self.recipe.gradient_accumulation
@@ -299,8 +301,8 @@ class Run:
             start = step - step % accumulation
             size = min(accumulation, len(loader) - start)
             complete = step + 1 == start + size
-            if mixing is not None:
-                images, targets = mixing(images, targets)
+            for change in changes:
+                images, targets = change(images, targets)
             with nullcontext() if complete else accelerator.no_sync(wrapped):
                 with accelerator.autocast():  # FSDP leaves the precision to its caller; elsewhere it is set already
                     loss = wrapped(images, targets)["loss"]

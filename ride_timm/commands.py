@@ -86,8 +86,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
             raise InputError("macs-budget chooses a routing threshold: give --routed as well.")
         if "threshold" in flags_given(args):
             raise InputError("macs-budget chooses the threshold itself: leave --threshold out.")
-    if args.experts is not None and (args.routed or args.curve is not None):
-        raise InputError("experts names those to average: leave --routed and --curve out, where the router chooses.")
+    _check_experts(args, args.routed or args.curve is not None)
     if args.plots is not None:
         if not Path(args.plots).is_dir():
             raise InputError(f"plots={args.plots}: there is no such folder.")
@@ -110,7 +109,10 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 def _check_experts(args: argparse.Namespace, routed: bool) -> None:
     """InputError for chosen experts where none can be chosen, before any tool or model is looked for."""
     if args.experts is not None and (routed or args.runtime == "onnx"):
-        raise InputError(f"experts={args.experts}: neither a routed model nor ONNX's graph averages chosen experts.")
+        raise InputError(
+            f"experts={args.experts}: leave --routed and --curve out, where the router chooses, and --runtime onnx, "
+            "whose graph averages all."
+        )
 
 
 def _experts(args: argparse.Namespace, model: Ride) -> list[int]:
@@ -135,7 +137,6 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from .routing import check_budget, collect_outcomes, prefix_points, routing_curve, thin
 
     _check_evaluate(args)
-    _check_experts(args, args.routed)
     inference = inference_of(args)
     recipe = recipe_for(args)
     model = _load(args, args.routed or args.curve is not None).to(memory_format=torch.channels_last)  # as in training

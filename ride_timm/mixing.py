@@ -1,13 +1,32 @@
-"""Mixup and CutMix by timm, with targets that every loss understands."""
+"""What is done to whole batches of training images, by timm: random erasing, mixup, CutMix."""
 
 from __future__ import annotations
 
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from .errors import InputError
 from .losses import MixedTargets
+
+
+class Erasing:
+    """Covers a rectangle of an image with its mean colour, 2 to 33 % of the area: of each with this probability.
+
+    views: of several views of the images in a batch, one after the other, the first stays whole. The draws are those of
+    Python's `random`. InputError for a probability out of (0, 1]. Zhong et al. 2020, arXiv:1708.04896.
+    """
+
+    def __init__(self, probability: float, views: int = 1) -> None:
+        if not 0 < probability <= 1:
+            raise InputError(f"random_erasing={probability}: expected a probability above 0, at most 1")
+        self.erase = RandomErasing(probability, num_splits=views)
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, C, H, W], normalised, changed in place, and targets as they are."""
+        self.erase.device = images.device
+        return self.erase(images), targets
 
 
 class Mixing:

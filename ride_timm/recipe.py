@@ -106,6 +106,7 @@ class Recipe:
     label_smoothing: float = key("stage one", "share of a label that goes to all classes (losses of plain cross entropy)", 0.0, low=0, high=0.9)
     mixup_alpha: float = key("stage one", "timm's mixup; 0 is none", 0.0, low=0, high=10)
     cutmix_alpha: float = key("stage one", "timm's CutMix; 0 is none, with mixup one of them at random", 0.0, low=0, high=10)
+    random_erasing: float = key("stage one", "timm's random erasing: probability of an image (of mdcs: of its strong view)", 0.0, low=0, high=1)
     ema_decay: float | None = key("stage one", "train on, but evaluate and keep timm's moving average of the weights", above=0, high=0.99999)
     distillation: bool = key("stage one", "learn from a teacher as well (needs --teacher)", False)
     distill_temperature: float = key("stage one", "temperature of the distillation", 1.5, above=0)

@@ -246,7 +246,7 @@ def test_predictions_are_the_models(capsys, run, photos):
         (("--experts", "1,1"), "expected different numbers"),
         (("--experts", "a"), "expected numbers from 0, such as 0,2"),
         (("--experts", "0", "--routed"), "leave --routed and --curve out"),
-        (("--experts", "0", "--runtime", "onnx"), "neither a routed model nor ONNX"),
+        (("--experts", "0", "--runtime", "onnx"), "and --runtime onnx, whose graph averages all"),
         (("--plots", "nowhere"), "plots=nowhere: there is no such folder"),
         (("--many-shot", "10", "--few-shot", "20"), "few_shot=20: expected at most many_shot + 1, 11"),
     ],

@@ -1,4 +1,6 @@
-"""Mixup and CutMix: images and targets are mixed by the same share, and every loss follows."""
+"""Mixup and CutMix: images and targets are mixed by the same share, and every loss follows. Random erasing."""
+
+import random
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 
 from ride_timm import InputError
 from ride_timm.losses import LOSSES, MixedTargets, make_loss
-from ride_timm.mixing import Mixing
+from ride_timm.mixing import Erasing, Mixing
 
 COUNTS = [50, 20, 9, 4]
 
@@ -70,3 +72,26 @@ def test_for_cross_entropy_that_is_the_loss_of_soft_targets():
 def test_an_alpha_out_of_range_is_named(alphas):
     with pytest.raises(InputError, match="mixing needs an alpha above 0, got mixup"):
         Mixing(*alphas)
+
+
+@pytest.mark.parametrize(("probability", "views", "whole"), [(1.0, 1, 0), (1.0, 2, 300), (0.5, 1, 300)])
+def test_erasing_covers_one_rectangle_of_each_chosen_image(probability, views, whole):
+    random.seed(5)
+    images = torch.rand(600, 3, 16, 16).add(1).contiguous(memory_format=torch.channels_last)
+    targets = torch.arange(600)
+    erased, same = Erasing(probability, views)(images.clone(), targets)
+    assert same is targets
+    covered = (erased == 0).all(1)
+    assert torch.equal(torch.where(covered[:, None], images, erased), images)  # elsewhere nothing changes
+    untouched = ~covered.flatten(1).any(1)
+    assert untouched.sum() == pytest.approx(whole, abs=0 if probability == 1 else 60)
+    assert untouched[: len(images) // views if views > 1 else 0].all()  # a first view stays whole
+    for mask in covered[~untouched]:
+        rows, columns = mask.any(1).sum(), mask.any(0).sum()
+        assert mask.sum() == rows * columns and 0.01 < mask.float().mean() < 0.4
+
+
+@pytest.mark.parametrize("probability", [0, -0.1, 1.5, float("nan")])
+def test_bad_erasing(probability):
+    with pytest.raises(InputError, match=r"random_erasing=.*: expected a probability above 0, at most 1"):
+        Erasing(probability)

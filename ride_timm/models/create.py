@@ -87,7 +87,7 @@ def create_ride(
         if kwargs.get("num_classes") == 0:
             kwargs["router"] = False  # no logits, no gates
     num_experts = kwargs["num_experts"]
-    if not isinstance(num_experts, int) or num_experts < 1:
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
     heads = ("fc.head", "fc.affine") if kwargs.get("class_affine") else ("fc",)
     classifier = [f"experts.{i}.{head}" for i in range(num_experts) for head in heads]

@@ -294,6 +294,7 @@ def test_the_last_gate_layer_can_be_shared_or_not():
     ("kwargs", "error", "message"),
     [
         (dict(num_experts=0), ValueError, "num_experts=0"),
+        (dict(num_experts=True), ValueError, "num_experts=True"),
         (dict(num_experts=-2), ValueError, "num_experts=-2"),
         (dict(num_experts=1.5), ValueError, "num_experts=1.5"),
         (dict(num_classes=-1), ValueError, "num_classes=-1: expected 0 or more"),
