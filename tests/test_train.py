@@ -351,19 +351,8 @@ def _stop_after_first_epoch(monkeypatch, script):
     "more",
     [
         ["--loss", "balpoe", "--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--ema-decay", "0.9"],
-        [
-            "--loss",
-            "ce",
-            "--label-smoothing",
-            "0.1",
-            "--auto-augment",
-            "rand-m9-mstd0.5",
-            "--random-erasing",
-            "0.5",
-            "--workers",
-            "0",
-        ],
-        ["--loss", "mdcs", "--auto-augment", "original", "--random-erasing", "1", "--workers", "0"],
+        ["--loss", "ce", "--label-smoothing", "0.1", "--auto-augment", "rand-m9-mstd0.5", "--random-erasing", "0.5"],
+        ["--loss", "mdcs", "--auto-augment", "original", "--random-erasing", "1"],
         ["--decouple", "lws", "--decouple-epochs", "2", "--decouple-batch-size", "16"],
     ],
 )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from torch import Tensor
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 class TimmAugment:
@@ -39,13 +38,23 @@ class TimmAugment:
                 f"v0 or augmix-m3-w3 ({str(error) or type(error).__name__})"
             ) from error
 
-    def __call__(self, image: Image) -> Image:
-        state, numpy_state = random.getstate(), np.random.get_state()
-        seed = int(torch.randint(2**32, ()))
-        random.seed(seed)
-        np.random.seed(seed)
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.each([image], torch.randint(2**32, (1,)))[0]
+
+    def each(self, images: Iterable[Image.Image], seeds: Tensor) -> list[Image.Image]:
+        """Every image changed by what its own seed, from [0, 2**32), draws."""
+        state, numpy_state, changed = random.getstate(), np.random.get_state(), []
         try:
-            return self.transform(image)
+            for image, seed in zip(images, seeds.tolist(), strict=True):
+                random.seed(seed)
+                np.random.seed(seed)
+                changed.append(self.transform(image))
         finally:
             random.setstate(state)
             np.random.set_state(numpy_state)
+        return changed
+
+    def batch(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] and a seed for each image -> the same, changed; on the CPU."""
+        changed = self.each(map(Image.fromarray, images.numpy()), seeds)
+        return torch.from_numpy(np.stack([np.asarray(image) for image in changed]))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import InputError, RunError
+from .auto_augment import TimmAugment
 from .batches import Batches, collate, generator_of, torch_seed
 from .image_set import ImageSet
 from .orders import (
@@ -88,23 +89,30 @@ class TensorBatches(Batches):
             raise InputError(f"pixels must be uint8 [N, S, S, 3], not {pixels.dtype} {list(pixels.shape)}")
         if len(labels) != len(pixels):
             raise InputError(f"{len(pixels)} images have {len(labels)} labels")
-        self.pixels = pixels.to(self.device)
+        policy, size = get_policy(policy), pixels.shape[1]
+        self.auto_augment = None
+        if shares.train and policy.auto_augment is not None:
+            self.auto_augment = TimmAugment(policy.auto_augment, size, policy.mean)
+        self.pixels = pixels if self.auto_augment else pixels.to(self.device)  # Pillow works on the CPU
         self.labels = torch.from_numpy(labels).to(self.device)
-        self.augment = BatchAugment(policy, pixels.shape[1], self.device)
+        self.augment = BatchAugment(policy, size, self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.epoch
-        order = torch.from_numpy(self.order(epoch)).to(self.device)
+        order = torch.from_numpy(self.order(epoch)).to(self.pixels.device)
         for step, start, stop, low, high in self.shares:
             positions = order[low:high]
             images = self.pixels.index_select(0, positions)
             if self.shares.train:
                 generator = torch.Generator().manual_seed(torch_seed(self.seed, BATCH, epoch, step))
                 draws = self.augment.draw(stop - start, generator).part(low - start, high - start)
+                if self.auto_augment:
+                    seeds = torch.randint(2**32, (stop - start,), generator=generator)[low - start : high - start]
+                    images = self.auto_augment.batch(images, seeds).to(self.device, non_blocking=True)
                 images = self.augment(images, draws)
             else:
                 images = self.augment.normalize(images)
-            yield images, self.labels.index_select(0, positions)
+            yield images, self.labels.index_select(0, positions.to(self.device))
 
 
 class _Samples:

@@ -32,7 +32,8 @@ class Policy:
     size: side of the square input in pixels; resize: shorter side before the centre crop at test time, at that size.
     padding, degrees: of the small images' padded crop and rotation; padding None takes a random resized crop instead.
     jitter: strength of brightness, contrast and saturation changes.
-    auto_augment: timm's description of a policy that comes between flip and rotation, see `TimmAugment`.
+    auto_augment: timm's description of a policy that comes between flip and rotation, see `TimmAugment`; before the
+        crop where the set is held in memory.
     in_memory: the images are small; decode the set once and augment batch by batch.
     """
 
@@ -48,12 +49,12 @@ class Policy:
     auto_augment: str | None = None
 
     def with_auto_augment(self, description: str) -> Policy:
-        """The policy with timm's augmentations of single images on top, for which small images too go through workers.
+        """The policy with timm's augmentations of single images on top.
 
         InputError for a description that timm does not understand.
         """
         TimmAugment(description, self.size, self.mean)
-        return replace(self, auto_augment=description, in_memory=False)
+        return replace(self, auto_augment=description)
 
     def input_size(self, input_size: int | None = None) -> int:
         """The side to use: the given one if any, else the policy's. Raises `InputError` unless it is positive."""

@@ -9,6 +9,8 @@ from PIL import Image
 
 from ride_timm import InputError
 from ride_timm.data.auto_augment import TimmAugment
+from ride_timm.data.loader import make_loader
+from ride_timm.data.sources import load_longtail
 from ride_timm.data.transforms import build_augment, get_policy
 
 DESCRIPTIONS = ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1", "original", "v0", "augmix-m3-w3", "3a"]
@@ -50,7 +52,7 @@ def test_other_generators_are_left_where_they_were():
 def test_it_stands_between_flip_and_what_follows_in_training_only(name):
     plain = get_policy(name)
     policy = plain.with_auto_augment("rand-m9-mstd0.5")
-    assert not policy.in_memory and get_policy(name) == plain and plain.auto_augment is None
+    assert policy.in_memory == plain.in_memory and get_policy(name) == plain and plain.auto_augment is None
     size = policy.size
     steps = [type(step).__name__ for step in build_augment(policy, True).transforms]
     without = [type(step).__name__ for step in build_augment(plain, True).transforms]
@@ -59,6 +61,37 @@ def test_it_stands_between_flip_and_what_follows_in_training_only(name):
     image = picture(size)
     assert build_augment(policy, True)(image).shape == (3, size, size)
     assert torch.equal(build_augment(policy, False)(image), build_augment(plain, False)(image))
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS)
+def test_a_batch_is_its_images_one_by_one(description):
+    augment, seeds = TimmAugment(description, 32, MEAN), torch.tensor([3, 2**32 - 1, 3, 0])
+    images = torch.from_numpy(np.stack([np.asarray(picture())] * 4))
+    together = augment.batch(images, seeds)
+    assert together.dtype == torch.uint8 and np.array_equal(images[0], picture())
+    for one, seed in zip(together, seeds, strict=True):
+        (alone,) = augment.each([picture()], seed[None])
+        assert np.array_equal(one, alone)
+    assert torch.equal(together[0], together[2])
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_small_images_are_augmented_alike_by_any_number_of_processes(colours, num_processes):
+    images = load_longtail(str(colours), imb_type="none").train
+    policy = get_policy("cifar").with_auto_augment("rand-m9-mstd0.5")
+
+    def epoch(rank, number, policy=policy):
+        how = dict(train=True, batch_size=12, seed=3, rank=rank, num_processes=number)
+        return [batch for batch, _ in make_loader(images, policy, **how)]
+
+    whole, plain = epoch(0, 1), epoch(0, 1, get_policy("cifar"))
+    parts = [epoch(rank, num_processes) for rank in range(num_processes)]
+    assert len(whole) > 2 and all(not torch.equal(a, b) for a, b in zip(whole, plain, strict=True))
+    for together, *pieces in zip(whole[:-1], *(part[:-1] for part in parts), strict=True):
+        assert torch.equal(torch.cat(pieces), together)
+    assert all(torch.equal(a, b) for a, b in zip(epoch(0, 1), whole, strict=True))
+    test = [make_loader(images, p, train=False, batch_size=12, seed=3) for p in (policy, "cifar")]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(*test, strict=True))
 
 
 @pytest.mark.parametrize("description", ["hope", "rand-q9", "augmix-x1", ""])
