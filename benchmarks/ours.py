@@ -64,4 +64,4 @@ class Training(Run):
         """The script's loop over these batches; their mean loss."""
         bar = tqdm(disable=True)
         parts = (self.stage_objective, self.wrapped, self.optimizer)
-        return self.train_epoch(self.stage, 0, *parts, batches, bar, ema=None, mixing=None)
+        return self.train_epoch(self.stage, 0, *parts, batches, bar, ema=None, changes=[])
