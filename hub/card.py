@@ -241,17 +241,27 @@ def _spread(values: list[float | None]) -> str:
     return f"{statistics.mean(known):.1f} ± {statistics.stdev(known):.1f}"
 
 
-def _provenance(results: dict[str, Any]) -> str:
-    versions, commit = results["versions"], results["commit"]
-    precision = {"no": "fp32"}.get(results["precision"], results["precision"])
-    verb = "Measured" if results.get("seed") is None else "Made"
-    run = "fp32" if results.get("seed") is None else f"seed {results['seed']}, {precision}"
+def run_facts(results: dict[str, Any]) -> str:
+    """Seed, precision and number of processes of a run; of a checkpoint, the precision it was measured in."""
+    if results.get("seed") is None:
+        return "fp32"
+    facts = [f"seed {results['seed']}", {"no": "fp32"}.get(results["precision"], results["precision"])]
     if results.get("num_processes", 1) > 1:
-        run += f", {results['num_processes']} processes"
+        facts.append(f"{results['num_processes']} processes")
+    return ", ".join(facts)
+
+
+def commit_fact(results: dict[str, Any]) -> str:
+    return f"commit `{results['commit'][:12]}`" if results["commit"] else ""
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    verb = "Measured" if results.get("seed") is None else "Made"
     time = f", {results['seconds'] / 60:.0f} minutes" if results.get("seconds", 0) >= 60 else ""
     made = ", ".join(f"{name} {versions[name]}" for name in ("ride-timm", "torch", "timm") if name in versions)
-    at = f", commit `{commit[:12]}`" if commit else ""
-    return f"{verb} with {made}{at}: {run}, on {results['device']}{time}." if results.get("device") else ""
+    made = ", ".join(filter(None, (made, commit_fact(results))))
+    return f"{verb} with {made}: {run_facts(results)}, on {results['device']}{time}." if results.get("device") else ""
 
 
 def _claimed_note(claimed: dict[str, Any], args: dict[str, Any]) -> str:
@@ -268,10 +278,15 @@ def _training(recipe: Recipe | None, results: dict[str, Any], stages: dict[str, 
             return f"{by} Here the checkpoint was only converted, tensor by tensor."
         return "From a checkpoint in the format of the authors' code, converted here tensor by tensor."
     router = f", then the router for {stages['router']['epochs']}" if "router" in stages else ""
-    last = "The numbers are those of the last epoch, on the test set." if recipe.select == "last" else (
-        "The epoch was chosen on held-out training images; the test set chose nothing."
-    )  # fmt: skip
-    return f"With `ride_timm`: the experts for {stages['experts']['epochs']} epochs{router}. {last}"
+    return f"With `ride_timm`: the experts for {stages['experts']['epochs']} epochs{router}. {how_chosen(recipe)}"
+
+
+def how_chosen(recipe: Recipe) -> str:
+    """Which epoch the numbers are of."""
+    if recipe.select == "last":
+        return "The numbers are those of the last epoch, on the test set."
+    chosen_on = "validation images" if recipe.use_val else "held-out training images"
+    return f"The epoch was chosen on {chosen_on}; the test set chose nothing."
 
 
 def _command(recipe: Recipe | None, results: dict[str, Any]) -> str:
@@ -294,13 +309,24 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
         ("epochs, batch", f"{recipe.epochs}, {recipe.batch_size} images"),
         ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
         ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
-        ("augmentation", recipe.augment),
+        ("augmentation", _augmentation(recipe)),
         ("precision", {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision)),
     ]
     if recipe.num_experts > 1:
         batches = f"{recipe.router_epochs} epochs of class-balanced batches of {recipe.router_batch_size}"
         rows.append(("router", f"{batches}, learning rate {recipe.router_lr:g}, positive weight {recipe.pos_weight:g}"))
     return rows
+
+
+def _augmentation(recipe: Recipe) -> str:
+    more = {
+        "timm's {}": recipe.auto_augment,
+        "random erasing of {:.0%} of the images": recipe.random_erasing,
+        "mixup {:g}": recipe.mixup_alpha,
+        "CutMix {:g}": recipe.cutmix_alpha,
+        "labels smoothed by {:g}": recipe.label_smoothing,
+    }
+    return ", ".join([recipe.augment, *(text.format(value) for text, value in more.items() if value)])
 
 
 def _tail(results: dict[str, Any]) -> str:

@@ -8,21 +8,23 @@ renders it into README.md.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
-from card import STAGE_NAMES, describe_data, result_row, seed_facts
-from staged import CONFIG, HERE, RESULTS, ROOT, Staged, fill
+from card import STAGE_NAMES, commit_fact, describe_data, how_chosen, result_row, run_facts, seed_facts
+from staged import CONFIG, HERE, RECIPE, RESULTS, ROOT, Staged, fill
 
 from ride_timm.launch import Parser, exit_code
+from ride_timm.recipe import load_recipe
 
 PAGE = ROOT / "README.md"
 BEGIN, END = "<!-- results: rendered by hub/results.py -->", "<!-- results: end -->"
 _COLUMNS = ("model", "answer", "all", "many", "medium", "few", "top-5", "MACs", "images that use 1 / 2 / … experts")
 
 
-def measured() -> list[tuple[Staged, dict[str, Any]]]:
-    """The staged releases with figures of our own, by name, each with its results."""
-    found = [Staged(path.parent.name, path.parent) for path in sorted(HERE.glob(f"*/{CONFIG}"))]
+def measured(root: Path) -> list[tuple[Staged, dict[str, Any]]]:
+    """The releases staged in a folder with figures measured here, by name, each with its results."""
+    found = [Staged(path.parent.name, path.parent) for path in sorted(root.glob(f"[!.]*/{CONFIG}"))]
     return [(staged, results) for staged in found if (results := staged.json(RESULTS))["stages"]]
 
 
@@ -31,26 +33,27 @@ def _rows(staged: Staged, results: dict[str, Any]) -> list[list[str]]:
     rows = [[model, *result_row(STAGE_NAMES[stage], metrics)] for stage, metrics in results["stages"].items()]
     spread = seed_facts(results)
     for name, *accuracies in spread["seed_rows"]:
-        rows.append([model, f"{name}, seeds {spread['seed_numbers']}", *accuracies, "–", "–", "–"])
+        rows.append([model, f"{name}, mean ± deviation of seeds {spread['seed_numbers']}", *accuracies, *"–––"])
     return rows
 
 
 def _origin(staged: Staged, results: dict[str, Any]) -> str:
     """Data, recipe, seed, epochs, precision, commit, time and processor."""
-    pretty, _, _ = describe_data(results["data"], results)
-    facts = [pretty]
+    facts = [describe_data(results["data"], results)[0]]
+    if results.get("claimed"):
+        facts.append("the authors' checkpoint, measured")
     if results["recipe"]:
         epochs = " + ".join(str(stage["epochs"]) for stage in results["stages"].values())
-        facts += [f"recipe `{results['recipe']}`", f"seed {results['seed']}", f"{epochs} epochs"]
-    facts.append({"no": "fp32"}.get(results["precision"], results["precision"]))
-    facts.append(f"commit `{results['commit'][:12]}`" if results["commit"] else "no commit known")
-    if "seconds" in results:
-        facts.append(f"{results['seconds']:,.0f} s")
-    return f"- `{staged.name}`: {', '.join(facts)} on {results['device']}."
+        facts += [f"recipe `{results['recipe']}`", f"{epochs} epochs"]
+    facts += [run_facts(results), commit_fact(results)]
+    time = f"{results['seconds']:,.0f} s on " if "seconds" in results else ""
+    facts.append(f"{time}{results['device']}")
+    chosen = f" {how_chosen(load_recipe(staged.path / RECIPE))}" if (staged.path / RECIPE).is_file() else ""
+    return f"- `{staged.name}`: {', '.join(filter(None, facts))}.{chosen}"
 
 
-def render_table() -> str:
-    releases = measured()
+def render_table(root: Path = HERE) -> str:
+    releases = measured(root)
     lines = [_COLUMNS, ["---"] * len(_COLUMNS), *(row for release in releases for row in _rows(*release))]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n" + "\n".join(_origin(*release) for release in releases)

@@ -268,7 +268,7 @@ def main(argv: list[str] | None) -> None:
     where = dict(seeds=tuple(args.seeds), recipe=recipe, data_dir=args.data_dir, measured=args.measured)
     staged = stage(args.source, args.name, args.root, **where)
     print(f"staged {staged.path}: {', '.join(staged.hashes())}")
-    print(f"next: python hub/verify.py {args.name}")
+    print(f"next: python hub/verify.py {args.name}, then hub/tags.py and hub/results.py for the tables")
 
 
 if __name__ == "__main__":

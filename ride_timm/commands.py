@@ -110,8 +110,8 @@ def _check_experts(args: argparse.Namespace, routed: bool) -> None:
     """InputError for chosen experts where none can be chosen, before any tool or model is looked for."""
     if args.experts is not None and (routed or args.runtime == "onnx"):
         raise InputError(
-            f"experts={args.experts}: leave --routed and --curve out, where the router chooses, and --runtime onnx, "
-            "whose graph averages all."
+            f"experts={args.experts}: the router chooses where --routed or --curve is given or the model was saved as "
+            "routed, and ONNX's graph averages all: leave one of both out."
         )
 
 

@@ -12,10 +12,11 @@ from .losses import MixedTargets
 
 
 class Erasing:
-    """Covers a rectangle of an image with its mean colour, 2 to 33 % of the area: of each with this probability.
+    """Covers a rectangle of an image, 2 to 33 % of its area, with zero, which is the policy's mean colour.
 
-    views: of several views of the images in a batch, one after the other, the first stays whole. The draws are those of
-    Python's `random`. InputError for a probability out of (0, 1]. Zhong et al. 2020, arXiv:1708.04896.
+    probability: of each image. views: of several views of the images in a batch, one after the other, the first stays
+    whole. The draws are those of Python's `random`, so a batch's depend on the number of processes. InputError for a
+    probability out of (0, 1]. Zhong et al. 2020, arXiv:1708.04896.
     """
 
     def __init__(self, probability: float, views: int = 1) -> None:

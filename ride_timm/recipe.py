@@ -102,7 +102,7 @@ class Recipe:
     tau: float = key("stage one", "strength of the loss logit_adjustment", 1.0, low=0, high=10)
     inverse_tau: float = key("stage one", "strength of the inverse prior of SADE's third expert", 2.0, low=0, high=10)
     taus: tuple[float, ...] = key("stage one", "strength of adjustment by expert for balpoe and mdcs, mean 1 (default: evenly from 0 to 2, mdcs from -0.5 to 2.5)", (), low=-10, high=10)
-    consistency: float = key("stage one", "weight of mdcs's consistency of the strong view (auto_augment) with the plain one", 0.6, low=0, high=100)
+    consistency: float = key("stage one", "weight of mdcs's consistency of the strong view (auto_augment, random_erasing) with the plain one", 0.6, low=0, high=100)
     label_smoothing: float = key("stage one", "share of a label that goes to all classes (losses of plain cross entropy)", 0.0, low=0, high=0.9)
     mixup_alpha: float = key("stage one", "timm's mixup; 0 is none", 0.0, low=0, high=10)
     cutmix_alpha: float = key("stage one", "timm's CutMix; 0 is none, with mixup one of them at random", 0.0, low=0, high=10)

@@ -370,6 +370,44 @@ def test_methods_resume_bit_identical(train, script, finished, colours, tmp_path
     assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--loss", "balpoe", "--mixup-alpha", "0.4"], ["erase 0.5 1", "mix"]),
+        (["--loss", "mdcs", "--auto-augment", "original"], ["erase 0.5 2"]),
+        (["--decouple", "lws", "--decouple-epochs", "1", "--decouple-batch-size", "16"], []),
+    ],
+)
+def test_what_is_done_to_batches_in_stage_one(train, script, finished, colours, tmp_path, monkeypatch, flags, expected):
+    """Erasing before mixing, in every batch; neither for re-balanced heads nor for the router."""
+    done = []
+
+    class Erasing(script.Erasing):
+        def __init__(self, probability, views=1):
+            super().__init__(probability, views)
+            self.name = f"erase {probability} {views}"
+
+        def __call__(self, images, targets):
+            done.append(self.name)
+            before = images.clone()
+            erased, targets = super().__call__(images, targets)
+            assert torch.equal(erased[: len(targets)], before[: len(targets)]) == (len(erased) > len(targets))
+            return erased, targets
+
+    class Mixing(script.Mixing):
+        def __call__(self, images, targets):
+            done.append("mix")
+            return super().__call__(images, targets)
+
+    monkeypatch.setattr(script, "Erasing", Erasing)
+    monkeypatch.setattr(script, "Mixing", Mixing)
+    source = ["--from", finished[0]] if "--decouple" in flags else []
+    flags = [*flags, *source, "--random-erasing", "0.5", "--epochs", "1", "--router-epochs", "1"]
+    assert train(_flags(colours, tmp_path / "run", *flags)) == 0
+    assert done[: len(expected)] == expected and len(done) == (done.count(expected[0]) * len(expected) if done else 0)
+    assert bool(done) == bool(expected)
+
+
 def test_the_moving_average_is_what_is_evaluated_and_kept(train, script, colours, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(_flags(colours, output, "--stage", "experts", "--ema-decay", "0.99")) == 0

@@ -21,6 +21,7 @@ from .image_set import ImageSet
 from .orders import (
     BATCH,
     SAMPLE,
+    STRONG,
     ClassBalancedOrder,
     Order,
     SequentialOrder,
@@ -62,7 +63,8 @@ class TensorBatches(Batches):
     """Batches of a set of small images that is held decoded, on `device`, and augmented a batch at a time.
 
     Yields (images float32 [b, 3, S, S] channels last, labels int64 [b]) on `device`. The random choices of a step are
-    drawn for the global batch and then cut, so they do not depend on the number of processes.
+    drawn for the global batch and then cut, so they do not depend on the number of processes. A policy with
+    `auto_augment` is held on the CPU, where Pillow changes image by image, and has draws of its own.
 
     pixels: uint8 [N, S, S, 3]; labels: [N].
     """
@@ -93,26 +95,31 @@ class TensorBatches(Batches):
         self.auto_augment = None
         if shares.train and policy.auto_augment is not None:
             self.auto_augment = TimmAugment(policy.auto_augment, size, policy.mean)
-        self.pixels = pixels if self.auto_augment else pixels.to(self.device)  # Pillow works on the CPU
+        self.pixels = pixels.cpu() if self.auto_augment else pixels.to(self.device)
+        self.stream = BATCH if self.auto_augment is None else STRONG
         self.labels = torch.from_numpy(labels).to(self.device)
         self.augment = BatchAugment(policy, size, self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.epoch
-        order = torch.from_numpy(self.order(epoch)).to(self.pixels.device)
+        order = torch.from_numpy(self.order(epoch))
+        labels = self.labels.index_select(0, order.to(self.device))
+        order = order.to(self.pixels.device)
         for step, start, stop, low, high in self.shares:
-            positions = order[low:high]
-            images = self.pixels.index_select(0, positions)
+            images = self.pixels.index_select(0, order[low:high])
             if self.shares.train:
-                generator = torch.Generator().manual_seed(torch_seed(self.seed, BATCH, epoch, step))
+                generator = torch.Generator().manual_seed(torch_seed(self.seed, self.stream, epoch, step))
                 draws = self.augment.draw(stop - start, generator).part(low - start, high - start)
                 if self.auto_augment:
                     seeds = torch.randint(2**32, (stop - start,), generator=generator)[low - start : high - start]
-                    images = self.auto_augment.batch(images, seeds).to(self.device, non_blocking=True)
+                    images = self.auto_augment.batch(images, seeds)
+                    if self.device.type == "cuda":
+                        images = images.pin_memory()  # from ordinary memory the GPU would be waited for
+                    images = images.to(self.device, non_blocking=True)
                 images = self.augment(images, draws)
             else:
                 images = self.augment.normalize(images)
-            yield images, self.labels.index_select(0, positions.to(self.device))
+            yield images, labels[low:high]
 
 
 class _Samples:

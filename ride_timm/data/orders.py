@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 
 from ..errors import InputError
 
-# one stream of random numbers per purpose, so that no two purposes share draws; the last two are the loader's
-SHUFFLE, CLASS, BUCKET, BATCH, SAMPLE = range(5)
+# one stream of random numbers per purpose, so that no two purposes share draws; the last three are the loader's
+SHUFFLE, CLASS, BUCKET, BATCH, SAMPLE, STRONG = range(6)
 
 
 def check_integer(value: int, name: str, low: int) -> int:

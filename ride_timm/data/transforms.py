@@ -32,8 +32,8 @@ class Policy:
     size: side of the square input in pixels; resize: shorter side before the centre crop at test time, at that size.
     padding, degrees: of the small images' padded crop and rotation; padding None takes a random resized crop instead.
     jitter: strength of brightness, contrast and saturation changes.
-    auto_augment: timm's description of a policy that comes between flip and rotation, see `TimmAugment`; before the
-        crop where the set is held in memory.
+    auto_augment: timm's description of a policy, see `TimmAugment`: before the padded crop, after a random resized one
+        and its flip.
     in_memory: the images are small; decode the set once and augment batch by batch.
     """
 
@@ -158,11 +158,13 @@ def build_augment(policy: str | Policy, train: bool, input_size: int | None = No
     policy = get_policy(policy)
     steps = []
     if train:
-        if policy.padding is not None:
-            steps += [T.RandomCrop(policy.input_size(input_size), padding=policy.padding)]
-        steps += [T.RandomHorizontalFlip()]
+        size, changes = policy.input_size(input_size), []
         if policy.auto_augment is not None:
-            steps += [TimmAugment(policy.auto_augment, policy.input_size(input_size), policy.mean)]
+            changes = [TimmAugment(policy.auto_augment, size, policy.mean)]
+        if policy.padding is not None:
+            steps += [*changes, T.RandomCrop(size, padding=policy.padding), T.RandomHorizontalFlip()]
+        else:
+            steps += [T.RandomHorizontalFlip(), *changes]
         steps += [T.RandomRotation(policy.degrees)] if policy.degrees else []
         steps += [T.ColorJitter(policy.jitter, policy.jitter, policy.jitter)] if policy.jitter else []
     return T.Compose([*steps, T.ToTensor(), T.Normalize(policy.mean, policy.std)])

@@ -12,8 +12,9 @@ from torch import Tensor
 class TwoViews:
     """Batches of two loaders that give the same images in the same order, under different augmentations.
 
-    Yields (images [2b, 3, S, S], the first loader's and then the second's; labels [b]). Where both loaders work image
-    by image, an image's crop and flip are the same in both views, since they follow from its place in the epoch.
+    Yields (images [2b, 3, S, S], the first loader's and then the second's; labels [b]). Small images, augmented a batch
+    at a time, are cropped and flipped anew in each view. Where both loaders work image by image, an image's crop and
+    flip are the same in both, since they follow from its place in the epoch.
     """
 
     def __init__(self, first: Any, second: Any) -> None:

@@ -9,9 +9,9 @@ from PIL import Image
 
 from ride_timm import InputError
 from ride_timm.data.auto_augment import TimmAugment
-from ride_timm.data.loader import make_loader
+from ride_timm.data.loader import decode, make_loader
 from ride_timm.data.sources import load_longtail
-from ride_timm.data.transforms import build_augment, get_policy
+from ride_timm.data.transforms import Draws, build_augment, get_policy
 
 DESCRIPTIONS = ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1", "original", "v0", "augmix-m3-w3", "3a"]
 MEAN = (0.5, 0.4, 0.3)
@@ -48,8 +48,8 @@ def test_other_generators_are_left_where_they_were():
     assert (random.random(), np.random.rand()) == expected
 
 
-@pytest.mark.parametrize("name", ["cifar", "imagenet"])
-def test_it_stands_between_flip_and_what_follows_in_training_only(name):
+@pytest.mark.parametrize(("name", "after"), [("cifar", None), ("imagenet", "RandomHorizontalFlip")])
+def test_it_stands_before_a_padded_crop_or_after_the_flip_in_training_only(name, after):
     plain = get_policy(name)
     policy = plain.with_auto_augment("rand-m9-mstd0.5")
     assert policy.in_memory == plain.in_memory and get_policy(name) == plain and plain.auto_augment is None
@@ -57,7 +57,7 @@ def test_it_stands_between_flip_and_what_follows_in_training_only(name):
     steps = [type(step).__name__ for step in build_augment(policy, True).transforms]
     without = [type(step).__name__ for step in build_augment(plain, True).transforms]
     place = steps.index("TimmAugment")
-    assert steps[place - 1] == "RandomHorizontalFlip" and steps[:place] + steps[place + 1 :] == without
+    assert [None, *steps][place] == after and steps[:place] + steps[place + 1 :] == without
     image = picture(size)
     assert build_augment(policy, True)(image).shape == (3, size, size)
     assert torch.equal(build_augment(policy, False)(image), build_augment(plain, False)(image))
@@ -75,23 +75,24 @@ def test_a_batch_is_its_images_one_by_one(description):
     assert torch.equal(together[0], together[2])
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_small_images_are_augmented_alike_by_any_number_of_processes(colours, num_processes):
+def test_a_batch_of_small_images_is_changed_before_its_crop(colours, monkeypatch):
     images = load_longtail(str(colours), imb_type="none").train
     policy = get_policy("cifar").with_auto_augment("rand-m9-mstd0.5")
+    loader = make_loader(images, policy, train=True, batch_size=12, seed=3)
+    seen, change = [], loader.auto_augment.batch
 
-    def epoch(rank, number, policy=policy):
-        how = dict(train=True, batch_size=12, seed=3, rank=rank, num_processes=number)
-        return [batch for batch, _ in make_loader(images, policy, **how)]
+    def batch(pixels, seeds):
+        seen.append((pixels, seeds, change(pixels, seeds)))
+        return seen[-1][-1]
 
-    whole, plain = epoch(0, 1), epoch(0, 1, get_policy("cifar"))
-    parts = [epoch(rank, num_processes) for rank in range(num_processes)]
-    assert len(whole) > 2 and all(not torch.equal(a, b) for a, b in zip(whole, plain, strict=True))
-    for together, *pieces in zip(whole[:-1], *(part[:-1] for part in parts), strict=True):
-        assert torch.equal(torch.cat(pieces), together)
-    assert all(torch.equal(a, b) for a, b in zip(epoch(0, 1), whole, strict=True))
-    test = [make_loader(images, p, train=False, batch_size=12, seed=3) for p in (policy, "cifar")]
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(*test, strict=True))
+    still = Draws(*(torch.full((12,), value) for value in (policy.padding, policy.padding, False, 0.0)))
+    monkeypatch.setattr(loader.auto_augment, "batch", batch)
+    monkeypatch.setattr(loader.augment, "draw", lambda number, generator: still.part(0, number))
+    for (made, _), low in zip(loader, range(0, len(images), 12), strict=True):
+        pixels, seeds, changed = seen[-1]
+        order = torch.from_numpy(loader.order(0))[low : low + 12]
+        assert torch.equal(pixels, decode(images)[order]) and len(seeds.unique()) == len(seeds) == len(pixels)
+        assert not torch.equal(changed, pixels) and torch.equal(made, loader.augment.normalize(changed))
 
 
 @pytest.mark.parametrize("description", ["hope", "rand-q9", "augmix-x1", ""])

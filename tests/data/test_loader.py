@@ -12,7 +12,7 @@ from PIL import Image
 
 from ride_timm.data.loader import TensorBatches, WorkerBatches, decode, make_loader
 from ride_timm.data.sources import ImageSet
-from ride_timm.data.transforms import build_transform
+from ride_timm.data.transforms import build_transform, get_policy
 from ride_timm.errors import InputError, RunError
 
 
@@ -39,13 +39,17 @@ def joined(loader) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 # in memory
 
 
+STRONG = get_policy("cifar").with_auto_augment("rand-m9-mstd0.5")
+
+
+@pytest.mark.parametrize("policy", ["cifar", STRONG], ids=["plain", "auto_augment"])
 @pytest.mark.parametrize("num_processes", [2, 3])
 @pytest.mark.parametrize("train, order", [(True, None), (True, "balanced"), (False, None)])
-def test_ranks_jointly_see_the_images_of_one_process(num_processes, train, order):
+def test_ranks_jointly_see_the_images_of_one_process(num_processes, train, order, policy):
     data = image_set(13)
     common = {"train": train, "batch_size": 5, "seed": 1, "order": order, "num_processes": num_processes}
-    one = make_loader(data, "cifar", **{**common, "num_processes": 1})
-    ranks = [make_loader(data, "cifar", rank=r, **common) for r in range(num_processes)]
+    one = make_loader(data, policy, **{**common, "num_processes": 1})
+    ranks = [make_loader(data, policy, rank=r, **common) for r in range(num_processes)]
     assert isinstance(one, TensorBatches)
     for epoch in (0, 2):
         for loader in (one, *ranks):
@@ -102,11 +106,14 @@ def test_decode():
     assert decode(mixed, 8).shape == (4, 8, 8, 3)
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_batches_are_made_where_the_pixels_are_and_wait_for_nothing(train):
+@pytest.mark.parametrize(
+    ("train", "policy", "place"), [(True, "cifar", "meta"), (False, "cifar", "meta"), (True, STRONG, "cpu")]
+)
+def test_batches_are_made_where_the_pixels_are_and_wait_for_nothing(train, policy, place):
     """A tensor on "meta" holds no values: asking for one, as a synchronisation would, raises."""
-    loader = make_loader(image_set(5), "cifar", train=train, batch_size=3, seed=0, device="meta")
-    assert loader.pixels.device.type == loader.labels.device.type == "meta" and loader.pixels.dtype == torch.uint8
+    loader = make_loader(image_set(5), policy, train=train, batch_size=3, seed=0, device="meta")
+    assert loader.pixels.device.type == place and loader.labels.device.type == "meta"
+    assert loader.pixels.dtype == torch.uint8
     for (images, labels), size in zip(loader, (3, 2), strict=True):
         assert images.device.type == labels.device.type == "meta"
         assert images.shape == (size, 3, 32, 32) and images.is_contiguous(memory_format=torch.channels_last)

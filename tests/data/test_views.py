@@ -25,6 +25,7 @@ def test_both_views_show_the_same_images_in_the_same_order(colours):
         for (both, labels), (weak, expected) in zip(views, alone, strict=True):
             assert len(both) == 2 * len(labels) and torch.equal(labels, expected)
             assert torch.equal(both[: len(labels)], weak) and not torch.equal(both[len(labels) :], weak)
+            assert all(not torch.equal(a, b) for a, b in zip(both[len(labels) :], weak, strict=True))
             strong_brightest = both[len(labels) :].mean((2, 3)).argmax(1)  # the colour of a class survives most changes
             seen.append((strong_brightest == labels).float().mean())
     assert torch.stack(seen).mean() > 0.6

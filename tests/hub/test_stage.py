@@ -332,6 +332,24 @@ def test_the_results_in_the_readme_are_those_of_the_releases():
         assert [row[2] for row in rows][: len(accuracies)] == accuracies
 
 
+def test_results_of_seeds_checkpoints_and_unmeasured_releases(make_run, run, tmp_path):
+    seeds = (make_run(seed=1, accuracy=56.0),)
+    stage(run, TAG, tmp_path, seeds=seeds, measured=False)
+    plain = authors_checkpoint(tmp_path / "plain.pth", "ride_resnet32")
+    theirs = zoo.convert(plain, "ride_resnet32.cifar100_lt100_zoo", tmp_path)
+    assert len(results_table.measured(tmp_path)) == 1 and "zoo" not in results_table.render_table(tmp_path)
+    shutil.copytree(theirs.path, tmp_path / ".left.over")
+    results = theirs.json("results.json")
+    results["stages"] = dict(experts=dict(all=48.0, many=60.0, medium=50.0, few=20.0, macs=102_000_000))
+    results |= dict(device="cpu", commit=None)
+    (theirs.path / "results.json").write_text(json.dumps(results))
+    text = results_table.render_table(tmp_path)
+    assert text.count("ride_resnet32.cifar100_lt100_zoo`](") == 1 and ".left" not in text
+    assert "CIFAR100-LT (imbalance factor 100), the authors' checkpoint, measured, fp32, cpu." in text
+    assert "| ensemble, mean ± deviation of seeds 0, 1 | 53.0 ± 4.2 |" in text
+    assert "seed 0, fp32" in text and "those of the last epoch" in text
+
+
 def test_a_page_without_the_lines_to_fill():
     with pytest.raises(InputError, match="has no lines <!-- a --> and <!-- b -->"):
         fill("a page\n<!-- b -->\n", "<!-- a -->", "<!-- b -->", "text")
