@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from staged import CARD, CONFIG, HERE, LICENCE, RECIPE, RESULTS, Staged, is_registered
+from staged import CARD, CONFIG, HERE, LICENCE, RESULTS, Staged, is_registered
 
 from ride_timm.launch import Parser, exit_code
 from ride_timm.priors import shot_groups
-from ride_timm.recipe import Recipe, load_recipe
+from ride_timm.recipe import Recipe
 
 TEMPLATE = HERE / "card.md.jinja"
 BEGIN = "<!-- hand-edited: what stands between these two lines is kept when the card is rendered again -->"
@@ -45,11 +45,10 @@ def hand_edited(card: str) -> str:
 
 def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
     """The card as text: front matter and page."""
-    config, results = staged.json(CONFIG), staged.json(RESULTS)
-    recipe = load_recipe(staged.path / RECIPE) if (staged.path / RECIPE).is_file() else None
+    config, results, recipe = staged.json(CONFIG), staged.json(RESULTS), staged.recipe()
     stages, claimed, data = results["stages"], results.get("claimed"), results.get("data", {})
     args = {**dict(num_experts=3), **config["model_args"]}
-    pretty, hub_id, home = describe_data(data, results)
+    pretty, hub_id, home = describe_data(data)
     routed = stages.get("router")
     card_data = ModelCardData(
         license="mit",
@@ -99,7 +98,8 @@ def write_card(staged: Staged, by_hand: str) -> None:
     (staged.path / CARD).write_text(render(staged, by_hand), encoding="utf-8")
 
 
-def describe_data(data: dict[str, Any], results: dict[str, Any]) -> tuple[str, str | None, str | None]:
+def describe_data(data: dict[str, Any]) -> tuple[str, str | None, str | None]:
+    """Pretty name with the imbalance, Hub id and home page of the "data" in results.json; None where unknown."""
     dataset = data.get("dataset")
     if dataset in DATASETS:
         pretty, hub_id, home = DATASETS[dataset]

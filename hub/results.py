@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from card import STAGE_NAMES, commit_fact, describe_data, how_chosen, result_row, run_facts, seed_facts
-from staged import CONFIG, HERE, RECIPE, RESULTS, ROOT, Staged, fill
+from staged import CONFIG, HERE, RESULTS, ROOT, Staged, fill_file
 
 from ride_timm.launch import Parser, exit_code
-from ride_timm.recipe import load_recipe
 
 PAGE = ROOT / "README.md"
 BEGIN, END = "<!-- results: rendered by hub/results.py -->", "<!-- results: end -->"
@@ -39,7 +38,7 @@ def _rows(staged: Staged, results: dict[str, Any]) -> list[list[str]]:
 
 def _origin(staged: Staged, results: dict[str, Any]) -> str:
     """Data, recipe, seed, epochs, precision, commit, time and processor."""
-    facts = [describe_data(results["data"], results)[0]]
+    facts = [describe_data(results["data"])[0]]
     if results.get("claimed"):
         facts.append("the authors' checkpoint, measured")
     if results["recipe"]:
@@ -48,7 +47,8 @@ def _origin(staged: Staged, results: dict[str, Any]) -> str:
     facts += [run_facts(results), commit_fact(results)]
     time = f"{results['seconds']:,.0f} s on " if "seconds" in results else ""
     facts.append(f"{time}{results['device']}")
-    chosen = f" {how_chosen(load_recipe(staged.path / RECIPE))}" if (staged.path / RECIPE).is_file() else ""
+    recipe = staged.recipe()
+    chosen = f" {how_chosen(recipe)}" if recipe else ""
     return f"- `{staged.name}`: {', '.join(filter(None, facts))}.{chosen}"
 
 
@@ -59,15 +59,9 @@ def render_table(root: Path = HERE) -> str:
     return f"{table}\n\n" + "\n".join(_origin(*release) for release in releases)
 
 
-def render_page(page: str) -> str:
-    """The page with the table as it should be."""
-    return fill(page, BEGIN, END, render_table())
-
-
 def main(argv: list[str] | None) -> None:
     Parser(description=__doc__, allow_abbrev=False).parse_args(argv)
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(render_table())
+    fill_file(PAGE, BEGIN, END, render_table())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import timm
 import ride_timm
 from ride_timm import InputError
 from ride_timm.models.releases import CONFIG, WEIGHTS, sha256_of
+from ride_timm.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -60,6 +61,12 @@ def fill(page: str, begin: str, end: str, body: str) -> str:
     return f"{before}{begin}\n{body}\n{end}{after}"
 
 
+def fill_file(path: Path, begin: str, end: str, body: str) -> None:
+    """The same in a file; what it now says is printed."""
+    path.write_text(fill(path.read_text(encoding="utf-8"), begin, end, body), encoding="utf-8")
+    print(body)
+
+
 @dataclass(frozen=True)
 class Staged:
     """The folder `root/NAME.TAG`."""
@@ -82,6 +89,10 @@ class Staged:
             return json.loads((self.path / file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path / file} cannot be read ({type(error).__name__}): stage it again.") from error
+
+    def recipe(self) -> Recipe | None:
+        """The recipe it was trained by; None for a checkpoint."""
+        return load_recipe(self.path / RECIPE) if (self.path / RECIPE).is_file() else None
 
     def hashes(self) -> dict[str, str]:
         """sha256 by file, of all that will be published.

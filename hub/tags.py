@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import timm
-from staged import CONFIG, HERE, fill, read_table
+from staged import CONFIG, HERE, fill_file, read_table
 from zoo import DOWNLOAD, read_zoo
 
 from ride_timm.launch import Parser, exit_code
@@ -60,15 +60,9 @@ def render_table() -> str:
     return "\n".join(lines)
 
 
-def render_page(page: str) -> str:
-    """The page with the table as it should be."""
-    return fill(page, BEGIN, END, render_table())
-
-
 def main(argv: list[str] | None) -> None:
     Parser(description=__doc__, allow_abbrev=False).parse_args(argv)
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(render_table())
+    fill_file(PAGE, BEGIN, END, render_table())
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
     name = f"{config['architecture']}.{config['pretrained_cfg'].get('tag')}"
     if not isinstance(model, Ride) or name != staged.name:
         raise InputError(f"{staged.path} holds {name}, its name says {staged.name}.")
-    if (staged.path / RECIPE).is_file():
-        check_recipe(load_recipe(staged.path / RECIPE), staged.path / RECIPE)
+    if (recipe := staged.recipe()) is not None:
+        check_recipe(recipe, staged.path / RECIPE)
     difference = check_golden(model, staged.path / GOLDEN)
     card = (staged.path / CARD).read_text(encoding="utf-8")
     if card != render(staged, hand_edited(card)):
