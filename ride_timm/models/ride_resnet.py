@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers import DropPath, calculate_drop_path_rates
@@ -17,14 +18,27 @@ FULL_PLANES = (64, 128, 256, 512)
 REDUCED_PLANES = (64, 128, 192, 384)
 
 
-def _stage(
-    block: type, in_channels: int, planes: int, drop_path_rates: list[float], stride: int, **block_args: Any
+def _conv_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    return downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
+
+
+def residual_stage(
+    block: type,
+    in_channels: int,
+    planes: int,
+    drop_path_rates: list[float],
+    stride: int,
+    make_shortcut: Callable[[int, int, int], nn.Module],
+    **block_args: Any,
 ) -> nn.Sequential:
-    # one block a rate
+    """One block for each drop path rate; the first has the stride and, where shapes change, the shortcut.
+
+    make_shortcut: channels in, channels out and stride -> the module beside the first block.
+    """
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
-        downsample = downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
+        downsample = make_shortcut(in_channels, out_channels, stride)
     blocks = []
     for rate in drop_path_rates:
         first = () if blocks else (stride, downsample)
@@ -77,7 +91,9 @@ def build_ride_resnet(
     drop_paths = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
 
     def stage(i: int) -> nn.Sequential:
-        return _stage(block, channels[i - 1], planes[i - 1], drop_paths[i - 1], stride=1 if i == 1 else 2, **block_args)
+        stride = 1 if i == 1 else 2
+        where = (channels[i - 1], planes[i - 1], drop_paths[i - 1], stride)
+        return residual_stage(block, *where, _conv_shortcut, **block_args)
 
     def stages(stem: dict[str, nn.Module], numbers: range) -> Stages:
         info = [dict(num_chs=64, reduction=2, module="act1")] if stem else []

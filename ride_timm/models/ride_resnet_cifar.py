@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .create import assemble, create_ride, ride_cfg
 from .releases import with_releases
 from .ride import Expert, Ride, Stages
+from .ride_resnet import residual_stage
 
 
 class PadShortcut(nn.Module):
@@ -30,15 +31,8 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], self.padding)
 
 
-def _stage(in_channels: int, channels: int, drop_path_rates: list[float], stride: int) -> nn.Sequential:
-    # one block a rate
-    shortcut = PadShortcut(in_channels, channels) if stride != 1 or in_channels != channels else None
-    blocks = []
-    for rate in drop_path_rates:
-        first = () if blocks else (stride, shortcut)
-        drop_path = DropPath(rate) if rate else None
-        blocks.append(BasicBlock(channels if blocks else in_channels, channels, *first, drop_path=drop_path))
-    return nn.Sequential(*blocks)
+def _pad_shortcut(in_channels: int, out_channels: int, stride: int) -> PadShortcut:
+    return PadShortcut(in_channels, out_channels)  # its stride is 2, as every stage's that needs one
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -94,8 +88,10 @@ def build_ride_resnet_cifar(
     def stages(stem: dict[str, nn.Module], numbers: range) -> Stages:
         info = [dict(num_chs=16, reduction=1, module="act1")] if stem else []
         info += [dict(num_chs=channels[i], reduction=2 ** (i - 1), module=f"layer{i}") for i in numbers]
-        strides = (1, 2, 2)
-        made = {f"layer{i}": _stage(*channels[i - 1 : i + 1], drop_paths[i - 1], strides[i - 1]) for i in numbers}
+        made = {}
+        for i in numbers:
+            where = (channels[i - 1], channels[i], drop_paths[i - 1], 1 if i == 1 else 2)
+            made[f"layer{i}"] = residual_stage(BasicBlock, *where, _pad_shortcut)
         return Stages({**stem, **made}, info)
 
     stem = {
