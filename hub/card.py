@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from staged import CARD, CONFIG, HERE, LICENCE, RESULTS, Staged, is_registered
 
 from ride_timm.launch import Parser, exit_code
+from ride_timm.methods import spread_taus
 from ride_timm.priors import shot_groups
 from ride_timm.recipe import Recipe
 
@@ -32,6 +33,13 @@ DATASETS = {  # pretty name, Hub id of the images, home page
     "cifar100": ("CIFAR100-LT", "uoft-cs/cifar100", "https://www.cs.toronto.edu/~kriz/cifar.html"),
     "imagenet_lt": ("ImageNet-LT", "ILSVRC/imagenet-1k", "https://liuziwei7.github.io/projects/LongTail.html"),
     "inat18": ("iNaturalist 2018", None, "https://github.com/visipedia/inat_comp/tree/master/2018"),
+}  # fmt: skip
+METHODS = {  # by loss: name, paper, and what the loss does to the experts
+    "ride": ("RIDE", "2010.01809", "drives them apart and knows how rare each class is"),
+    "sade": ("SADE", "2107.09249", "aims each of them at another distribution of the classes"),
+    "balpoe": ("BalPoE", "2206.05260", "takes another share of the classes' prior off each of them"),
+    "mdcs": ("MDCS", "2308.09922", "takes another share of the classes' prior off each of them and lets each learn a "
+                                   "strongly augmented image from a weakly augmented one"),
 }  # fmt: skip
 _GROUPS = ("all", "many", "medium", "few")
 STAGE_NAMES = {"experts": "ensemble", "router": "routed"}
@@ -65,7 +73,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         template_path=str(TEMPLATE),
         name=staged.name,
         spec=staged.name if is_registered(staged.name) else f"hf-hub:owner/{staged.name}",
-        summary=_summary(config, args, pretty, home, results),
+        summary=_summary(config, args, pretty, home, results, recipe),
         has_classes=(staged.path / "classes.png").is_file(),
         has_curves=(staged.path / "curves.png").is_file(),
         has_router=bool(args.get("router")),
@@ -89,7 +97,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
         few_note=_few_note(results, config.get("label_names")),
         hand_edited=f"{BEGIN}\n{by_hand}\n{END}",
-        licence=_licence(staged, results),
+        licence=_licence(staged, recipe),
     )
     return re.sub(r"\n{3,}", "\n\n", card.content.rstrip()) + "\n"
 
@@ -164,7 +172,12 @@ def _few_points(curve: list[dict[str, Any]], most: int = 5) -> list[dict[str, An
 
 
 def _summary(
-    config: dict[str, Any], args: dict[str, Any], pretty: str, home: str | None, results: dict[str, Any]
+    config: dict[str, Any],
+    args: dict[str, Any],
+    pretty: str,
+    home: str | None,
+    results: dict[str, Any],
+    recipe: Recipe | None,
 ) -> str:
     experts, network = args["num_experts"], config["architecture"].removeprefix("ride_")
     data = f"[{pretty}]({home})" if home else pretty
@@ -178,16 +191,18 @@ def _summary(
         if results.get("claimed")
         else ""
     )
-    body = (
-        f"{experts} experts share the first stages of a {network} and answer as the mean of their logits; the loss "
-        "drives them apart and knows how rare each class is."
-        if experts > 1
-        else f"a {network} with one expert."
-    )
-    return (
-        f"An image classifier for long-tailed data, trained on {data} by RIDE "
-        f"([arXiv:2010.01809](https://arxiv.org/abs/2010.01809)): {body}{router}{origin}"
-    )
+    loss = recipe.loss if recipe else "ride"
+    body = f"a {network} with one expert."
+    if experts > 1:
+        body = f"{experts} experts share the first stages of a {network} and answer as the mean of their logits"
+        body += f"; the loss {METHODS[loss][2]}." if loss in METHODS else "."
+    by = f"by {_paper(loss)}" if loss in METHODS else f"with the loss `{loss}`"
+    return f"An image classifier for long-tailed data, trained on {data} {by}: {body}{router}{origin}"
+
+
+def _paper(loss: str) -> str:
+    name, paper, _ = METHODS[loss]
+    return f"{name} ([arXiv:{paper}](https://arxiv.org/abs/{paper}))"
 
 
 def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -304,6 +319,8 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
         loss += f", diversity factor {recipe.additional_diversity_factor:g}"
         if recipe.reweight and recipe.reweight_epoch >= 0:
             loss += f", re-weighted after epoch {recipe.reweight_epoch}"
+    if loss in ("balpoe", "mdcs"):
+        loss += f", taus {_numbers(spread_taus(recipe))}"
     rows = [
         ("loss", loss + (", with a teacher" if recipe.distillation else "")),
         ("epochs, batch", f"{recipe.epochs}, {recipe.batch_size} images"),
@@ -357,14 +374,16 @@ def _few_note(results: dict[str, Any], names: list[str] | None) -> str:
     )
 
 
-def _licence(staged: Staged, results: dict[str, Any]) -> str:
+def _licence(staged: Staged, recipe: Recipe | None) -> str:
     if (staged.path / LICENCE).is_file():
         return (
             "The checkpoint is the work of the paper's authors, published with their code under the MIT licence, whose "
             "notice stands in [LICENSE](LICENSE); `ride_timm`, which converted it, is an independent implementation "
             "under the MIT licence. Please cite the paper:"
         )
-    return "MIT. `ride_timm` is an independent implementation of a method by others; please cite their paper:"
+    loss = recipe.loss if recipe else "ride"
+    more = f"{_paper(loss)}, whose loss trained it, and " if loss in METHODS and loss != "ride" else ""
+    return f"MIT. `ride_timm` is an independent implementation of a method by others; please cite {more}their paper:"
 
 
 def main(argv: list[str] | None) -> None:

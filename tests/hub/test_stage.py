@@ -1,5 +1,6 @@
 """Staging, verifying and the card, without a Hub; and what of all this is committed."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -111,6 +112,22 @@ def test_the_card_says_what_the_data_say(staged):
     for block in blocks:
         compile(block, "card", "exec")
     assert len(blocks) == 2
+
+
+@pytest.mark.parametrize(
+    "loss, said, cited",
+    [
+        ("ride", "by RIDE ([arXiv:2010.01809]", "please cite their paper"),
+        ("balpoe", "by BalPoE ([arXiv:2206.05260]", "please cite BalPoE ([arXiv:2206.05260]"),
+        ("focal", "with the loss `focal`: 3 experts share", "please cite their paper"),
+    ],
+)
+def test_the_card_names_the_method(staged, loss, said, cited):
+    recipe = dataclasses.replace(staged.recipe(), loss=loss)
+    (staged.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    text = render(staged)
+    assert said in text and cited in text
+    assert ("| loss | balpoe, taus 0, 1, 2 |" in text) == (loss == "balpoe")
 
 
 def test_seeds_give_a_spread(make_run, run, tmp_path):
