@@ -96,9 +96,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         raise InputError(f"tracker={args.tracker!r}: installed are {', '.join(trackers) or 'none'}.")
     both = ["experts", "router"] if recipe.num_experts > 1 else ["experts"]  # one expert: nothing to route
     args.stages = both if args.stage == "both" else [args.stage]
-    if recipe.streaming and any(recipe.stage(name).balanced for name in args.stages):
-        raise InputError("streaming: a stream cannot draw the router's class-balanced batches; train --stage experts "
-                         "with it, then --stage router without.")  # fmt: skip
+    if recipe.streaming and (drawn := [name for name in args.stages if recipe.stage(name).balanced]):
+        without = ", or with --no-router-balanced" if "router" in drawn else ""
+        raise InputError(f"streaming: a stream cannot draw the class-balanced batches of stage {drawn[0]}; train it "
+                         f"by --stage {drawn[0]} without --streaming{without}.")  # fmt: skip
     return args, recipe
 
 

@@ -330,7 +330,8 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
         ("precision", {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision)),
     ]
     if recipe.num_experts > 1:
-        batches = f"{recipe.router_epochs} epochs of class-balanced batches of {recipe.router_batch_size}"
+        kind = "class-balanced batches" if recipe.router_balanced else "batches"
+        batches = f"{recipe.router_epochs} epochs of {kind} of {recipe.router_batch_size}"
         rows.append(("router", f"{batches}, learning rate {recipe.router_lr:g}, positive weight {recipe.pos_weight:g}"))
     return rows
 

@@ -129,7 +129,8 @@ class Recipe:
     decouple_weight_decay: float = key("decoupling", "weight decay", 5e-4, low=0)
 
     router_epochs: int = key("router", "epochs", 5, low=1)
-    router_batch_size: int = key("router", "class-balanced images a step, over all processes", 512, low=1)
+    router_batch_size: int = key("router", "images a step, over all processes", 512, low=1)
+    router_balanced: bool = key("router", "draw its batches class by class, as the authors do, not as the images come", True)
     router_lr: float = key("router", "learning rate, cosine to 0", 0.01, above=0)
     router_optimizer: str = key("router", "any optimizer of timm", "sgd")
     router_weight_decay: float = key("router", "weight decay", 5e-4, low=0)
@@ -226,7 +227,7 @@ class Recipe:
                 self.router_weight_decay,
                 True,
                 dict(schedule="cosine"),
-                True,
+                self.router_balanced,
             )
         if self.decouple != "none":
             learns = self.decouple in ("crt", "lws")

@@ -102,6 +102,11 @@ def test_a_decoupled_recipe_trains_heads_on_balanced_batches():
     assert Recipe(decouple="tau_norm").stage("experts").epochs == 0
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_routers_batches_are_balanced_unless_told(balanced):
+    assert Recipe(router_balanced=balanced).stage("router").balanced is balanced
+
+
 def test_epochs_alone_scale_decay_and_reweighting():
     recipe = load_recipe("cifar100_lt").override({"epochs": "40"})
     assert (recipe.decay_epochs, recipe.reweight_epoch, recipe.warmup_epochs) == ((32, 36), 32, 5)

@@ -237,6 +237,8 @@ def train(script, monkeypatch):
         (["--decouple", "crt"], r"decouple=crt re-balances a trained network: name one by --from"),
         (["--decouple", "tau_norm", "--decouple-tau", "nan"], r"decouple_tau='nan'"),
         (["--teacher", "/no/such/run"], r"model '/no/such/run' could not be loaded"),
+        (["--streaming"], r"batches of stage router; train it .* or with --no-router-balanced"),
+        (["--streaming", "--decouple", "crt"], r"batches of stage experts; train it .* without --streaming"),
     ],
 )
 def test_bad_input_ends_in_two_and_writes_nothing(train, flags, message, tmp_path, monkeypatch, capsys):
