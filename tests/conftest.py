@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,25 @@ def script():
     sys.modules["train_accelerate"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def train(script, monkeypatch):
+    """The script in this process, from a clean slate."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from ride_timm.launch import exit_code
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield lambda argv: exit_code(script.train, [str(part) for part in argv])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")

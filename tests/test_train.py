@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from ride_timm.__main__ import main
 from ride_timm.checkpoint import RunFolder
-from ride_timm.launch import Interrupted, exit_code
+from ride_timm.launch import Interrupted
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "train_accelerate.py")
@@ -188,20 +187,6 @@ def test_router_from_another_run_and_from_the_folder_itself(finished, colours, t
     expected = RunFolder(whole).results()["stages"]
     assert RunFolder(output).results()["stages"] == expected
     assert RunFolder(other).results()["stages"]["router"] == expected["router"]
-
-
-@pytest.fixture
-def train(script, monkeypatch):
-    """The script in this process, from a clean slate."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield lambda argv: exit_code(script.train, [str(part) for part in argv])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize(

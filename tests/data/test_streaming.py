@@ -8,6 +8,7 @@ import torch
 from listed import LISTS, shade, write_lists, write_rows
 from torch.utils.data import DataLoader, IterableDataset
 
+from ride_timm.checkpoint import RunFolder
 from ride_timm.data import annotations
 from ride_timm.data.annotations import Published
 from ride_timm.data.loader import make_loader
@@ -175,3 +176,12 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     data = load_longtail("imagenet_lt", rows, annotations=lists, streaming=True)
     with pytest.raises(RunError, match=r"image ILSVRC2012_val_00000000 of the stream cannot be read \(Unidentified"):
         list(loader(data.test, train=False))
+
+
+def test_both_stages_train_on_a_stream(train, tmp_path):
+    rows, lists = write_rows(tmp_path / "hub", 2), write_lists(tmp_path / "lists")
+    flags = f"--dataset imagenet_lt --data-dir {rows} --annotations {lists} --imb-type none --streaming"
+    flags += " --model test_ride_resnet --augment imagenet --input-size 64 --batch-size 4 --epochs 1 --workers 0"
+    flags += f" --no-router-balanced --router-batch-size 4 --router-epochs 1 --output {tmp_path}/run"
+    assert train(flags.split()) == 0
+    assert set(RunFolder(tmp_path / "run").results()["stages"]) == {"experts", "router"}
