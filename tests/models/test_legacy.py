@@ -1,23 +1,15 @@
-import builtins
-import io
 import json
-import pickle
 import re
-import subprocess
-import sys
-import types
-import zipfile
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from authors_files import authors_state_dict, save, tiny
 from safetensors.torch import load_file
 
 from ride_timm import load_legacy
-from ride_timm.checkpoint import load_model
 from ride_timm.errors import InputError
-from ride_timm.models import CosineClassifier, Ride
 from ride_timm.models.legacy import convert_state_dict, infer_architecture, read_state_dict
 from ride_timm.objectives import RouterObjective
 
@@ -31,43 +23,6 @@ def golden(case: str):
     tensors = load_file(PARITY / f"{case}.safetensors")
     state = {key.removeprefix("state_dict."): v for key, v in tensors.items() if key.startswith("state_dict.")}
     return state, {key: value for key, value in tensors.items() if not key.startswith("state_dict.")}
-
-
-def save(path: Path, state_dict, **others) -> Path:
-    checkpoint = dict(arch="ResNet32Model", epoch=200, state_dict=state_dict, monitor_best=0.41, **others)
-    torch.save(checkpoint, path)
-    return path
-
-
-def authors_state_dict(model: Ride) -> dict[str, torch.Tensor]:
-    """The model's weights as the authors' code would have written them."""
-    many = len(model.experts) > 1
-    found = {}
-    for key, value in model.trunk.state_dict().items():
-        found[f"backbone.{key}"] = value
-    for i, expert in enumerate(model.experts):
-        for key, value in expert.stages.state_dict().items():
-            stage, rest = key.split(".", 1)
-            found[f"backbone.{stage}s.{i}.{rest}" if many else f"backbone.{stage}.{rest}"] = value
-        head = f"backbone.linears.{i}" if many else "backbone.linear"
-        if isinstance(expert.fc, CosineClassifier):
-            found[f"{head}.weight"] = expert.fc.weight.detach().t().contiguous()
-        else:
-            found |= {f"{head}.weight": expert.fc.weight.detach(), f"{head}.bias": expert.fc.bias.detach()}
-    if model.router is not None:
-        for i, layer in enumerate(model.router.hidden):
-            for key, value in layer.state_dict().items():
-                found[f"backbone.expert_help_pred_hidden_fcs.{i}.{key}"] = value
-        for i, layer in enumerate(model.router.fc):
-            name = "expert_help_pred_fc" if model.router.share_expert_help_pred_fc else f"expert_help_pred_fcs.{i}"
-            for key, value in layer.state_dict().items():
-                found[f"backbone.{name}.{key}"] = value
-    return found
-
-
-def tiny() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return authors_state_dict(timm.create_model("ride_resnet32", num_experts=2, num_classes=4))
 
 
 # The authors' numbers
@@ -202,171 +157,6 @@ def test_the_authors_key_names():
     assert set(golden("resnet32_ea_3experts")[0]) == set(
         authors_state_dict(timm.create_model("ride_resnet32", device="meta", router=True))
     )
-
-
-# Nothing in the file runs
-
-
-@pytest.fixture
-def parse_config(monkeypatch):
-    """The authors' module with its ConfigParser, for as long as the file is written."""
-    module = types.ModuleType("parse_config")
-
-    class ConfigParser:
-        def __init__(self):
-            self._config = {"arch": {"type": "ResNet32Model"}, "n_gpu": 1}
-            self._save_dir = Path("saved/models")
-            self.children = [self]
-
-    ConfigParser.__module__, ConfigParser.__qualname__ = "parse_config", "ConfigParser"
-    module.ConfigParser = ConfigParser
-    monkeypatch.setitem(sys.modules, "parse_config", module)
-    return module
-
-
-def test_a_pickled_config_parser_of_a_missing_module(tmp_path, parse_config, monkeypatch):
-    path = save(tmp_path / "model.pth", tiny(), config=parse_config.ConfigParser(), criterion=parse_config.ConfigParser)
-    monkeypatch.delitem(sys.modules, "parse_config")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=True)
-    model = load_legacy(path)
-    assert model.num_experts == 2 and "parse_config" not in sys.modules
-
-
-class Hostile:
-    """Calls a function with arguments when it is unpickled."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-def hostile_calls(marker: Path):
-    import os
-
-    code = f"open({str(marker)!r}, 'w').close()"
-    return {
-        "os.system": Hostile(os.system, f"touch '{marker}'"),
-        "subprocess": Hostile(subprocess.check_call, ["touch", str(marker)]),
-        "exec": Hostile(builtins.exec, code),
-        "eval": Hostile(builtins.eval, code),
-        "open": Hostile(io.open, str(marker), "w"),
-        "method": Hostile(Path.touch, marker),
-    }
-
-
-@pytest.mark.parametrize("kind", ["os.system", "subprocess", "exec", "eval", "open", "method"])
-@pytest.mark.parametrize("place", ["config", "state_dict", "whole"])
-def test_hostile_pickles_do_nothing(tmp_path, kind, place):
-    marker, path = tmp_path / "marker", tmp_path / "model.pth"
-    call = hostile_calls(marker)[kind]
-    if place == "config":
-        save(path, tiny(), config=call)
-    elif place == "state_dict":
-        save(path, tiny() | {"backbone.conv1.weight": call})
-    else:
-        torch.save(call, path)
-    try:
-        model = load_legacy(path)
-    except InputError as error:
-        assert str(path) in str(error)
-    else:  # an inert object where nobody looks
-        assert place == "config" and model.num_experts == 2
-    assert not marker.exists()
-    torch.load(path, weights_only=False)  # the trap was live
-    assert marker.exists()
-
-
-def test_a_hostile_pickle_without_the_zip_around_it(tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "model.pth"
-    path.write_bytes(pickle.dumps({"state_dict": tiny(), "config": hostile_calls(marker)["exec"]}))
-    with pytest.raises(InputError, match="no readable torch checkpoint"):
-        load_legacy(path)
-    assert not marker.exists()
-
-
-# Files that are something else
-
-
-def test_truncated_files(tmp_path):
-    whole = save(tmp_path / "whole.pth", tiny()).read_bytes()
-    path = tmp_path / "cut.pth"
-    for size in (0, 1, 4, 100, len(whole) // 2, len(whole) - 30):
-        path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match=rf"{re.escape(str(path))}: no readable torch checkpoint"):
-            load_legacy(path)
-
-
-def test_a_damaged_pickle(tmp_path):
-    whole = save(tmp_path / "whole.pth", tiny())
-    path = tmp_path / "damaged.pth"
-    for at in (2, 20, 100, 400, 900):
-        with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
-            for entry in source.infolist():
-                data = source.read(entry)
-                if entry.filename.endswith("data.pkl"):
-                    data = data[:at] + b"\xff\x00\x93R" + data[at + 4 :]
-                target.writestr(entry, data)
-        with pytest.raises(InputError):
-            load_legacy(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "no readable torch checkpoint"),
-        (b"not a checkpoint at all\n" * 50, "no readable torch checkpoint"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(200), "no readable torch checkpoint"),
-    ],
-)
-def test_files_that_are_no_checkpoint(tmp_path, content, message):
-    path = tmp_path / "model.pth"
-    path.write_bytes(content)
-    for load in (load_legacy, load_model):
-        with pytest.raises(InputError, match=message):
-            load(path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [{"state_dict": None}, {"state_dict": {"a": 1}}, [1, 2], torch.zeros(3), {"epoch": 3}, {"state_dict": {7: 8}}],
-    ids=str,
-)
-def test_checkpoints_of_other_things(tmp_path, content):
-    torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(InputError, match="expected a dict of tensors under 'state_dict'"):
-        load_legacy(tmp_path / "model.pth")
-
-
-@pytest.mark.parametrize(
-    ("content", "missing"),
-    [
-        ({}, "conv1.weight"),
-        ({"fc.weight": torch.zeros(3, 4)}, "conv1.weight"),
-        ({"conv1.weight": torch.zeros(16, 3, 3, 3)}, "linear.weight"),
-    ],
-)
-def test_checkpoints_of_other_networks(tmp_path, content, missing):
-    torch.save({"state_dict": content}, tmp_path / "model.pth")
-    with pytest.raises(InputError, match=f"not a RIDE checkpoint of the authors: tensor '{missing}' is missing"):
-        load_legacy(tmp_path / "model.pth")
-
-
-def test_a_zip_of_other_things(tmp_path):
-    path = tmp_path / "model.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "hello")
-    with pytest.raises(InputError, match="no readable torch checkpoint"):
-        load_legacy(path)
-
-
-def test_no_such_file(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.pth: no such file"):
-        load_legacy(tmp_path / "nowhere.pth")
-    with pytest.raises(InputError, match="no such file"):
-        load_legacy(tmp_path)
 
 
 # Tensors that do not fit
