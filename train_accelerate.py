@@ -97,9 +97,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     both = ["experts", "router"] if recipe.num_experts > 1 else ["experts"]  # one expert: nothing to route
     args.stages = both if args.stage == "both" else [args.stage]
     if recipe.streaming and (drawn := [name for name in args.stages if recipe.stage(name).balanced]):
-        without = ", or with --no-router-balanced" if "router" in drawn else ""
-        raise InputError(f"streaming: a stream cannot draw the class-balanced batches of stage {drawn[0]}; train it "
-                         f"by --stage {drawn[0]} without --streaming{without}.")  # fmt: skip
+        ways = [f"train it by --stage {drawn[0]} without --streaming"]
+        if drawn[0] == "router":
+            ways = ["add --no-router-balanced", "train --stage experts with --streaming, and then, without it and with "
+                    "another --output, --stage router --from that run"]  # fmt: skip
+        raise InputError(f"streaming=True: a stream cannot draw the class-balanced batches of stage {drawn[0]}; "
+                         f"{', or '.join(ways)}.")  # fmt: skip
     return args, recipe
 
 

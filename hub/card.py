@@ -11,6 +11,7 @@ import argparse
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,27 @@ DATASETS = {  # pretty name, Hub id of the images, home page
     "imagenet_lt": ("ImageNet-LT", "ILSVRC/imagenet-1k", "https://liuziwei7.github.io/projects/LongTail.html"),
     "inat18": ("iNaturalist 2018", None, "https://github.com/visipedia/inat_comp/tree/master/2018"),
 }  # fmt: skip
-METHODS = {  # by loss: name, paper, and what the loss does to the experts
+METHODS = {  # by loss: name, paper, and what the loss does
     "ride": ("RIDE", "2010.01809", "drives them apart and knows how rare each class is"),
+    "ldam": ("LDAM", "1906.07413", "asks for a wider margin the rarer a class is"),
+    "ce": ("cross entropy", None, "treats all images alike"),
+    "cb_ce": ("class-balanced cross entropy", "1901.05555", "counts the images of rare classes more"),
+    "focal": ("the focal loss", "1708.02002", "counts images more that are hard to tell"),
+    "cb_focal": ("the class-balanced focal loss", "1901.05555", "counts images of rare classes more, and hard ones"),
+    "balanced_softmax": ("balanced softmax", "2007.10740", "adjusts the logits to the classes' prior"),
+    "logit_adjustment": ("logit adjustment", "2007.07314", "adjusts the logits to the classes' prior"),
     "sade": ("SADE", "2107.09249", "aims each of them at another distribution of the classes"),
-    "balpoe": ("BalPoE", "2206.05260", "takes another share of the classes' prior off each of them"),
-    "mdcs": ("MDCS", "2308.09922", "takes another share of the classes' prior off each of them and lets each learn a "
-                                   "strongly augmented image from a weakly augmented one"),
+    "balpoe": ("BalPoE", "2206.05260", "adjusts each of them to the classes' prior by another strength"),
+    "mdcs": ("MDCS", "2308.09922", "adjusts each of them to the classes' prior by another strength and lets each learn "
+                                   "a strongly augmented image from a weakly augmented one"),
 }  # fmt: skip
+DECOUPLED = {  # by `decouple` of the recipe: name and paper
+    "crt": ("cRT", "1910.09217"),
+    "lws": ("LWS", "1910.09217"),
+    "tau_norm": ("tau-normalization", "1910.09217"),
+    "logit_adjustment": ("logit adjustment", "2007.07314"),
+}
+_CLASS_BLIND = ("ce", "focal")  # losses that know nothing of how rare a class is
 _GROUPS = ("all", "many", "medium", "few")
 STAGE_NAMES = {"experts": "ensemble", "router": "routed"}
 
@@ -94,6 +109,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         command=_command(recipe, results),
         settings=_settings(recipe) if recipe else [],
         tail=_tail(results),
+        favours_rare=recipe is None or recipe.loss not in _CLASS_BLIND or recipe.decouple != "none",
         balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
         few_note=_few_note(results, config.get("label_names")),
         hand_edited=f"{BEGIN}\n{by_hand}\n{END}",
@@ -191,18 +207,20 @@ def _summary(
         if results.get("claimed")
         else ""
     )
-    loss = recipe.loss if recipe else "ride"
+    loss, decoupled = (recipe.loss, recipe.decouple) if recipe else ("ride", "none")
+    name, paper, effect = METHODS[loss]
     body = f"a {network} with one expert."
     if experts > 1:
         body = f"{experts} experts share the first stages of a {network} and answer as the mean of their logits"
-        body += f"; the loss {METHODS[loss][2]}." if loss in METHODS else "."
-    by = f"by {_paper(loss)}" if loss in METHODS else f"with the loss `{loss}`"
-    return f"An image classifier for long-tailed data, trained on {data} {by}: {body}{router}{origin}"
+        body += f"; the loss {effect}."
+    if decoupled != "none":
+        body += f" The heads were re-balanced afterwards by {_cited(*DECOUPLED[decoupled])}."
+    by = _cited(name, paper)
+    return f"An image classifier for long-tailed data, trained on {data} by {by}: {body}{router}{origin}"
 
 
-def _paper(loss: str) -> str:
-    name, paper, _ = METHODS[loss]
-    return f"{name} ([arXiv:{paper}](https://arxiv.org/abs/{paper}))"
+def _cited(name: str, paper: str | None) -> str:
+    return f"{name} ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else name
 
 
 def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -226,7 +244,7 @@ def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]
     return facts
 
 
-def _numbers(values: list[float]) -> str:
+def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
@@ -293,7 +311,8 @@ def _training(recipe: Recipe | None, results: dict[str, Any], stages: dict[str, 
             return f"{by} Here the checkpoint was only converted, tensor by tensor."
         return "From a checkpoint in the format of the authors' code, converted here tensor by tensor."
     router = f", then the router for {stages['router']['epochs']}" if "router" in stages else ""
-    return f"With `ride_timm`: the experts for {stages['experts']['epochs']} epochs{router}. {how_chosen(recipe)}"
+    what = "the experts" if recipe.decouple == "none" else "the heads of trained experts"
+    return f"With `ride_timm`: {what} for {stages['experts']['epochs']} epochs{router}. {how_chosen(recipe)}"
 
 
 def how_chosen(recipe: Recipe) -> str:
@@ -308,6 +327,10 @@ def _command(recipe: Recipe | None, results: dict[str, Any]) -> str:
     if recipe is None:
         return ""
     stage = "" if "router" in results["stages"] or recipe.num_experts == 1 else " --stage experts"
+    if recipe.decouple != "none":
+        stage += " --from path/to/the/trained/run"
+    elif recipe.distillation:
+        stage += " --teacher path/to/the/teacher"
     return f"accelerate launch train_accelerate.py --recipe recipe.yaml{stage}"
 
 
@@ -321,6 +344,10 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
             loss += f", re-weighted after epoch {recipe.reweight_epoch}"
     if loss in ("balpoe", "mdcs"):
         loss += f", taus {_numbers(spread_taus(recipe))}"
+    if loss == "sade":
+        loss += f", inverse tau {recipe.inverse_tau:g}"
+    if recipe.loss == "mdcs":
+        loss += f", consistency {recipe.consistency:g}"
     rows = [
         ("loss", loss + (", with a teacher" if recipe.distillation else "")),
         ("epochs, batch", f"{recipe.epochs}, {recipe.batch_size} images"),
@@ -329,8 +356,17 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
         ("augmentation", _augmentation(recipe)),
         ("precision", {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision)),
     ]
+    if recipe.decouple != "none":
+        settings = recipe.stage("experts")
+        heads = recipe.decouple
+        if settings.epochs:
+            heads += f", {settings.epochs} epochs of class-balanced batches of {settings.batch_size}, "
+            heads += f"learning rate {settings.lr:g}"
+        else:
+            heads += f", tau {recipe.decouple_tau:g}"
+        rows.append(("heads, re-balanced", heads))
     if recipe.num_experts > 1:
-        kind = "class-balanced batches" if recipe.router_balanced else "batches"
+        kind = "class-balanced batches" if recipe.router_balanced else "batches as the images come"
         batches = f"{recipe.router_epochs} epochs of {kind} of {recipe.router_batch_size}"
         rows.append(("router", f"{batches}, learning rate {recipe.router_lr:g}, positive weight {recipe.pos_weight:g}"))
     return rows
@@ -382,9 +418,12 @@ def _licence(staged: Staged, recipe: Recipe | None) -> str:
             "notice stands in [LICENSE](LICENSE); `ride_timm`, which converted it, is an independent implementation "
             "under the MIT licence. Please cite the paper:"
         )
-    loss = recipe.loss if recipe else "ride"
-    more = f"{_paper(loss)}, whose loss trained it, and " if loss in METHODS and loss != "ride" else ""
-    return f"MIT. `ride_timm` is an independent implementation of a method by others; please cite {more}their paper:"
+    name, paper, _ = METHODS[recipe.loss if recipe else "ride"]
+    ours = "MIT. `ride_timm` is an independent implementation of a method by others; please cite"
+    if paper in (None, METHODS["ride"][1]):
+        return f"{ours} their paper:"
+    by = f"the paper of {_cited(name, paper)}, whose loss trained this model"
+    return f"{ours} {by}, and that of RIDE, whose shared trunk and experts it has:"
 
 
 def main(argv: list[str] | None) -> None:

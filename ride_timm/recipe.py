@@ -240,7 +240,7 @@ class Recipe:
                 self.decouple_weight_decay,
                 True,
                 dict(schedule="cosine" if learns else "constant"),
-                True,
+                learns,
             )
         schedule = dict(
             schedule=self.schedule,

@@ -32,7 +32,6 @@ def train(script, monkeypatch):
 
     from ride_timm.launch import exit_code
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()

@@ -222,8 +222,9 @@ def test_router_from_another_run_and_from_the_folder_itself(finished, colours, t
         (["--decouple", "crt"], r"decouple=crt re-balances a trained network: name one by --from"),
         (["--decouple", "tau_norm", "--decouple-tau", "nan"], r"decouple_tau='nan'"),
         (["--teacher", "/no/such/run"], r"model '/no/such/run' could not be loaded"),
-        (["--streaming"], r"batches of stage router; train it .* or with --no-router-balanced"),
-        (["--streaming", "--decouple", "crt"], r"batches of stage experts; train it .* without --streaming"),
+        (["--streaming"], r"stage router; add --no-router-balanced, or train .* --from that run\.$"),
+        (["--streaming", "--decouple", "crt"], r"of stage experts; train it by --stage experts without --streaming\.$"),
+        (["--streaming", "--decouple", "crt", "--no-router-balanced"], r"of stage experts; train it .* --streaming\.$"),
     ],
 )
 def test_bad_input_ends_in_two_and_writes_nothing(train, flags, message, tmp_path, monkeypatch, capsys):

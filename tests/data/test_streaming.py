@@ -182,6 +182,6 @@ def test_both_stages_train_on_a_stream(train, tmp_path):
     rows, lists = write_rows(tmp_path / "hub", 2), write_lists(tmp_path / "lists")
     flags = f"--dataset imagenet_lt --data-dir {rows} --annotations {lists} --imb-type none --streaming"
     flags += " --model test_ride_resnet --augment imagenet --input-size 64 --batch-size 4 --epochs 1 --workers 0"
-    flags += f" --no-router-balanced --router-batch-size 4 --router-epochs 1 --output {tmp_path}/run"
+    flags += f" --no-router-balanced --router-batch-size 4 --router-epochs 1 --threads 1 --output {tmp_path}/run"
     assert train(flags.split()) == 0
     assert set(RunFolder(tmp_path / "run").results()["stages"]) == {"experts", "router"}

@@ -14,7 +14,8 @@ import timm
 import torch
 import yaml
 import zoo
-from card import hand_edited, render
+from authors_files import authors_state_dict
+from card import DECOUPLED, METHODS, hand_edited, render
 from publish import check_stamp
 from stage import stage
 from staged import HERE, LICENCE, Staged, fill, parse_name, read_table
@@ -25,7 +26,8 @@ from ride_timm import InputError, load_legacy
 from ride_timm.__main__ import main as evaluate_main
 from ride_timm.checkpoint import RunFolder
 from ride_timm.launch import exit_code
-from ride_timm.models.legacy import _legacy_key
+from ride_timm.losses import LOSSES
+from ride_timm.methods import DECOUPLINGS
 from ride_timm.recipe import Recipe
 
 TAG = "test_ride_resnet.own_data"
@@ -114,20 +116,40 @@ def test_the_card_says_what_the_data_say(staged):
     assert len(blocks) == 2
 
 
-@pytest.mark.parametrize(
-    "loss, said, cited",
-    [
-        ("ride", "by RIDE ([arXiv:2010.01809]", "please cite their paper"),
-        ("balpoe", "by BalPoE ([arXiv:2206.05260]", "please cite BalPoE ([arXiv:2206.05260]"),
-        ("focal", "with the loss `focal`: 3 experts share", "please cite their paper"),
-    ],
-)
-def test_the_card_names_the_method(staged, loss, said, cited):
-    recipe = dataclasses.replace(staged.recipe(), loss=loss)
+def render_with(staged, **changes):
+    recipe = dataclasses.replace(staged.recipe(), **changes)
     (staged.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    text = render(staged)
-    assert said in text and cited in text
-    assert ("| loss | balpoe, taus 0, 1, 2 |" in text) == (loss == "balpoe")
+    return render(staged)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(loss="ride"), ["by RIDE ([arXiv:2010.01809]", "please cite their paper:", "| loss | ride, diversity"]),
+        (dict(loss="balpoe"), ["by BalPoE ([arXiv:2206.05260]", "the paper of BalPoE (", "balpoe, taus 0, 1, 2 |"]),
+        (dict(loss="sade", inverse_tau=1.5), ["by SADE (", "| loss | sade, inverse tau 1.5 |", "towards rare classes"]),
+        (dict(loss="mdcs", auto_augment="original"), ["by MDCS (", "taus -0.5, 1, 2.5, consistency 0.6 |"]),
+        (dict(loss="focal"), ["by the focal loss (", "the paper of the focal loss (", "are answered less"]),
+        (dict(loss="ce"), ["by cross entropy: 3 experts share", "please cite their paper:", "how rare a class is"]),
+        (dict(router_balanced=False), ["5 epochs of batches as the images come of 512"]),
+        (dict(distillation=True), ["--recipe recipe.yaml --teacher path/to", "ride, diversity factor -0.45"]),
+        (
+            dict(loss="ce", decouple="crt", decouple_epochs=7),
+            ["re-balanced afterwards by cRT ([arXiv:1910.09217]", "| heads, re-balanced | crt, 7 epochs of class-bal",
+             "towards rare classes", "the heads of trained experts for", "--from path/to/the/trained/run"],
+        ),
+        (dict(decouple="tau_norm", decouple_tau=1.5), ["by tau-normalization (", "| tau_norm, tau 1.5 |"]),
+        (dict(decouple="logit_adjustment"), ["afterwards by logit adjustment (", "| logit_adjustment, tau 1 |"]),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_method(staged, changes, said):
+    text = render_with(staged, **changes)
+    assert [words for words in said if words not in text] == []
+    assert ("re-balanced" in text) == ("decouple" in changes)
+
+
+def test_every_method_has_its_line():
+    assert set(METHODS) == set(LOSSES) and set(DECOUPLED) | {"none"} == set(DECOUPLINGS)
 
 
 def test_seeds_give_a_spread(make_run, run, tmp_path):
@@ -268,12 +290,7 @@ class Evil:
 def authors_checkpoint(path, network, marker=None, **kwargs):
     """A file as the authors' code writes it, of random weights, with a hostile configuration."""
     model = timm.create_model(network, **kwargs)
-    ours = model.state_dict()
-    cosine = [f"experts.{i}.fc.weight" for i in range(model.num_experts)]
-    theirs = {
-        "module.backbone." + _legacy_key(key, model): v.t().contiguous() if key in cosine else v
-        for key, v in ours.items()
-    }
+    theirs = {f"module.{key}": value for key, value in authors_state_dict(model).items()}
     torch.save(dict(arch="DataParallel", epoch=200, state_dict=theirs, config=Evil(marker or path)), path)
     return path
 

@@ -1,4 +1,4 @@
-"""Files that hold no checkpoint of the authors, or something hostile: refused with a name, and nothing in them runs."""
+"""Files that hold no checkpoint of the authors, or something hostile: refused, or read without running anything."""
 
 import builtins
 import io

@@ -120,6 +120,17 @@ def test_authors_widths():
 # The ensemble
 
 
+def test_layer3_can_be_shared():
+    own, shared = build("ride_resnet10"), build("ride_resnet10", share_layer3=True)
+    assert [name for name, _ in shared.trunk.named_children()][-1] == "layer3"
+    assert [name for name, _ in shared.experts[0].stages.named_children()] == ["layer4"]
+    count = {key: sum(p.numel() for p in m.parameters()) for key, m in (("own", own), ("shared", shared))}
+    layer3 = sum(p.numel() for p in own.experts[0].stages.layer3.parameters())
+    assert count["own"] - count["shared"] == 2 * layer3
+    assert shared(images(size=64)).shape == (4, 11)
+    assert [info["module"] for info in shared.feature_info][3:] == ["trunk.layer3", "experts.0.stages.layer4"]
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("training", [False, True])
 def test_the_ensemble_is_the_mean_of_the_experts(name, training):
