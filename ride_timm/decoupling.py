@@ -1,4 +1,4 @@
-"""Re-balancing the heads of a trained network: cRT, LWS, tau-normalization, post-hoc logit adjustment.
+"""Re-balancing the heads of a trained network: cRT, LWS, tau-normalization, post-hoc logit adjustment, alignment.
 
 Every expert's head is treated on its own. Cosine heads divide the norms of their class vectors out, so that scales and
 offsets stand behind the heads (`models.ClassAffine`), linear ones included; the class vectors stay as they are.
@@ -64,6 +64,23 @@ def adjust_logits(model: Ride, class_counts: Sequence[int] | Tensor, tau: float)
     offset = tau * priors.log_prior(class_counts)
     for fc in _affine_heads(model):
         fc.affine.bias.sub_(offset.to(fc.affine.bias))
+
+
+@torch.no_grad()
+def align_experts(model: Ride, offsets: Tensor) -> None:
+    """Move every expert to the class prior that the ensemble suits, so that answers of a few experts suit it too.
+
+    offsets [E, C], what the training loss added to each expert's logits (`losses.OffsetExpertsLoss`): expert e gets
+    offsets_e - mean(offsets). These sum to zero, so that the mean of all experts stays as it is, while an answer after
+    one or two of them no longer leans to frequent or rare classes, as it does where experts were trained for different
+    priors; a router needs such answers. InputError for another number of experts or classes.
+    """
+    if offsets.shape != (model.num_experts, model.num_classes):
+        raise InputError(
+            f"offsets {tuple(offsets.shape)} for {model.num_experts} experts and {model.num_classes} classes"
+        )
+    for fc, offset in zip(_affine_heads(model), offsets - offsets.mean(0), strict=True):
+        fc.affine.bias.add_(offset.to(fc.affine.bias))
 
 
 def decouple(model: Ride, method: str, class_counts: Sequence[int] | Tensor, tau: float, seed: int) -> HeadsObjective:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.nn.functional import normalize
 
 from ride_timm import InputError
-from ride_timm.decoupling import adjust_logits, decouple, tau_normalize
+from ride_timm.decoupling import adjust_logits, align_experts, decouple, tau_normalize
+from ride_timm.losses import make_loss
 from ride_timm.models import ClassAffine, add_class_affine, has_class_affine
 
 COUNTS = [60, 20, 10, 6, 4]
@@ -56,6 +57,26 @@ def test_post_hoc_adjustment_takes_the_prior_off(use_norm):
     expected = before - 1.5 * torch.tensor([0.6, 0.2, 0.1, 0.06, 0.04]).log()
     torch.testing.assert_close(model.forward_experts(images())[1], expected)
     torch.testing.assert_close(model(images()), expected.mean(1))
+
+
+@pytest.mark.parametrize("use_norm", [False, True])
+@pytest.mark.parametrize(("name", "kwargs"), [("balpoe", {"taus": (1, 0, 2)}), ("mdcs", {}), ("sade", {})])
+def test_aligned_experts_share_a_prior_and_leave_the_ensemble_as_it_is(name, kwargs, use_norm):
+    model = network(use_norm, num_experts=3)
+    _, before = model.forward_experts(images())
+    ensemble, offsets = model(images()), make_loss(name, COUNTS, **kwargs).offsets
+    align_experts(model, offsets)
+    _, after = model.forward_experts(images())
+    torch.testing.assert_close(model(images()), ensemble)
+    common = torch.tensor([0.6, 0.2, 0.1, 0.06, 0.04]).log()  # taus of mean 1: what the loss saw is now this for all
+    if name == "sade":
+        common = (0 + common + common - 2 * common.flip(0)) / 3
+    torch.testing.assert_close((after + common).softmax(-1), (before + offsets).softmax(-1))
+
+
+def test_alignment_needs_offsets_of_this_model():
+    with pytest.raises(InputError, match=r"offsets \(3, 5\) for 2 experts and 5 classes"):
+        align_experts(network(True), make_loss("balpoe", COUNTS).offsets)
 
 
 def test_adjusting_after_training_equals_adjusting_the_trained_posterior():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import InputError
-from .adjusted import BalPoELoss, LogitAdjustedLoss, MdcsLoss, SadeLoss, check_taus
+from .adjusted import BalPoELoss, LogitAdjustedLoss, MdcsLoss, OffsetExpertsLoss, SadeLoss, check_taus
 from .experts import CrossEntropyLoss, ExpertsLoss, FocalLoss, LDAMLoss, MixedTargets, RideLoss
 from .terms import batch_mean, cross_entropy, distillation, diversity, focal, router_loss, router_targets, widen
 
@@ -25,6 +25,7 @@ __all__ = [
     "LogitAdjustedLoss",
     "MdcsLoss",
     "MixedTargets",
+    "OffsetExpertsLoss",
     "RideLoss",
     "SadeLoss",
     "arguments_of",
