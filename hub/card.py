@@ -107,7 +107,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         curve_rows=[_curve_row(point) for point in _few_points(results.get("routing", {}).get("curve", []))],
         training=_training(recipe, results, stages),
         command=_command(recipe, results),
-        settings=_settings(recipe) if recipe else [],
+        settings=_settings(recipe, args) if recipe else [],
         tail=_tail(results),
         favours_rare=recipe is None or recipe.loss not in _CLASS_BLIND or recipe.decouple != "none",
         balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
@@ -334,7 +334,7 @@ def _command(recipe: Recipe | None, results: dict[str, Any]) -> str:
     return f"accelerate launch train_accelerate.py --recipe recipe.yaml{stage}"
 
 
-def _settings(recipe: Recipe) -> list[tuple[str, str]]:
+def _settings(recipe: Recipe, args: dict[str, Any]) -> list[tuple[str, str]]:
     steps = f"x {recipe.decay_rate:g} after epochs {', '.join(map(str, recipe.decay_epochs))}"
     schedule = steps if recipe.schedule == "step" else recipe.schedule
     loss = recipe.loss
@@ -368,6 +368,8 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.num_experts > 1:
         kind = "class-balanced batches" if recipe.router_balanced else "batches as the images come"
         batches = f"{recipe.router_epochs} epochs of {kind} of {recipe.router_batch_size}"
+        if recipe.decouple == "none" and args.get("class_affine"):
+            batches += ", the experts moved to the class prior of their mean"
         rows.append(("router", f"{batches}, learning rate {recipe.router_lr:g}, positive weight {recipe.pos_weight:g}"))
     return rows
 

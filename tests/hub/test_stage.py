@@ -148,6 +148,14 @@ def test_the_card_names_the_method(staged, changes, said):
     assert ("re-balanced" in text) == ("decouple" in changes)
 
 
+def test_the_card_says_where_experts_were_moved(make_run, tmp_path):
+    kwargs = dict(router=True, top_choices_num=3)
+    for aligned in (True, False):
+        more = dict(class_affine=True) if aligned else {}
+        text = render_with(stage(make_run(**kwargs, **more), TAG, tmp_path), loss="balpoe")
+        assert ("the experts moved to the class prior of their mean" in text) == aligned
+
+
 def test_every_method_has_its_line():
     assert set(METHODS) == set(LOSSES) and set(DECOUPLED) | {"none"} == set(DECOUPLINGS)
 
