@@ -35,7 +35,7 @@ from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_bf16, has_compiler, keep_memory, set_threads
 from ride_timm.losses import OffsetExpertsLoss, make_loss
 from ride_timm.mixing import Erasing, Mixing
-from ride_timm.models import Router, add_class_affine, has_class_affine
+from ride_timm.models import Router, add_class_affine
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
 from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, listing, load_recipe
@@ -180,13 +180,12 @@ class Run:
 
     def objective(self, stage: Stage) -> Objective:
         recipe = self.recipe
-        class_counts = np.bincount(self.train_set.labels, minlength=self.data.num_classes).tolist()
         if stage.name == "router":
-            self.align(class_counts)
             torch.manual_seed(recipe.seed)
             gates = (recipe.num_experts, self.model.experts[0].head_hidden_size, self.data.num_classes)
             self.model.add_router(Router(*gates, recipe.top_choices_num, recipe.share_expert_help_pred_fc))
             return RouterObjective(self.model, recipe.pos_weight)
+        class_counts = np.bincount(self.train_set.labels, minlength=self.data.num_classes).tolist()
         if self.decoupling:
             return decouple(self.model, recipe.decouple, class_counts, recipe.decouple_tau, recipe.seed)
         loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
@@ -194,13 +193,6 @@ class Run:
             return ExpertsObjective(self.model, loss, recipe.ghost_batch)
         taught = (self.teacher, recipe.distill_temperature, recipe.teacher_mode)
         return DistillationObjective(self.model, loss, *taught, recipe.ghost_batch)
-
-    def align(self, class_counts: list[int]) -> None:
-        """Bring experts that a loss trained for different priors to one; re-balanced heads have theirs already."""
-        if self.recipe.decouple == "none" and not has_class_affine(self.model):
-            loss = make_loss(self.recipe.loss, class_counts, **self.recipe.loss_args)
-            if isinstance(loss, OffsetExpertsLoss):
-                align_experts(self.model, loss.offsets)
 
     def evaluate(self, loader: Any, stage: Stage, model: Any) -> dict[str, Any]:
         """In full precision, with the buffers of the main process, which are the ones that are saved."""
@@ -293,6 +285,10 @@ class Run:
         if recipe.select == "best" and selection.best["model"]:
             done, metrics = selection.best["epoch"], None
             self.model.load_state_dict(selection.best["model"])
+        loss = getattr(objective, "loss", None)
+        if isinstance(loss, OffsetExpertsLoss) and self.model.num_experts > 1:
+            align_experts(self.model, loss.offsets)  # a router needs answers of few experts that suit all classes
+            metrics = None
         self.finish(stage, metrics or self.evaluate(test_loader, stage, self.model), done)
         accelerator.free_memory()
 

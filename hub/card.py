@@ -11,17 +11,15 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from staged import CARD, CONFIG, HERE, LICENCE, RESULTS, Staged, is_registered
+from staged import CARD, CONFIG, HERE, RESULTS, Staged, is_registered
+from training import command, licence, numbers, rare_classes, settings, summary, training
 
 from ride_timm.launch import Parser, exit_code
-from ride_timm.methods import spread_taus
 from ride_timm.priors import shot_groups
-from ride_timm.recipe import Recipe
 
 TEMPLATE = HERE / "card.md.jinja"
 BEGIN = "<!-- hand-edited: what stands between these two lines is kept when the card is rendered again -->"
@@ -35,27 +33,6 @@ DATASETS = {  # pretty name, Hub id of the images, home page
     "imagenet_lt": ("ImageNet-LT", "ILSVRC/imagenet-1k", "https://liuziwei7.github.io/projects/LongTail.html"),
     "inat18": ("iNaturalist 2018", None, "https://github.com/visipedia/inat_comp/tree/master/2018"),
 }  # fmt: skip
-METHODS = {  # by loss: name, paper, and what the loss does
-    "ride": ("RIDE", "2010.01809", "drives them apart and knows how rare each class is"),
-    "ldam": ("LDAM", "1906.07413", "asks for a wider margin the rarer a class is"),
-    "ce": ("cross entropy", None, "treats all images alike"),
-    "cb_ce": ("class-balanced cross entropy", "1901.05555", "counts the images of rare classes more"),
-    "focal": ("the focal loss", "1708.02002", "counts images more that are hard to tell"),
-    "cb_focal": ("the class-balanced focal loss", "1901.05555", "counts images of rare classes more, and hard ones"),
-    "balanced_softmax": ("balanced softmax", "2007.10740", "adjusts the logits to the classes' prior"),
-    "logit_adjustment": ("logit adjustment", "2007.07314", "adjusts the logits to the classes' prior"),
-    "sade": ("SADE", "2107.09249", "aims each of them at another distribution of the classes"),
-    "balpoe": ("BalPoE", "2206.05260", "adjusts each of them to the classes' prior by another strength"),
-    "mdcs": ("MDCS", "2308.09922", "adjusts each of them to the classes' prior by another strength and lets each learn "
-                                   "a strongly augmented image from a weakly augmented one"),
-}  # fmt: skip
-DECOUPLED = {  # by `decouple` of the recipe: name and paper
-    "crt": ("cRT", "1910.09217"),
-    "lws": ("LWS", "1910.09217"),
-    "tau_norm": ("tau-normalization", "1910.09217"),
-    "logit_adjustment": ("logit adjustment", "2007.07314"),
-}
-_CLASS_BLIND = ("ce", "focal")  # losses that know nothing of how rare a class is
 _GROUPS = ("all", "many", "medium", "few")
 STAGE_NAMES = {"experts": "ensemble", "router": "routed"}
 
@@ -88,7 +65,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         template_path=str(TEMPLATE),
         name=staged.name,
         spec=staged.name if is_registered(staged.name) else f"hf-hub:owner/{staged.name}",
-        summary=_summary(config, args, pretty, home, results, recipe),
+        summary=summary(config, args, pretty, home, results, recipe),
         has_classes=(staged.path / "classes.png").is_file(),
         has_curves=(staged.path / "curves.png").is_file(),
         has_router=bool(args.get("router")),
@@ -97,6 +74,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         facts=_facts(config, args, results),
         num_classes=config["num_classes"],
         num_experts=args["num_experts"],
+        experts=_experts(args["num_experts"]),
         counts_of_experts=" / ".join(map(str, range(1, args["num_experts"] + 1))),
         measured_rows=[result_row(STAGE_NAMES[stage], metrics) for stage, metrics in stages.items()],
         **seed_facts(results),
@@ -105,15 +83,15 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         claimed_url=claimed and claimed["url"],
         claimed_note=_claimed_note(claimed, args) if claimed else "",
         curve_rows=[_curve_row(point) for point in _few_points(results.get("routing", {}).get("curve", []))],
-        training=_training(recipe, results, stages),
-        command=_command(recipe, results),
-        settings=_settings(recipe, args) if recipe else [],
+        training=training(recipe, results),
+        command=command(recipe, results),
+        settings=settings(recipe, args, stages) if recipe else [],
         tail=_tail(results),
-        favours_rare=recipe is None or recipe.loss not in _CLASS_BLIND or recipe.decouple != "none",
+        rare_classes=rare_classes(recipe),
         balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
         few_note=_few_note(results, config.get("label_names")),
         hand_edited=f"{BEGIN}\n{by_hand}\n{END}",
-        licence=_licence(staged, recipe),
+        licence=licence(staged, recipe, args),
     )
     return re.sub(r"\n{3,}", "\n\n", card.content.rstrip()) + "\n"
 
@@ -187,52 +165,16 @@ def _few_points(curve: list[dict[str, Any]], most: int = 5) -> list[dict[str, An
     return [point for i, point in enumerate(picked) if point not in picked[:i]]
 
 
-def _summary(
-    config: dict[str, Any],
-    args: dict[str, Any],
-    pretty: str,
-    home: str | None,
-    results: dict[str, Any],
-    recipe: Recipe | None,
-) -> str:
-    experts, network = args["num_experts"], config["architecture"].removeprefix("ride_")
-    data = f"[{pretty}]({home})" if home else pretty
-    router = (
-        " A router sends an image to the next expert only where the answer so far is likely to be wrong."
-        if args.get("router")
-        else ""
-    )
-    origin = (
-        f" These are the weights of the authors' own checkpoint ([model zoo]({results['claimed']['url']})), converted."
-        if results.get("claimed")
-        else ""
-    )
-    loss, decoupled = (recipe.loss, recipe.decouple) if recipe else ("ride", "none")
-    name, paper, effect = METHODS[loss]
-    body = f"a {network} with one expert."
-    if experts > 1:
-        body = f"{experts} experts share the first stages of a {network} and answer as the mean of their logits"
-        body += f"; the loss {effect}."
-    if decoupled != "none":
-        body += f" The heads were re-balanced afterwards by {_cited(*DECOUPLED[decoupled])}."
-    by = _cited(name, paper)
-    return f"An image classifier for long-tailed data, trained on {data} by {by}: {body}{router}{origin}"
-
-
-def _cited(name: str, paper: str | None) -> str:
-    return f"{name} ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else name
-
-
 def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, str]]:
     network, size = results["network"], config["pretrained_cfg"]["input_size"]
     router = " and a router" if args.get("router") else ""
     facts = [
-        ("network", f"`{config['architecture']}`, {args['num_experts']} experts{router}"),
+        ("network", f"`{config['architecture']}`, {_experts(args['num_experts'])}{router}"),
         ("parameters", f"{network['params'] / 1e6:.2f} M"),
         ("MACs", f"{_macs(network['macs'])} (trunk {_macs(network['trunk_macs'])}, "
                  f"each expert {_macs(network['expert_macs'][0])})"),
-        ("input", f"{size[0]} x {size[1]} x {size[2]}, normalised by mean {_numbers(config['pretrained_cfg']['mean'])} "
-                  f"and std {_numbers(config['pretrained_cfg']['std'])}"),
+        ("input", f"{size[0]} x {size[1]} x {size[2]}, normalised by mean {numbers(config['pretrained_cfg']['mean'])} "
+                  f"and std {numbers(config['pretrained_cfg']['std'])}"),
         ("classes", f"{config['num_classes']}" + _class_list(config)),
     ]  # fmt: skip
     if counts := results.get("class_counts"):
@@ -244,8 +186,8 @@ def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]
     return facts
 
 
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
+def _experts(number: int) -> str:
+    return "one expert" if number == 1 else f"{number} experts"
 
 
 def _class_list(config: dict[str, Any]) -> str:
@@ -303,88 +245,6 @@ def _claimed_note(claimed: dict[str, Any], args: dict[str, Any]) -> str:
     return f"They were measured {'with' if claimed['routed'] else 'without'} a router."
 
 
-def _training(recipe: Recipe | None, results: dict[str, Any], stages: dict[str, Any]) -> str:
-    if recipe is None:
-        origin = results.get("claimed")
-        if origin:
-            by = f"By the code of the paper's authors: {origin['training']}."
-            return f"{by} Here the checkpoint was only converted, tensor by tensor."
-        return "From a checkpoint in the format of the authors' code, converted here tensor by tensor."
-    router = f", then the router for {stages['router']['epochs']}" if "router" in stages else ""
-    what = "the experts" if recipe.decouple == "none" else "the heads of trained experts"
-    return f"With `ride_timm`: {what} for {stages['experts']['epochs']} epochs{router}. {how_chosen(recipe)}"
-
-
-def how_chosen(recipe: Recipe) -> str:
-    """Which epoch the numbers are of."""
-    if recipe.select == "last":
-        return "The numbers are those of the last epoch, on the test set."
-    chosen_on = "validation images" if recipe.use_val else "held-out training images"
-    return f"The epoch was chosen on {chosen_on}; the test set chose nothing."
-
-
-def _command(recipe: Recipe | None, results: dict[str, Any]) -> str:
-    if recipe is None:
-        return ""
-    stage = "" if "router" in results["stages"] or recipe.num_experts == 1 else " --stage experts"
-    if recipe.decouple != "none":
-        stage += " --from path/to/the/trained/run"
-    elif recipe.distillation:
-        stage += " --teacher path/to/the/teacher"
-    return f"accelerate launch train_accelerate.py --recipe recipe.yaml{stage}"
-
-
-def _settings(recipe: Recipe, args: dict[str, Any]) -> list[tuple[str, str]]:
-    steps = f"x {recipe.decay_rate:g} after epochs {', '.join(map(str, recipe.decay_epochs))}"
-    schedule = steps if recipe.schedule == "step" else recipe.schedule
-    loss = recipe.loss
-    if loss == "ride":
-        loss += f", diversity factor {recipe.additional_diversity_factor:g}"
-        if recipe.reweight and recipe.reweight_epoch >= 0:
-            loss += f", re-weighted after epoch {recipe.reweight_epoch}"
-    if loss in ("balpoe", "mdcs"):
-        loss += f", taus {_numbers(spread_taus(recipe))}"
-    if loss == "sade":
-        loss += f", inverse tau {recipe.inverse_tau:g}"
-    if recipe.loss == "mdcs":
-        loss += f", consistency {recipe.consistency:g}"
-    rows = [
-        ("loss", loss + (", with a teacher" if recipe.distillation else "")),
-        ("epochs, batch", f"{recipe.epochs}, {recipe.batch_size} images"),
-        ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
-        ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
-        ("augmentation", _augmentation(recipe)),
-        ("precision", {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision)),
-    ]
-    if recipe.decouple != "none":
-        settings = recipe.stage("experts")
-        heads = recipe.decouple
-        if settings.epochs:
-            heads += f", {settings.epochs} epochs of class-balanced batches of {settings.batch_size}, "
-            heads += f"learning rate {settings.lr:g}"
-        else:
-            heads += f", tau {recipe.decouple_tau:g}"
-        rows.append(("heads, re-balanced", heads))
-    if recipe.num_experts > 1:
-        kind = "class-balanced batches" if recipe.router_balanced else "batches as the images come"
-        batches = f"{recipe.router_epochs} epochs of {kind} of {recipe.router_batch_size}"
-        if recipe.decouple == "none" and args.get("class_affine"):
-            batches += ", the experts moved to the class prior of their mean"
-        rows.append(("router", f"{batches}, learning rate {recipe.router_lr:g}, positive weight {recipe.pos_weight:g}"))
-    return rows
-
-
-def _augmentation(recipe: Recipe) -> str:
-    more = {
-        "timm's {}": recipe.auto_augment,
-        "random erasing of {:.0%} of the images": recipe.random_erasing,
-        "mixup {:g}": recipe.mixup_alpha,
-        "CutMix {:g}": recipe.cutmix_alpha,
-        "labels smoothed by {:g}": recipe.label_smoothing,
-    }
-    return ", ".join([recipe.augment, *(text.format(value) for text, value in more.items() if value)])
-
-
 def _tail(results: dict[str, Any]) -> str:
     counts = results.get("class_counts")
     if not counts:
@@ -411,21 +271,6 @@ def _few_note(results: dict[str, Any], names: list[str] | None) -> str:
         f"Accuracy by class goes from {told(*min(known))} to {told(*max(known))}: do not rely on a class without "
         "looking at its own."
     )
-
-
-def _licence(staged: Staged, recipe: Recipe | None) -> str:
-    if (staged.path / LICENCE).is_file():
-        return (
-            "The checkpoint is the work of the paper's authors, published with their code under the MIT licence, whose "
-            "notice stands in [LICENSE](LICENSE); `ride_timm`, which converted it, is an independent implementation "
-            "under the MIT licence. Please cite the paper:"
-        )
-    name, paper, _ = METHODS[recipe.loss if recipe else "ride"]
-    ours = "MIT. `ride_timm` is an independent implementation of a method by others; please cite"
-    if paper in (None, METHODS["ride"][1]):
-        return f"{ours} their paper:"
-    by = f"the paper of {_cited(name, paper)}, whose loss trained this model"
-    return f"{ours} {by}, and that of RIDE, whose shared trunk and experts it has:"
 
 
 def main(argv: list[str] | None) -> None:

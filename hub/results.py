@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from card import STAGE_NAMES, commit_fact, describe_data, how_chosen, result_row, run_facts, seed_facts
+from card import STAGE_NAMES, commit_fact, describe_data, result_row, run_facts, seed_facts
 from staged import CONFIG, HERE, RESULTS, ROOT, Staged, fill_file
+from training import how_chosen
 
 from ride_timm.launch import Parser, exit_code
 

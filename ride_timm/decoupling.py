@@ -70,10 +70,10 @@ def adjust_logits(model: Ride, class_counts: Sequence[int] | Tensor, tau: float)
 def align_experts(model: Ride, offsets: Tensor) -> None:
     """Move every expert to the class prior that the ensemble suits, so that answers of a few experts suit it too.
 
-    offsets [E, C], what the training loss added to each expert's logits (`losses.OffsetExpertsLoss`): expert e gets
-    offsets_e - mean(offsets). These sum to zero, so that the mean of all experts stays as it is, while an answer after
-    one or two of them no longer leans to frequent or rare classes, as it does where experts were trained for different
-    priors; a router needs such answers. InputError for another number of experts or classes.
+    offsets [E, C], what the loss added to each expert's logits in training (`losses.OffsetExpertsLoss`): expert e gets
+    offsets_e - mean(offsets). These sum to zero, so that the mean of all experts stays as it is, while an answer of
+    one or two of them leans to frequent or rare classes no more than the ensemble does; a router needs such answers.
+    Once, on experts as they were trained. InputError for another number of experts or classes.
     """
     if offsets.shape != (model.num_experts, model.num_classes):
         raise InputError(

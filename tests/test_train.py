@@ -324,31 +324,35 @@ def test_the_heads_of_a_run_are_rebalanced_with_its_own_recipe(train, finished, 
         assert list(RunFolder(output).results()["stages"]) == ["experts", "router"]
 
 
-def test_a_router_is_trained_on_experts_of_one_prior(train, colours, tmp_path):
+def test_experts_of_different_priors_are_brought_to_one_once(train, script, colours, tmp_path, monkeypatch, capsys):
     def heads(folder):
         state = RunFolder(folder).state()["model"]
         return [state[f"experts.{e}.fc.affine.bias"] for e in (0, 1)]
 
-    run, later, again = (tmp_path / name for name in ("run", "later", "again"))
-    assert train(_flags(colours, run, "--loss", "balpoe", "--epochs", "1", "--stage", "experts")) == 0
-    assert "experts.0.fc.weight" in RunFolder(run).state()["model"]  # as they were trained
-    for source, output in ((run, later), (later, again)):  # moved once, however often a router is trained on them
-        flags = _flags(colours, output, "--loss", "balpoe", "--stage", "router", "--router-epochs", "1")
-        assert train([*flags, "--from", source]) == 0
+    flags = ["--loss", "balpoe", "--epochs", "2", "--router-epochs", "2"]
+    run, router, torn = (tmp_path / name for name in ("run", "router", "torn"))
+    assert train(_flags(colours, run, *flags)) == 0
     log_prior = torch.tensor([30 / 54, 16 / 54, 8 / 54]).log()  # taus 0 and 2
-    for folder in (later, again):
-        torch.testing.assert_close(heads(folder), [-log_prior, log_prior])
-    assert train(["--output", run, "--stage", "router", "--threads", "1"]) == 0
     torch.testing.assert_close(heads(run), [-log_prior, log_prior])
-    main(["evaluate", "--model", str(run), "--threads", "1"])
+    assert train(_flags(colours, router, *flags, "--stage", "router", "--from", run)) == 0
+    torch.testing.assert_close(heads(router), [-log_prior, log_prior])
+    with monkeypatch.context() as patched:  # torn in the middle of stage two
+        _stop_after_first_epoch(patched, script, "router")
+        assert train(_flags(colours, torn, *flags)) == 143
+    assert train(["--output", torn, "--resume", "--threads", "1"]) == 0
+    assert (torn / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    main(["evaluate", "--model", str(run), "--json", "--threads", "1"])
+    measured, stated = json.loads(capsys.readouterr().out), RunFolder(run).results()["stages"]["experts"]
+    assert [measured[key] for key in ("per_class", "experts")] == [stated[key] for key in ("per_class", "experts")]
 
 
-def _stop_after_first_epoch(monkeypatch, script):
+def _stop_after_first_epoch(monkeypatch, script, of="experts"):
     original = script.Run.save
 
     def save(self, stage, epoch, **more):
         original(self, stage, epoch, **more)
-        if epoch == 1:
+        if (stage, epoch) == (of, 1):
             raise Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr(script.Run, "save", save)

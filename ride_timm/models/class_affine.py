@@ -1,4 +1,4 @@
-"""A scale and an offset for each class behind a classifier: what re-balances trained heads without touching them."""
+"""A scale and an offset for each class behind a classifier, which re-balance or align trained heads as they are."""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ def create_ride(
 
     What depends on the classes goes with the cfg by name, so timm can swap it: all experts' heads, and the router's
     layers, which read the logits. The network's `defaults` give way to what a release was made with, and that to
-    `kwargs`. class_affine, for every network: heads with a scale and an offset a class, as re-balancing leaves them.
+    `kwargs`. class_affine, for every network: heads with a scale and an offset a class, as re-balancing and alignment
+    leave them.
     """
     named, overlay = kwargs.get("pretrained_cfg"), dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     check_arguments(build, kwargs.get("pretrained_model_args") or {}, "the release", _EVERY_NETWORK)

@@ -15,10 +15,11 @@ import torch
 import yaml
 import zoo
 from authors_files import authors_state_dict
-from card import DECOUPLED, METHODS, hand_edited, render
+from card import hand_edited, render
 from publish import check_stamp
 from stage import stage
 from staged import HERE, LICENCE, Staged, fill, parse_name, read_table
+from training import DECOUPLED, METHODS
 from verify import main as verify_main
 from verify import verify
 
@@ -125,18 +126,24 @@ def render_with(staged, **changes):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(loss="ride"), ["by RIDE ([arXiv:2010.01809]", "please cite their paper:", "| loss | ride, diversity"]),
-        (dict(loss="balpoe"), ["by BalPoE ([arXiv:2206.05260]", "the paper of BalPoE (", "balpoe, taus 0, 1, 2 |"]),
+        (dict(loss="ride"), ["by RIDE ([arXiv:2010.01809]", "drives them apart", "please cite their paper:"]),
+        (dict(loss="ride"), ["| loss | ride, diversity factor -0.45, re-weighted after epoch 160 |"]),
+        (dict(additional_diversity_factor=0.0, reweight=False), ["loss knows how rare", "diversity factor 0 |"]),
+        (dict(loss="ldam"), ["by LDAM (", "| ldam, re-weighted after epoch 160 |", "The loss pushes towards rare"]),
+        (dict(loss="balpoe"), ["by BalPoE ([arXiv:2206.05260]", "the papers of BalPoE (", "balpoe, taus 0, 1, 2 |"]),
         (dict(loss="sade", inverse_tau=1.5), ["by SADE (", "| loss | sade, inverse tau 1.5 |", "towards rare classes"]),
         (dict(loss="mdcs", auto_augment="original"), ["by MDCS (", "taus -0.5, 1, 2.5, consistency 0.6 |"]),
-        (dict(loss="focal"), ["by the focal loss (", "the paper of the focal loss (", "are answered less"]),
-        (dict(loss="ce"), ["by cross entropy: 3 experts share", "please cite their paper:", "how rare a class is"]),
-        (dict(router_balanced=False), ["5 epochs of batches as the images come of 512"]),
-        (dict(distillation=True), ["--recipe recipe.yaml --teacher path/to", "ride, diversity factor -0.45"]),
+        (dict(loss="logit_adjustment", tau=1.5), ["| logit_adjustment, tau 1.5 |"]),
+        (dict(loss="focal"), ["by the focal loss (", "| focal, gamma 1 |", "does not know how rare a class is."]),
+        (dict(loss="ce"), ["by cross entropy: 3 experts share", "please cite their paper:", "answered less often"]),
+        (dict(loss="ce", distillation=True), ["is: only its teacher may", "--teacher path/to", "with a teacher |"]),
+        (dict(router_balanced=False), ["| 5 epochs of batches of 512, as images come, learning rate 0.01"]),
+        (dict(router_optimizer="adamw"), ["| 5 epochs of class-balanced batches of 512, adamw, learning rate 0.01"]),
         (
             dict(loss="ce", decouple="crt", decouple_epochs=7),
             ["re-balanced afterwards by cRT ([arXiv:1910.09217]", "| heads, re-balanced | crt, 7 epochs of class-bal",
-             "towards rare classes", "the heads of trained experts for", "--from path/to/the/trained/run"],
+             "The re-balancing pushes", "the heads of trained experts for", "--from path/to/the/trained/run",
+             "https://arxiv.org/abs/1910.09217)), which re-balanced it; and that of RIDE"],
         ),
         (dict(decouple="tau_norm", decouple_tau=1.5), ["by tau-normalization (", "| tau_norm, tau 1.5 |"]),
         (dict(decouple="logit_adjustment"), ["afterwards by logit adjustment (", "| logit_adjustment, tau 1 |"]),
@@ -148,12 +155,33 @@ def test_the_card_names_the_method(staged, changes, said):
     assert ("re-balanced" in text) == ("decouple" in changes)
 
 
+@pytest.mark.parametrize(
+    ("stages", "changes", "said"),
+    [
+        (dict(router=None), {}, ["recipe.yaml --stage experts\n", "the experts for 3 epochs. The"]),
+        (dict(experts=None), {}, ["a router for trained experts for 5 epochs. The", "--stage router --from path"]),
+        (dict(experts=0), dict(decouple="tau_norm"), ["trained experts, re-balanced in closed form, then the"]),
+    ],
+)  # fmt: skip
+def test_the_card_tells_the_stages_that_were_trained(staged, stages, changes, said):
+    results = staged.json("results.json")
+    for name, epochs in stages.items():
+        if epochs is None:
+            del results["stages"][name]
+        else:
+            results["stages"][name]["epochs"] = epochs
+    set_json(staged.path / "results.json", stages=results["stages"])
+    text = render_with(staged, **changes)
+    assert [words for words in said if words not in text] == []
+    assert ("| router |" in text) == ("router" in results["stages"])
+
+
 def test_the_card_says_where_experts_were_moved(make_run, tmp_path):
     kwargs = dict(router=True, top_choices_num=3)
-    for aligned in (True, False):
-        more = dict(class_affine=True) if aligned else {}
-        text = render_with(stage(make_run(**kwargs, **more), TAG, tmp_path), loss="balpoe")
-        assert ("the experts moved to the class prior of their mean" in text) == aligned
+    plain, aligned = make_run(**kwargs), make_run(**kwargs, class_affine=True)
+    for run, loss, moved in ((plain, "balpoe", False), (aligned, "balpoe", True), (aligned, "ride", False)):
+        text = render_with(stage(run, TAG, tmp_path), loss=loss)
+        assert ("the experts moved to the class prior of their mean" in text) == moved
 
 
 def test_every_method_has_its_line():
@@ -185,6 +213,7 @@ def test_plain_networks_without_a_router(make_run, tmp_path):
     staged = stage(make_run(num_experts=1), TAG, tmp_path)
     text = (staged.path / "README.md").read_text(encoding="utf-8")
     assert "with one expert" in text and "forward_routed" not in text and "router" not in text
+    assert "1 experts" not in text and "one expert's" in text and "`test_ride_resnet`, one expert |" in text
     assert verify(staged)["golden"] < 1e-4
 
 

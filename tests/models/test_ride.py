@@ -117,9 +117,6 @@ def test_authors_widths():
     assert block.conv2.groups == 32 and block.conv2.out_channels == 384
 
 
-# The ensemble
-
-
 def test_layer3_can_be_shared():
     own, shared = build("ride_resnet10"), build("ride_resnet10", share_layer3=True)
     assert [name for name, _ in shared.trunk.named_children()][-1] == "layer3"
@@ -129,6 +126,9 @@ def test_layer3_can_be_shared():
     assert count["own"] - count["shared"] == 2 * layer3
     assert shared(images(size=64)).shape == (4, 11)
     assert [info["module"] for info in shared.feature_info][3:] == ["trunk.layer3", "experts.0.stages.layer4"]
+
+
+# The ensemble
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,0 +1,221 @@
+"""What a card says of how a release was trained: method, command, settings, and whom to cite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from staged import LICENCE, Staged
+
+from ride_timm.losses import LOSSES, OffsetExpertsLoss
+from ride_timm.recipe import Recipe
+
+METHODS = {  # by loss: name, paper, and what the loss does
+    "ride": ("RIDE", "2010.01809", "drives them apart and knows how rare each class is"),
+    "ldam": ("LDAM", "1906.07413", "asks for a wider margin the rarer a class is"),
+    "ce": ("cross entropy", None, "treats all images alike"),
+    "cb_ce": ("class-balanced cross entropy", "1901.05555", "counts the images of rare classes more"),
+    "focal": ("the focal loss", "1708.02002", "counts images more that are hard to tell"),
+    "cb_focal": ("the class-balanced focal loss", "1901.05555", "counts images of rare classes more, and hard ones"),
+    "balanced_softmax": ("balanced softmax", "2007.10740", "adjusts the logits to the classes' prior"),
+    "logit_adjustment": ("logit adjustment", "2007.07314", "adjusts the logits to the classes' prior"),
+    "sade": ("SADE", "2107.09249", "aims each of them at another distribution of the classes"),
+    "balpoe": ("BalPoE", "2206.05260", "adjusts each of them to the classes' prior by another strength"),
+    "mdcs": ("MDCS", "2308.09922", "adjusts each of them to the classes' prior by another strength and lets each learn "
+                                   "a strongly augmented image from a weakly augmented one"),
+}  # fmt: skip
+DECOUPLED = {  # by `decouple` of the recipe: name and paper
+    "crt": ("cRT", "1910.09217"),
+    "lws": ("LWS", "1910.09217"),
+    "tau_norm": ("tau-normalization", "1910.09217"),
+    "logit_adjustment": ("logit adjustment", "2007.07314"),
+}
+_CLASS_BLIND = ("ce", "focal")  # losses that know nothing of how rare a class is
+_LOSS_KEYS = {  # arguments of losses that a table shows, and how
+    "additional_diversity_factor": "diversity factor {:g}",
+    "reweight_epoch": "re-weighted after epoch {:g}",
+    "gamma": "gamma {:g}",
+    "tau": "tau {:g}",
+    "inverse_tau": "inverse tau {:g}",
+    "consistency": "consistency {:g}",
+}
+
+
+def numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _cited(name: str, paper: str | None) -> str:
+    return f"{name} ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else name
+
+
+def _moved(recipe: Recipe, args: dict[str, Any]) -> bool:
+    """Whether the experts were moved to one class prior after their training."""
+    offsets = issubclass(LOSSES[recipe.loss][0], OffsetExpertsLoss)
+    return offsets and recipe.decouple == "none" and bool(args.get("class_affine"))
+
+
+def summary(
+    config: dict[str, Any],
+    args: dict[str, Any],
+    pretty: str,
+    home: str | None,
+    results: dict[str, Any],
+    recipe: Recipe | None,
+) -> str:
+    """The first paragraph of a card. args: the model's own arguments; pretty, home: name and page of its data."""
+    experts, network = args["num_experts"], config["architecture"].removeprefix("ride_")
+    data = f"[{pretty}]({home})" if home else pretty
+    router = (
+        " A router sends an image to the next expert only where the answer so far is likely to be wrong."
+        if args.get("router")
+        else ""
+    )
+    origin = (
+        f" These are the weights of the authors' own checkpoint ([model zoo]({results['claimed']['url']})), converted."
+        if results.get("claimed")
+        else ""
+    )
+    loss, decoupled = (recipe.loss, recipe.decouple) if recipe else ("ride", "none")
+    name, paper, effect = METHODS[loss]
+    if recipe and loss == "ride" and recipe.additional_diversity_factor >= 0:
+        effect = "knows how rare each class is"
+    body = f"a {network} with one expert."
+    if experts > 1:
+        body = f"{experts} experts share the first stages of a {network} and answer as the mean of their logits"
+        body += f"; the loss {effect}."
+    if decoupled != "none":
+        heads = "The heads were" if experts > 1 else "Its head was"
+        body += f" {heads} re-balanced afterwards by {_cited(*DECOUPLED[decoupled])}."
+    by = _cited(name, paper)
+    return f"An image classifier for long-tailed data, trained on {data} by {by}: {body}{router}{origin}"
+
+
+def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
+    """Where the weights come from, how long they were trained, and of which epoch the numbers are."""
+    if recipe is None:
+        origin = results.get("claimed")
+        if origin:
+            by = f"By the code of the paper's authors: {origin['training']}."
+            return f"{by} Here the checkpoint was only converted, tensor by tensor."
+        return "From a checkpoint in the format of the authors' code, converted here tensor by tensor."
+    parts, stages = [], results["stages"]
+    if "experts" in stages:
+        epochs = stages["experts"]["epochs"]
+        what = "the experts" if recipe.decouple == "none" else "the heads of trained experts"
+        parts.append(f"{what} for {epochs} epochs" if epochs else f"{what}, re-balanced in closed form")
+    if "router" in stages:
+        then = "then the router" if parts else "a router for trained experts"
+        parts.append(f"{then} for {stages['router']['epochs']}" + ("" if parts else " epochs"))
+    return f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe)}"
+
+
+def how_chosen(recipe: Recipe) -> str:
+    """Which epoch the numbers are of."""
+    if recipe.select == "last":
+        return "The numbers are those of the last epoch, on the test set."
+    chosen_on = "validation images" if recipe.use_val else "held-out training images"
+    return f"The epoch was chosen on {chosen_on}; the test set chose nothing."
+
+
+def command(recipe: Recipe | None, results: dict[str, Any]) -> str:
+    """The command that trains such a release, from its recipe."""
+    if recipe is None:
+        return ""
+    stage = "" if "router" in results["stages"] or recipe.num_experts == 1 else " --stage experts"
+    if "experts" not in results["stages"]:
+        stage = " --stage router --from path/to/the/trained/run"
+    elif recipe.decouple != "none":
+        stage += " --from path/to/the/trained/run"
+    elif recipe.distillation:
+        stage += " --teacher path/to/the/teacher"
+    return f"accelerate launch train_accelerate.py --recipe recipe.yaml{stage}"
+
+
+def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of a card's table of settings. stages: those that were trained, of results.json."""
+    steps = f"x {recipe.decay_rate:g} after epochs {', '.join(map(str, recipe.decay_epochs))}"
+    schedule = steps if recipe.schedule == "step" else recipe.schedule
+    rows = [
+        ("loss", _loss(recipe, args)),
+        ("epochs, batch", f"{recipe.epochs}, {recipe.batch_size} images"),
+        ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
+        ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
+        ("augmentation", _augmentation(recipe)),
+        ("precision", {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision)),
+    ]
+    if recipe.decouple != "none":
+        stage, heads = recipe.stage("experts"), recipe.decouple
+        if stage.epochs:
+            heads += f", {stage.epochs} epochs of class-balanced batches of {stage.batch_size}"
+            heads += f", learning rate {stage.lr:g}"
+        else:
+            heads += f", tau {recipe.decouple_tau:g}"
+        rows.append(("heads, re-balanced", heads))
+    if "router" in stages:
+        kind = "class-balanced batches of {}" if recipe.router_balanced else "batches of {}, as images come"
+        facts = [f"{recipe.router_epochs} epochs of {kind.format(recipe.router_batch_size)}"]
+        facts += [] if recipe.router_optimizer == "sgd" else [recipe.router_optimizer]
+        facts += [f"learning rate {recipe.router_lr:g}", f"positive weight {recipe.pos_weight:g}"]
+        rows.append(("router", ", ".join(facts)))
+    return rows
+
+
+def _loss(recipe: Recipe, args: dict[str, Any]) -> str:
+    values = recipe.loss_args
+    if values.get("reweight_epoch", 0) < 0:
+        del values["reweight_epoch"]
+    told = [recipe.loss, *(text.format(values[key]) for key, text in _LOSS_KEYS.items() if key in values)]
+    if "taus" in values:
+        told.insert(1, f"taus {numbers(values['taus'])}")
+    if recipe.distillation:
+        told.append("with a teacher")
+    if _moved(recipe, args):
+        told.append("the experts moved to the class prior of their mean afterwards")
+    return ", ".join(told)
+
+
+def _augmentation(recipe: Recipe) -> str:
+    more = {
+        "timm's {}": recipe.auto_augment,
+        "random erasing of {:.0%} of the images": recipe.random_erasing,
+        "mixup {:g}": recipe.mixup_alpha,
+        "CutMix {:g}": recipe.cutmix_alpha,
+        "labels smoothed by {:g}": recipe.label_smoothing,
+    }
+    return ", ".join([recipe.augment, *(text.format(value) for text, value in more.items() if value)])
+
+
+def rare_classes(recipe: Recipe | None) -> str:
+    """What the training does about rare classes, and what follows from it in use."""
+    decoupled = recipe is not None and recipe.decouple != "none"
+    if decoupled or recipe is None or recipe.loss not in _CLASS_BLIND:
+        return (
+            f"The {'re-balancing' if decoupled else 'loss'} pushes towards rare classes on purpose. Where rare classes "
+            "are rare in use as well, this costs accuracy on the\n  frequent ones, and predicted probabilities are not "
+            "those of the deployment: check their calibration on data of your own."
+        )
+    teacher = ": only its teacher may" if recipe.distillation else ""
+    return (
+        f"The loss does not know how rare a class is{teacher}. Where all classes are equally frequent, rare ones are\n"
+        "  answered less often than they should be; `--decouple logit_adjustment` shifts that without training."
+    )
+
+
+def licence(staged: Staged, recipe: Recipe | None, args: dict[str, Any]) -> str:
+    """Licence, and whom to cite besides RIDE, whose entry follows."""
+    if (staged.path / LICENCE).is_file():
+        return (
+            "The checkpoint is the work of the paper's authors, published with their code under the MIT licence, whose "
+            "notice stands in [LICENSE](LICENSE); `ride_timm`, which converted it, is an independent implementation "
+            "under the MIT licence. Please cite the paper:"
+        )
+    name, paper, _ = METHODS[recipe.loss if recipe else "ride"]
+    others = [] if paper in (None, METHODS["ride"][1]) else [f"{_cited(name, paper)}, whose loss trained this model"]
+    if recipe is not None and recipe.decouple != "none":
+        others.append(f"{_cited(*DECOUPLED[recipe.decouple])}, which re-balanced it")
+    ours = "MIT. `ride_timm` is an independent implementation of a method by others; please cite"
+    if not others:
+        return f"{ours} their paper:"
+    has = "trunk and experts it shares" if args["num_experts"] > 1 else "networks it comes from"
+    return f"{ours} the papers of {'; '.join(others)}; and that of RIDE, whose {has}:"
