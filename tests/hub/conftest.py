@@ -4,8 +4,55 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+from release_files import SIZE, TAG
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "hub"), str(HERE)]
 
 # the clients of the Hub freeze its address when they are imported: these tests run in a process of their own
 collect_ignore = [] if os.environ.get("RIDE_TIMM_LOOPBACK") else ["loopback"]
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory):
+    """Makes a run folder of a tiny network: `make_run(seed=0, all=50.0, **model arguments)`."""
+
+    import timm
+    import torch
+
+    from ride_timm.checkpoint import RunFolder
+    from ride_timm.recipe import Recipe
+
+    def make(seed=0, accuracy=50.0, **kwargs):
+        path = tmp_path_factory.mktemp("run")
+        torch.manual_seed(seed)
+        model = timm.create_model("test_ride_resnet", num_classes=4, **kwargs).eval()
+        args = dict(model="test_ride_resnet", dataset="/home/somebody/beetles", imb_type="none", seed=seed, epochs=3)
+        places = dict(data_dir="/home/somebody/data", annotations="/home/somebody/lists")
+        recipe = Recipe(**args, **places, name="beetles", num_experts=model.num_experts)
+        folder = RunFolder(path)
+        folder.start(recipe)
+        folder.export(model, dict(input_size=(3, SIZE, SIZE), crop_pct=1.0), ("ant", "bee", "cicada", "drone"))
+        metrics = dict(all=accuracy, many=60.0, medium=50.0, few=None, top5=100.0, per_class=[70.0, 50.0, 60.0, 20.0])
+        stages = dict(experts=metrics | dict(macs=1000, epochs=3))
+        if model.router is not None:
+            used = dict(experts_used=[0.5, 0.25, 0.25], threshold=0.5)
+            stages["router"] = metrics | dict(macs=700, epochs=5, **used)
+        facts = dict(num_processes=1, class_counts=[300, 150, 120, 30], seconds=125.0)
+        folder.write_results(recipe, torch.device("cpu"), stages, **facts)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run(make_run):
+    return make_run(router=True, top_choices_num=3)
+
+
+@pytest.fixture
+def staged(run, tmp_path):
+    from stage import stage
+
+    return stage(run, TAG, tmp_path)

@@ -1,0 +1,62 @@
+"""The card of a release says what its data say, and keeps what is written by hand."""
+
+import re
+
+import pytest
+from card import hand_edited, render
+from release_files import TAG, front_matter
+from stage import stage
+from verify import verify
+
+from ride_timm import InputError
+
+
+def test_the_card_says_what_the_data_say(staged):
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    front = front_matter(text)
+    assert front["library_name"] == "timm" and front["pipeline_tag"] == "image-classification"
+    assert front["license"] == "mit" and front["metrics"] == ["accuracy"]
+    metrics = {m["name"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["accuracy, all, ensemble"] == 50.0 and metrics["accuracy, many, routed"] == 60.0
+    assert not [name for name in metrics if "few" in name]  # there are no few-shot classes: nothing is made up
+    assert "| ensemble | 50.0 | 60.0 | 50.0 | – | 100.0 |" in text and "| 50.0 / 25.0 / 25.0 % |" in text
+    assert "20 % (drone, 30 training images)" in text and "One run of one seed" in text and "2 minutes" in text
+    assert (
+        "forward_routed" in text
+        and "| 600, 300 to 30 a class (classes: 3 many-shot, 1 medium-shot, 0 few-shot) |" in text
+        and "{{" not in text
+        and "None," not in text
+    )
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    for block in blocks:
+        compile(block, "card", "exec")
+    assert len(blocks) == 2
+
+
+def test_seeds_give_a_spread(make_run, run, tmp_path):
+    other = make_run(seed=1, accuracy=52.0, router=True, top_choices_num=3)
+    text = (stage(run, TAG, tmp_path, seeds=(other,)).path / "README.md").read_text(encoding="utf-8")
+    assert "| ensemble | 51.0 ± 1.4 | 60.0 ± 0.0 |" in text and "Over 2 runs" in text
+    with pytest.raises(InputError, match="every seed once"):
+        stage(run, TAG, tmp_path, seeds=(run,))
+    with pytest.raises(InputError, match=r"another recipe \(num_experts\)"):
+        stage(run, TAG, tmp_path, seeds=(make_run(seed=2, num_experts=2),))
+
+
+def test_what_is_written_by_hand_is_kept(staged, run):
+    card = staged.path / "README.md"
+    text = card.read_text(encoding="utf-8")
+    assert hand_edited(text) == "None."
+    card.write_text(text.replace("None.", "Seen in the wild.\n\n| a | b |"), encoding="utf-8")
+    verify(staged)
+    again = stage(run, TAG, staged.path.parent)
+    assert hand_edited((again.path / "README.md").read_text(encoding="utf-8")) == "Seen in the wild.\n\n| a | b |"
+    assert render(again, "x") == render(again, "x")
+
+
+def test_plain_networks_without_a_router(make_run, tmp_path):
+    staged = stage(make_run(num_experts=1), TAG, tmp_path)
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    assert "with one expert" in text and "forward_routed" not in text and "router" not in text
+    assert "1 experts" not in text and "one expert's" in text and "`test_ride_resnet`, one expert |" in text
+    assert verify(staged)["golden"] < 1e-4

@@ -1,0 +1,69 @@
+"""The tables of tags and of results, and what is committed beside them."""
+
+import json
+import shutil
+
+import pytest
+import results as results_table
+import tags as tag_table
+import zoo
+from authors_files import authors_checkpoint
+from card import hand_edited, render
+from release_files import TAG
+from stage import stage
+from staged import HERE, Staged, fill, read_table
+
+from ride_timm import InputError
+
+
+def test_the_table_of_tags_is_as_rendered():
+    page = tag_table.PAGE.read_text(encoding="utf-8")
+    assert fill(page, tag_table.BEGIN, tag_table.END, tag_table.render_table()) == page, "python hub/tags.py"
+    assert {row["state"] for row in tag_table.rows()} <= {"published", "staged", "convertible", "trainable"}
+    assert {row["tag"] for row in tag_table.rows()} >= set(read_table())
+
+
+def test_the_results_in_the_readme_are_those_of_the_releases():
+    page = results_table.PAGE.read_text(encoding="utf-8")
+    assert fill(page, results_table.BEGIN, results_table.END, results_table.render_table()) == page, (
+        "python hub/results.py"
+    )
+    for folder in HERE.glob("*/config.json"):
+        stages = json.loads(folder.with_name("results.json").read_text())["stages"]
+        accuracies = [f"{metrics['all']:.1f}" for metrics in stages.values()]
+        rows = [line.split(" | ") for line in page.splitlines() if line.startswith(f"| [`{folder.parent.name}`]")]
+        assert [row[2] for row in rows][: len(accuracies)] == accuracies
+
+
+def test_results_of_seeds_checkpoints_and_unmeasured_releases(make_run, run, tmp_path):
+    seeds = (make_run(seed=1, accuracy=56.0),)
+    stage(run, TAG, tmp_path, seeds=seeds, measured=False)
+    plain = authors_checkpoint(tmp_path / "plain.pth", "ride_resnet32")
+    theirs = zoo.convert(plain, "ride_resnet32.cifar100_lt100_zoo", tmp_path)
+    assert len(results_table.measured(tmp_path)) == 1 and "zoo" not in results_table.render_table(tmp_path)
+    shutil.copytree(theirs.path, tmp_path / ".left.over")
+    results = theirs.json("results.json")
+    results["stages"] = dict(experts=dict(all=48.0, many=60.0, medium=50.0, few=20.0, macs=102_000_000))
+    results |= dict(device="cpu", commit=None)
+    (theirs.path / "results.json").write_text(json.dumps(results))
+    text = results_table.render_table(tmp_path)
+    assert text.count("ride_resnet32.cifar100_lt100_zoo`](") == 1 and ".left" not in text
+    assert "CIFAR100-LT (imbalance factor 100), the authors' checkpoint, measured, fp32, cpu." in text
+    assert "| ensemble, mean ± deviation of seeds 0, 1 | 53.0 ± 4.2 |" in text
+    assert "seed 0, fp32" in text and "those of the last epoch" in text
+
+
+def test_a_page_without_the_lines_to_fill():
+    with pytest.raises(InputError, match="has no lines <!-- a --> and <!-- b -->"):
+        fill("a page\n<!-- b -->\n", "<!-- a -->", "<!-- b -->", "text")
+    assert fill("x\n<a>\nold\n<b>\ny", "<a>", "<b>", r"\1 new") == "x\n<a>\n\\1 new\n<b>\ny"
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in HERE.glob("*/config.json")))
+def test_what_is_staged_here_is_verified_and_stands_in_the_table(folder):
+    staged = Staged.find(folder, HERE)
+    seen = staged.json("verified.json")["files"]
+    assert seen == staged.hashes()
+    assert read_table()[folder]["sha256"] == seen["model.safetensors"] == staged.json("config.json")["sha256"]
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    assert text == render(staged, hand_edited(text)), f"python hub/card.py {folder}, and verify it again"

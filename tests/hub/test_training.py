@@ -1,0 +1,83 @@
+"""What a card says of method, command, settings and papers, for every way of training."""
+
+import dataclasses
+
+import pytest
+from card import render
+from release_files import TAG, set_json
+from stage import stage
+from training import DECOUPLED, METHODS
+
+from ride_timm.losses import LOSSES
+from ride_timm.methods import DECOUPLINGS
+
+
+def render_with(staged, **changes):
+    recipe = dataclasses.replace(staged.recipe(), **changes)
+    (staged.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return render(staged)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(loss="ride"), ["by RIDE ([arXiv:2010.01809]", "drives them apart", "please cite their paper:"]),
+        (dict(loss="ride"), ["| loss | ride, diversity factor -0.45, re-weighted after epoch 160 |"]),
+        (dict(additional_diversity_factor=0.0, reweight=False), ["loss knows how rare", "diversity factor 0 |"]),
+        (dict(loss="ldam"), ["by LDAM (", "| ldam, re-weighted after epoch 160 |", "The loss pushes towards rare"]),
+        (dict(loss="balpoe"), ["by BalPoE ([arXiv:2206.05260]", "the papers of BalPoE (", "balpoe, taus 0, 1, 2 |"]),
+        (dict(loss="sade", inverse_tau=1.5), ["by SADE (", "| loss | sade, inverse tau 1.5 |", "towards rare classes"]),
+        (dict(loss="mdcs", auto_augment="original"), ["by MDCS (", "taus -0.5, 1, 2.5, consistency 0.6 |"]),
+        (dict(loss="logit_adjustment", tau=1.5), ["| logit_adjustment, tau 1.5 |"]),
+        (dict(loss="focal"), ["by the focal loss (", "| focal, gamma 1 |", "does not know how rare a class is."]),
+        (dict(loss="ce"), ["by cross entropy: 3 experts share", "please cite their paper:", "answered less often"]),
+        (dict(loss="ce", distillation=True), ["is: only its teacher may", "--teacher path/to", "with a teacher |"]),
+        (dict(router_balanced=False), ["| 5 epochs of batches of 512, as images come, learning rate 0.01"]),
+        (dict(router_optimizer="adamw"), ["| 5 epochs of class-balanced batches of 512, adamw, learning rate 0.01"]),
+        (
+            dict(loss="ce", decouple="crt", decouple_epochs=7),
+            ["re-balanced afterwards by cRT ([arXiv:1910.09217]", "| heads, re-balanced | crt, 7 epochs of class-bal",
+             "The re-balancing pushes", "the heads of trained experts for", "--from path/to/the/trained/run",
+             "https://arxiv.org/abs/1910.09217)), which re-balanced it; and that of RIDE"],
+        ),
+        (dict(decouple="tau_norm", decouple_tau=1.5), ["by tau-normalization (", "| tau_norm, tau 1.5 |"]),
+        (dict(decouple="logit_adjustment"), ["afterwards by logit adjustment (", "| logit_adjustment, tau 1 |"]),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_method(staged, changes, said):
+    text = render_with(staged, **changes)
+    assert [words for words in said if words not in text] == []
+    assert ("re-balanced" in text) == ("decouple" in changes)
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "said"),
+    [
+        (dict(router=None), {}, ["recipe.yaml --stage experts\n", "the experts for 3 epochs. The"]),
+        (dict(experts=None), {}, ["a router for trained experts for 5 epochs. The", "--stage router --from path"]),
+        (dict(experts=0), dict(decouple="tau_norm"), ["trained experts, re-balanced in closed form, then the"]),
+    ],
+)  # fmt: skip
+def test_the_card_tells_the_stages_that_were_trained(staged, stages, changes, said):
+    results = staged.json("results.json")
+    for name, epochs in stages.items():
+        if epochs is None:
+            del results["stages"][name]
+        else:
+            results["stages"][name]["epochs"] = epochs
+    set_json(staged.path / "results.json", stages=results["stages"])
+    text = render_with(staged, **changes)
+    assert [words for words in said if words not in text] == []
+    assert ("| router |" in text) == ("router" in results["stages"])
+
+
+def test_the_card_says_where_experts_were_moved(make_run, tmp_path):
+    kwargs = dict(router=True, top_choices_num=3)
+    plain, aligned = make_run(**kwargs), make_run(**kwargs, class_affine=True)
+    for run, loss, moved in ((plain, "balpoe", False), (aligned, "balpoe", True), (aligned, "ride", False)):
+        text = render_with(stage(run, TAG, tmp_path), loss=loss)
+        assert ("the experts moved to the class prior of their mean" in text) == moved
+
+
+def test_every_method_has_its_line():
+    assert set(METHODS) == set(LOSSES) and set(DECOUPLED) | {"none"} == set(DECOUPLINGS)

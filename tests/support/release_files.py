@@ -1,0 +1,17 @@
+"""What tests of releases read and write: front matter and JSON."""
+
+import json
+import re
+
+import yaml
+
+TAG = "test_ride_resnet.own_data"
+SIZE = 32
+
+
+def front_matter(text):
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.S)[1])
+
+
+def set_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
