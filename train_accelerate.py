@@ -35,7 +35,7 @@ from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_bf16, has_compiler, keep_memory, set_threads
 from ride_timm.losses import OffsetExpertsLoss, make_loss
 from ride_timm.mixing import Erasing, Mixing
-from ride_timm.models import Router, add_class_affine
+from ride_timm.models import Router, add_class_affine, has_class_affine
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
 from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, listing, load_recipe
@@ -98,7 +98,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     args.stages = both if args.stage == "both" else [args.stage]
     if recipe.streaming and (drawn := [name for name in args.stages if recipe.stage(name).balanced]):
         ways = [f"train it by --stage {drawn[0]} without --streaming"]
-        if drawn[0] == "router":
+        if args.stage == "router":
+            ways = ["add --no-router-balanced", "leave --streaming out here"]
+        elif drawn[0] == "router":
             ways = ["add --no-router-balanced", "train --stage experts with --streaming, and then, without it and with "
                     "another --output, --stage router --from that run"]  # fmt: skip
         raise InputError(f"streaming=True: a stream cannot draw the class-balanced batches of stage {drawn[0]}; "
@@ -189,6 +191,8 @@ class Run:
         if self.decoupling:
             return decouple(self.model, recipe.decouple, class_counts, recipe.decouple_tau, recipe.seed)
         loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
+        if isinstance(loss, OffsetExpertsLoss) and has_class_affine(self.model):
+            align_experts(self.model, -loss.offsets)  # from one prior, where a run ends, to those that are trained
         if self.teacher is None:
             return ExpertsObjective(self.model, loss, recipe.ghost_batch)
         taught = (self.teacher, recipe.distill_temperature, recipe.teacher_mode)

@@ -20,9 +20,9 @@ METHODS = {  # by loss: name, paper, and what the loss does
     "balanced_softmax": ("balanced softmax", "2007.10740", "adjusts the logits to the classes' prior"),
     "logit_adjustment": ("logit adjustment", "2007.07314", "adjusts the logits to the classes' prior"),
     "sade": ("SADE", "2107.09249", "aims each of them at another distribution of the classes"),
-    "balpoe": ("BalPoE", "2206.05260", "adjusts each of them to the classes' prior by another strength"),
-    "mdcs": ("MDCS", "2308.09922", "adjusts each of them to the classes' prior by another strength and lets each learn "
-                                   "a strongly augmented image from a weakly augmented one"),
+    "balpoe": ("BalPoE", "2206.05260", "adjusts each of them to the classes' prior by a strength of its own"),
+    "mdcs": ("MDCS", "2308.09922", "adjusts each of them to the classes' prior by a strength of its own and lets each "
+                                   "learn a strongly augmented image from a weakly augmented one"),
 }  # fmt: skip
 DECOUPLED = {  # by `decouple` of the recipe: name and paper
     "crt": ("cRT", "1910.09217"),
@@ -100,14 +100,22 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
             return f"{by} Here the checkpoint was only converted, tensor by tensor."
         return "From a checkpoint in the format of the authors' code, converted here tensor by tensor."
     parts, stages = [], results["stages"]
+    trained = sum(stage["epochs"] for stage in stages.values())
     if "experts" in stages:
+        what = "the experts" if recipe.num_experts > 1 else "the network"
+        if recipe.decouple != "none":
+            what = "the heads of trained experts" if recipe.num_experts > 1 else "the head of a trained network"
         epochs = stages["experts"]["epochs"]
-        what = "the experts" if recipe.decouple == "none" else "the heads of trained experts"
-        parts.append(f"{what} for {epochs} epochs" if epochs else f"{what}, re-balanced in closed form")
+        parts.append(f"{what} for {_epochs(epochs)}" if epochs else f"{what}, re-balanced in closed form")
     if "router" in stages:
         then = "then the router" if parts else "a router for trained experts"
-        parts.append(f"{then} for {stages['router']['epochs']}" + ("" if parts else " epochs"))
-    return f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe)}"
+        parts.append(f"{then} for {_epochs(stages['router']['epochs'])}")
+    chosen = how_chosen(recipe) if trained else "The numbers were measured on the test set."
+    return f"With `ride_timm`: {', '.join(parts)}. {chosen}"
+
+
+def _epochs(number: int) -> str:
+    return "one epoch" if number == 1 else f"{number} epochs"
 
 
 def how_chosen(recipe: Recipe) -> str:
@@ -134,16 +142,19 @@ def command(recipe: Recipe | None, results: dict[str, Any]) -> str:
 
 def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of a card's table of settings. stages: those that were trained, of results.json."""
-    steps = f"x {recipe.decay_rate:g} after epochs {', '.join(map(str, recipe.decay_epochs))}"
-    schedule = steps if recipe.schedule == "step" else recipe.schedule
-    rows = [
-        ("loss", _loss(recipe, args)),
-        ("epochs, batch", f"{recipe.epochs}, {recipe.batch_size} images"),
-        ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
-        ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
-        ("augmentation", _augmentation(recipe)),
-        ("precision", {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision)),
-    ]
+    rows = [("precision", {"no": "fp32"}.get(recipe.mixed_precision, recipe.mixed_precision))]
+    if "experts" in stages:
+        schedule, decays = recipe.schedule, ", ".join(map(str, recipe.decay_epochs))
+        if schedule == "step":
+            schedule = f"x {recipe.decay_rate:g} after epochs {decays}" if decays else "constant"
+        rows = [
+            ("loss", _loss(recipe, args)),
+            ("epochs, batch", f"{recipe.epochs}, {recipe.batch_size} images"),
+            ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
+            ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
+            ("augmentation", _augmentation(recipe)),
+            *rows,
+        ]
     if recipe.decouple != "none":
         stage, heads = recipe.stage("experts"), recipe.decouple
         if stage.epochs:
@@ -197,8 +208,9 @@ def rare_classes(recipe: Recipe | None) -> str:
         )
     teacher = ": only its teacher may" if recipe.distillation else ""
     return (
-        f"The loss does not know how rare a class is{teacher}. Where all classes are equally frequent, rare ones are\n"
-        "  answered less often than they should be; `--decouple logit_adjustment` shifts that without training."
+        f"The loss does not know how rare a class is{teacher}. Where all classes are equally frequent, those that are\n"
+        "  rare in training are answered less often than they should be; `--decouple logit_adjustment` shifts that "
+        "without training."
     )
 
 
@@ -211,11 +223,13 @@ def licence(staged: Staged, recipe: Recipe | None, args: dict[str, Any]) -> str:
             "under the MIT licence. Please cite the paper:"
         )
     name, paper, _ = METHODS[recipe.loss if recipe else "ride"]
-    others = [] if paper in (None, METHODS["ride"][1]) else [f"{_cited(name, paper)}, whose loss trained this model"]
+    others = {} if paper in (None, METHODS["ride"][1]) else {_cited(name, paper): "whose loss trained this model"}
     if recipe is not None and recipe.decouple != "none":
-        others.append(f"{_cited(*DECOUPLED[recipe.decouple])}, which re-balanced it")
+        cited = _cited(*DECOUPLED[recipe.decouple])
+        others[cited] = " and ".join(filter(None, (others.get(cited), "which re-balanced it")))
     ours = "MIT. `ride_timm` is an independent implementation of a method by others; please cite"
     if not others:
         return f"{ours} their paper:"
+    papers = "; ".join(f"the paper of {cited}, {why}" for cited, why in others.items())
     has = "trunk and experts it shares" if args["num_experts"] > 1 else "networks it comes from"
-    return f"{ours} the papers of {'; '.join(others)}; and that of RIDE, whose {has}:"
+    return f"{ours} {papers}; and that of RIDE, whose {has}:"

@@ -36,16 +36,20 @@ def _class_vectors(head: nn.Module) -> Tensor:
 def tau_normalize(model: Ride, tau: float) -> None:
     """Divide every class vector of every head by its norm to the power tau, and drop the offsets: w_c / |w_c|^tau.
 
+    Of offsets behind the heads their mean is dropped; what brings the experts to one prior (`align_experts`) stays.
+
     tau 0 leaves a linear head but for its bias, tau 1 leaves a cosine head, which divides by the norms itself; larger
     values favour classes of small norm, the rare ones. InputError for a tau below 0. Kang et al. 2020,
     arXiv:1910.09217, section 4, equation 5; for a cosine head the features stay normalised.
     """
     if not 0 <= tau < float("inf"):
         raise InputError(f"tau must be at least 0, got {tau}")
-    for fc in _affine_heads(model):
+    heads = _affine_heads(model)
+    common = torch.stack([fc.affine.bias for fc in heads]).mean(0)
+    for fc in heads:
         norms = _class_vectors(fc.head).norm(dim=1)
         fc.affine.weight.copy_(norms ** ((1 if isinstance(fc.head, CosineClassifier) else 0) - tau))
-        fc.affine.bias.zero_()
+        fc.affine.bias.sub_(common)
         if getattr(fc.head, "bias", None) is not None:
             fc.head.bias.zero_()
 

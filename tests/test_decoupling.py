@@ -74,6 +74,18 @@ def test_aligned_experts_share_a_prior_and_leave_the_ensemble_as_it_is(name, kwa
     torch.testing.assert_close((after + common).softmax(-1), (before + offsets).softmax(-1))
 
 
+def test_tau_normalization_leaves_aligned_experts_aligned():
+    model = network(True, num_experts=3)
+    plain = copy.deepcopy(model)
+    tau_normalize(plain, 2.0)
+    offsets = make_loss("balpoe", COUNTS).offsets
+    align_experts(model, offsets)
+    adjust_logits(model, COUNTS, 1.0)  # an offset of all heads alike, which goes
+    tau_normalize(model, 2.0)
+    expected = plain.forward_experts(images())[1] + offsets - offsets.mean(0)
+    torch.testing.assert_close(model.forward_experts(images())[1], expected)
+
+
 def test_alignment_needs_offsets_of_this_model():
     with pytest.raises(InputError, match=r"offsets \(3, 5\) for 2 experts and 5 classes"):
         align_experts(network(True), make_loss("balpoe", COUNTS).offsets)

@@ -223,6 +223,7 @@ def test_router_from_another_run_and_from_the_folder_itself(finished, colours, t
         (["--decouple", "tau_norm", "--decouple-tau", "nan"], r"decouple_tau='nan'"),
         (["--teacher", "/no/such/run"], r"model '/no/such/run' could not be loaded"),
         (["--streaming"], r"stage router; add --no-router-balanced, or train .* --from that run\.$"),
+        (["--streaming", "--stage", "router"], r"add --no-router-balanced, or leave --streaming out here\.$"),
         (["--streaming", "--decouple", "crt"], r"of stage experts; train it by --stage experts without --streaming\.$"),
         (["--streaming", "--decouple", "crt", "--no-router-balanced"], r"of stage experts; train it .* --streaming\.$"),
     ],
@@ -330,29 +331,35 @@ def test_experts_of_different_priors_are_brought_to_one_once(train, script, colo
         return [state[f"experts.{e}.fc.affine.bias"] for e in (0, 1)]
 
     flags = ["--loss", "balpoe", "--epochs", "2", "--router-epochs", "2"]
-    run, router, torn = (tmp_path / name for name in ("run", "router", "torn"))
+    run, router, tuned = (tmp_path / name for name in ("run", "router", "tuned"))
     assert train(_flags(colours, run, *flags)) == 0
     log_prior = torch.tensor([30 / 54, 16 / 54, 8 / 54]).log()  # taus 0 and 2
     torch.testing.assert_close(heads(run), [-log_prior, log_prior])
     assert train(_flags(colours, router, *flags, "--stage", "router", "--from", run)) == 0
     torch.testing.assert_close(heads(router), [-log_prior, log_prior])
-    with monkeypatch.context() as patched:  # torn in the middle of stage two
-        _stop_after_first_epoch(patched, script, "router")
-        assert train(_flags(colours, torn, *flags)) == 143
-    assert train(["--output", torn, "--resume", "--threads", "1"]) == 0
-    assert (torn / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    more = ["--stage", "experts", "--from", run, "--lr", "1e-6"]
+    assert train(_flags(colours, tuned, *flags, *more)) == 0  # moved back before, again after
+    for found, aligned in zip(heads(tuned), heads(run), strict=True):
+        torch.testing.assert_close(found, aligned, rtol=0, atol=1e-3)
+    for stage, epoch in (("experts", 2), ("router", 1)):  # torn before the experts are moved, and after
+        torn = tmp_path / f"torn_{stage}"
+        with monkeypatch.context() as patched:
+            _stop_after_epoch(patched, script, stage, epoch)
+            assert train(_flags(colours, torn, *flags)) == 143
+        assert train(["--output", torn, "--resume", "--threads", "1"]) == 0
+        assert (torn / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     capsys.readouterr()
     main(["evaluate", "--model", str(run), "--json", "--threads", "1"])
     measured, stated = json.loads(capsys.readouterr().out), RunFolder(run).results()["stages"]["experts"]
     assert [measured[key] for key in ("per_class", "experts")] == [stated[key] for key in ("per_class", "experts")]
 
 
-def _stop_after_first_epoch(monkeypatch, script, of="experts"):
+def _stop_after_epoch(monkeypatch, script, of="experts", last=1):
     original = script.Run.save
 
     def save(self, stage, epoch, **more):
         original(self, stage, epoch, **more)
-        if (stage, epoch) == (of, 1):
+        if (stage, epoch) == (of, last):
             raise Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr(script.Run, "save", save)
@@ -374,7 +381,7 @@ def test_methods_resume_bit_identical(train, script, finished, colours, tmp_path
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert train(_flags(colours, whole, *flags)) == 0
     with monkeypatch.context() as patched:
-        _stop_after_first_epoch(patched, script)
+        _stop_after_epoch(patched, script)
         assert train(_flags(colours, torn, *flags)) == 143
     assert train(["--output", torn, "--resume", "--stage", "experts", "--threads", "1"]) == 0
     assert _rows(torn) == _rows(whole)

@@ -16,7 +16,7 @@ collect_ignore = [] if os.environ.get("RIDE_TIMM_LOOPBACK") else ["loopback"]
 
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory):
-    """Makes a run folder of a tiny network: `make_run(seed=0, all=50.0, **model arguments)`."""
+    """Makes a run folder of a tiny network: `make_run(seed=0, accuracy=50.0, **model arguments)`."""
 
     import timm
     import torch

@@ -25,7 +25,7 @@ def render_with(staged, **changes):
         (dict(loss="ride"), ["| loss | ride, diversity factor -0.45, re-weighted after epoch 160 |"]),
         (dict(additional_diversity_factor=0.0, reweight=False), ["loss knows how rare", "diversity factor 0 |"]),
         (dict(loss="ldam"), ["by LDAM (", "| ldam, re-weighted after epoch 160 |", "The loss pushes towards rare"]),
-        (dict(loss="balpoe"), ["by BalPoE ([arXiv:2206.05260]", "the papers of BalPoE (", "balpoe, taus 0, 1, 2 |"]),
+        (dict(loss="balpoe"), ["by BalPoE ([arXiv:2206.05260]", "the paper of BalPoE (", "balpoe, taus 0, 1, 2 |"]),
         (dict(loss="sade", inverse_tau=1.5), ["by SADE (", "| loss | sade, inverse tau 1.5 |", "towards rare classes"]),
         (dict(loss="mdcs", auto_augment="original"), ["by MDCS (", "taus -0.5, 1, 2.5, consistency 0.6 |"]),
         (dict(loss="logit_adjustment", tau=1.5), ["| logit_adjustment, tau 1.5 |"]),
@@ -42,6 +42,11 @@ def render_with(staged, **changes):
         ),
         (dict(decouple="tau_norm", decouple_tau=1.5), ["by tau-normalization (", "| tau_norm, tau 1.5 |"]),
         (dict(decouple="logit_adjustment"), ["afterwards by logit adjustment (", "| logit_adjustment, tau 1 |"]),
+        (dict(loss="logit_adjustment", decouple="logit_adjustment"), ["whose loss trained this model and which re"]),
+        (dict(decay_epochs=()), ["| 0.1, 5 epochs of warm-up, constant |"]),
+        (dict(mixup_alpha=0.4, random_erasing=0.5), ["| cifar, random erasing of 50% of the images, mixup 0.4 |"]),
+        (dict(select="best", holdout=0.1), ["The epoch was chosen on held-out training images; the test set chose"]),
+        (dict(select="best", use_val=True), ["The epoch was chosen on validation images;"]),
     ],
 )  # fmt: skip
 def test_the_card_names_the_method(staged, changes, said):
@@ -53,9 +58,11 @@ def test_the_card_names_the_method(staged, changes, said):
 @pytest.mark.parametrize(
     ("stages", "changes", "said"),
     [
-        (dict(router=None), {}, ["recipe.yaml --stage experts\n", "the experts for 3 epochs. The"]),
+        (dict(router=None), {}, ["recipe.yaml --stage experts\n", "the experts for 3 epochs. The", "| loss |"]),
         (dict(experts=None), {}, ["a router for trained experts for 5 epochs. The", "--stage router --from path"]),
-        (dict(experts=0), dict(decouple="tau_norm"), ["trained experts, re-balanced in closed form, then the"]),
+        (dict(experts=1, router=None), dict(decouple="crt"), ["the heads of trained experts for one epoch. The"]),
+        (dict(experts=0), dict(decouple="tau_norm"), ["in closed form, then the router for 5 epochs. The numbers are"]),
+        (dict(experts=0, router=None), dict(decouple="tau_norm"), ["in closed form. The numbers were measured on"]),
     ],
 )  # fmt: skip
 def test_the_card_tells_the_stages_that_were_trained(staged, stages, changes, said):
@@ -69,6 +76,7 @@ def test_the_card_tells_the_stages_that_were_trained(staged, stages, changes, sa
     text = render_with(staged, **changes)
     assert [words for words in said if words not in text] == []
     assert ("| router |" in text) == ("router" in results["stages"])
+    assert ("| loss |" in text) == ("experts" in results["stages"])
 
 
 def test_the_card_says_where_experts_were_moved(make_run, tmp_path):
@@ -77,6 +85,13 @@ def test_the_card_says_where_experts_were_moved(make_run, tmp_path):
     for run, loss, moved in ((plain, "balpoe", False), (aligned, "balpoe", True), (aligned, "ride", False)):
         text = render_with(stage(run, TAG, tmp_path), loss=loss)
         assert ("the experts moved to the class prior of their mean" in text) == moved
+
+
+def test_the_card_of_one_expert(make_run, tmp_path):
+    staged = stage(make_run(num_experts=1), TAG, tmp_path)
+    text = render_with(staged, loss="cb_ce", decouple="lws")
+    assert "class-balanced cross entropy (" in text and "with one expert. Its head was re-balanced" in text
+    assert "the head of a trained network for 3 epochs" in text and "whose networks it comes from:" in text
 
 
 def test_every_method_has_its_line():
