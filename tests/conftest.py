@@ -59,3 +59,14 @@ def colours(tmp_path_factory):
                 pixels[..., label] += 100
                 Image.fromarray(pixels.astype("uint8")).save(folder / f"{i:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def finished(colours, tmp_path_factory):
+    """An uninterrupted run of both stages."""
+    from journeys import flags_of, run_script
+
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = run_script(*flags_of(colours, output))
+    assert done.returncode == 0, done.stderr
+    return output, done

@@ -1,0 +1,53 @@
+"""Running the training script on small images: in a process of its own, in two, or stopped on the way."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ride_timm.launch import Interrupted
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "train_accelerate.py")
+TINY = ["--model", "test_ride_resnet", "--num-experts", "2", "--imb-type", "none", "--augment", "cifar"]
+TINY += ["--epochs", "3", "--router-epochs", "2", "--warmup-epochs", "1", "--batch-size", "16", "--lr", "0.02"]
+TINY += ["--router-batch-size", "32", "--drop-rate", "0.1", "--eval-every", "2"]
+
+
+def environment_with(**more):
+    quiet = dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    return {**os.environ, **quiet, **more, "PYTHONPATH": str(ROOT)}
+
+
+def run_script(*flags, launcher=(sys.executable,), **kwargs):
+    command = [*launcher, SCRIPT, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment_with(), **kwargs)
+
+
+def run_two_processes(port, *flags):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    command = [*launcher, "--main_process_port", port, SCRIPT, *map(str, flags)]
+    environment = environment_with(ACCELERATE_USE_CPU="1")
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def flags_of(colours, output, *more):
+    return ["--dataset", str(colours), "--output", str(output), "--threads", "1", *TINY, *more]
+
+
+def rows_of(folder):
+    with open(folder / "metrics.csv") as lines:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
+
+
+def stop_after_epoch(monkeypatch, script, of="experts", last=1):
+    original = script.Run.save
+
+    def save(self, stage, epoch, **more):
+        original(self, stage, epoch, **more)
+        if (stage, epoch) == (of, last):
+            raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(script.Run, "save", save)

@@ -1,0 +1,98 @@
+"""Input that the training script refuses, before a run and in it: one line, and nothing lost."""
+
+import re
+
+import pytest
+import torch
+from journeys import flags_of
+
+from ride_timm.checkpoint import RunFolder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "nope"], r"recipe 'nope'"),
+        (["--no-such-flag"], r"unrecognized arguments"),
+        (["--epochs", "0"], r"epochs='0'"),
+        (["--batch-size", "many"], r"batch_size='many'"),
+        (["--num-experts", "0"], r"num_experts='0'"),
+        (["--lr", "-1"], r"lr='-1'"),
+        (["--imb-factor", "100"], r"IF 100 for 0.01"),
+        (["--model", "resnet18"], r"no network with experts"),
+        (["--dataset", "/no/such/place"], r"/no/such/place"),
+        (["--label-column", "genus"], r"no column 'genus'"),
+        (["--augment", "sepia"], r"unknown augmentation 'sepia'"),
+        (["--optimizer", "hope"], r"optimizer='hope'"),
+        (["--tracker", "hope"], r"tracker='hope'"),
+        (["--mixed-precision", "fp16"], r"fp16 needs a GPU"),
+        (["--stage", "router"], r"no stage one to start from"),
+        (["--stage", "router", "--num-experts", "1"], r"num_experts=1"),
+        (["--from", "/no/such/run"], r"could not be loaded"),
+        (["--distillation"], r"--teacher"),
+        (["--threads", "0"], r"threads=0"),
+        (["--select", "best"], r"--holdout"),
+        (["--loss", "hope"], r"loss='hope': expected one of ride, .*balpoe"),
+        (["--loss", "balpoe", "--taus", "0", "1", "3"], r"mean of 1.33333: expected 1"),
+        (["--loss", "sade", "--num-experts", "2"], r"num_experts=2: SADE"),
+        (["--loss", "logit_adjustment", "--tau", "-1"], r"tau='-1'"),
+        (["--mixup-alpha", "-0.4"], r"mixup_alpha='-0.4'"),
+        (["--auto-augment", "hope"], r"auto_augment='hope': expected timm's words"),
+        (["--decouple", "hope"], r"decouple='hope': expected one of none, crt"),
+        (["--decouple", "crt"], r"decouple=crt re-balances a trained network: name one by --from"),
+        (["--decouple", "tau_norm", "--decouple-tau", "nan"], r"decouple_tau='nan'"),
+        (["--teacher", "/no/such/run"], r"model '/no/such/run' could not be loaded"),
+        (["--streaming"], r"stage router; add --no-router-balanced, or train .* --from that run\.$"),
+        (["--streaming", "--stage", "router"], r"add --no-router-balanced, or leave --streaming out here\.$"),
+        (["--streaming", "--decouple", "crt"], r"of stage experts; train it by --stage experts without --streaming\.$"),
+        (["--streaming", "--decouple", "crt", "--no-router-balanced"], r"of stage experts; train it .* --streaming\.$"),
+    ],
+)
+def test_bad_input_ends_in_two_and_writes_nothing(train, flags, message, tmp_path, monkeypatch, capsys):
+    if "fp16" in flags and torch.cuda.is_available():
+        pytest.skip("fp16 is fine on a GPU")
+    monkeypatch.chdir(tmp_path)
+    assert train([*flags, "--output", tmp_path / "run"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_model_is_refused(train, finished, colours, tmp_path, capsys):
+    output, _ = finished
+    flags = flags_of(colours, tmp_path / "run", "--from", output)
+    flags[flags.index("--num-experts") + 1] = "3"
+    assert train(flags) == 2
+    assert "holds another model than the recipe's" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_what_only_shows_with_the_data_is_found_before_anything_is_written(train, finished, colours, tmp_path, capsys):
+    teacher, _ = finished
+    flags = ["--dataset", "fashion_lt", "--augment", "fashion", "--teacher", teacher, "--output", tmp_path / "run"]
+    assert train([*flags, "--threads", "1"]) == 2
+    assert "has 3 classes" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_step_and_keeps_the_checkpoint(train, colours, tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = flags_of(colours, output, "--stage", "experts", "--warmup-epochs", "0", "--schedule", "constant")
+    assert train([*flags, "--lr", "1e30", "--epochs", "50"]) == 1
+    assert re.search(r"error: the loss is not finite at epoch \d+, step \d+", capsys.readouterr().err)
+    state = RunFolder(output).state()
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_a_corrupt_image_names_its_row(train, tmp_path, capsys):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    torn = tmp_path / "images" / "train" / "b" / "1.png"
+    torn.write_bytes(torn.read_bytes()[:40])
+    assert train(flags_of(tmp_path / "images", tmp_path / "run")) == 1
+    assert re.search(r"error: .*row 5 of split .train.", capsys.readouterr().err)

@@ -1,0 +1,193 @@
+"""Methods from flag to result: teachers, re-balanced and aligned heads, moving averages, changed batches."""
+
+import json
+
+import pytest
+import torch
+from journeys import (
+    flags_of,
+    rows_of,
+    run_two_processes,
+    stop_after_epoch,
+)
+
+from ride_timm.__main__ import main
+from ride_timm.checkpoint import RunFolder
+
+
+def test_distillation_and_one_expert(train, finished, colours, tmp_path, capsys):
+    teacher, _ = finished
+    flags = flags_of(colours, tmp_path / "student", "--teacher", teacher, "--teacher-mode", "train")
+    flags[flags.index("--num-experts") + 1] = "1"
+    assert train([*flags, "--distillation", "--loss", "ce", "--epochs", "1"]) == 0
+    results = RunFolder(tmp_path / "student").results()
+    assert list(results["stages"]) == ["experts"]  # one expert: nothing to route
+    assert "routed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["crt", "lws", "tau_norm", "logit_adjustment"])
+def test_the_heads_of_a_run_are_rebalanced_with_its_own_recipe(train, finished, tmp_path, method, monkeypatch, capsys):
+    source, _ = finished
+    monkeypatch.chdir(tmp_path)
+    flags = ["--from", source, "--decouple", method, "--decouple-epochs", "2", "--decouple-batch-size", "16"]
+    assert train([*flags, "--decouple-lr", "0.05", "--stage", "experts", "--threads", "1"]) == 0
+    output = tmp_path / "runs" / f"whole_{method}"
+    results = RunFolder(output).results()
+    assert results["recipe"] == f"whole_{method}" and list(results["stages"]) == ["experts"]
+    assert results["stages"]["experts"]["epochs"] == (2 if method in ("crt", "lws") else 0)
+    ours, theirs = RunFolder(output).state()["model"], RunFolder(source).state()["model"]
+    for name, value in ours.items():
+        if ".fc." not in name:
+            assert torch.equal(value, theirs[name]), name
+    capsys.readouterr()
+    main(["evaluate", "--model", str(output), "--json", "--threads", "1"])
+    assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["experts"]["per_class"]
+    if method == "lws":  # a router on the re-balanced heads, from the folder itself
+        assert train(["--output", output, "--stage", "router", "--threads", "1"]) == 0
+        assert list(RunFolder(output).results()["stages"]) == ["experts", "router"]
+
+
+def test_experts_of_different_priors_are_brought_to_one_once(train, script, colours, tmp_path, monkeypatch, capsys):
+    def heads(folder):
+        state = RunFolder(folder).state()["model"]
+        return [state[f"experts.{e}.fc.affine.bias"] for e in (0, 1)]
+
+    flags = ["--loss", "balpoe", "--epochs", "2", "--router-epochs", "2"]
+    run, router, tuned = (tmp_path / name for name in ("run", "router", "tuned"))
+    assert train(flags_of(colours, run, *flags)) == 0
+    log_prior = torch.tensor([30 / 54, 16 / 54, 8 / 54]).log()  # taus 0 and 2
+    torch.testing.assert_close(heads(run), [-log_prior, log_prior])
+    assert train(flags_of(colours, router, *flags, "--stage", "router", "--from", run)) == 0
+    torch.testing.assert_close(heads(router), [-log_prior, log_prior])
+    more = ["--stage", "experts", "--from", run, "--lr", "1e-6"]
+    assert train(flags_of(colours, tuned, *flags, *more)) == 0  # moved back before, again after
+    for found, aligned in zip(heads(tuned), heads(run), strict=True):
+        torch.testing.assert_close(found, aligned, rtol=0, atol=1e-3)
+    for stage, epoch in (("experts", 2), ("router", 1)):  # torn before the experts are moved, and after
+        torn = tmp_path / f"torn_{stage}"
+        with monkeypatch.context() as patched:
+            stop_after_epoch(patched, script, stage, epoch)
+            assert train(flags_of(colours, torn, *flags)) == 143
+        assert train(["--output", torn, "--resume", "--threads", "1"]) == 0
+        assert (torn / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    main(["evaluate", "--model", str(run), "--json", "--threads", "1"])
+    measured, stated = json.loads(capsys.readouterr().out), RunFolder(run).results()["stages"]["experts"]
+    assert [measured[key] for key in ("per_class", "experts")] == [stated[key] for key in ("per_class", "experts")]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--loss", "balpoe", "--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--ema-decay", "0.9"],
+        ["--loss", "ce", "--label-smoothing", "0.1", "--auto-augment", "rand-m9-mstd0.5", "--random-erasing", "0.5"],
+        ["--loss", "mdcs", "--auto-augment", "original", "--random-erasing", "1"],
+        ["--decouple", "lws", "--decouple-epochs", "2", "--decouple-batch-size", "16"],
+    ],
+)
+def test_methods_resume_bit_identical(train, script, finished, colours, tmp_path, monkeypatch, more):
+    flags = ["--stage", "experts", "--epochs", "2", *more]
+    if "--decouple" in more:
+        flags += ["--from", finished[0]]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert train(flags_of(colours, whole, *flags)) == 0
+    with monkeypatch.context() as patched:
+        stop_after_epoch(patched, script)
+        assert train(flags_of(colours, torn, *flags)) == 143
+    assert train(["--output", torn, "--resume", "--stage", "experts", "--threads", "1"]) == 0
+    assert rows_of(torn) == rows_of(whole)
+    assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--loss", "balpoe", "--mixup-alpha", "0.4"], ["erase 0.5 1", "mix"]),
+        (["--loss", "mdcs", "--auto-augment", "original"], ["erase 0.5 2"]),
+        (["--decouple", "lws", "--decouple-epochs", "1", "--decouple-batch-size", "16"], []),
+    ],
+)
+def test_what_is_done_to_batches_in_stage_one(train, script, finished, colours, tmp_path, monkeypatch, flags, expected):
+    """Erasing before mixing, in every batch; neither for re-balanced heads nor for the router."""
+    done = []
+
+    class Erasing(script.Erasing):
+        def __init__(self, probability, views=1):
+            super().__init__(probability, views)
+            self.name = f"erase {probability} {views}"
+
+        def __call__(self, images, targets):
+            done.append(self.name)
+            before = images.clone()
+            erased, targets = super().__call__(images, targets)
+            assert torch.equal(erased[: len(targets)], before[: len(targets)]) == (len(erased) > len(targets))
+            return erased, targets
+
+    class Mixing(script.Mixing):
+        def __call__(self, images, targets):
+            done.append("mix")
+            return super().__call__(images, targets)
+
+    monkeypatch.setattr(script, "Erasing", Erasing)
+    monkeypatch.setattr(script, "Mixing", Mixing)
+    source = ["--from", finished[0]] if "--decouple" in flags else []
+    flags = [*flags, *source, "--random-erasing", "0.5", "--epochs", "1", "--router-epochs", "1"]
+    assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
+    assert done[: len(expected)] == expected and len(done) == (done.count(expected[0]) * len(expected) if done else 0)
+    assert bool(done) == bool(expected)
+
+
+def test_the_moving_average_is_what_is_evaluated_and_kept(train, script, colours, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(flags_of(colours, output, "--stage", "experts", "--ema-decay", "0.99")) == 0
+    state, results = RunFolder(output).state(), RunFolder(output).results()
+    plain = tmp_path / "plain"
+    assert train(flags_of(colours, plain, "--stage", "experts")) == 0
+    ours, last = state["model"], RunFolder(plain).state()["model"]
+    assert any(not torch.equal(ours[name], value) for name, value in last.items())
+    assert [row["loss"] for row in rows_of(output)] == [row["loss"] for row in rows_of(plain)]  # training is the same
+    capsys.readouterr()
+    main(["evaluate", "--model", str(output), "--json", "--threads", "1"])
+    assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["experts"]["per_class"]
+
+
+def test_a_teacher_is_any_network_of_timm(train, colours, tmp_path, capsys):
+    import timm
+    from timm.models._hub import save_for_hf
+
+    fixed = dict(dynamic_img_size=False)  # to the 160 pixels that it was made for
+    networks = dict(teacher=("test_resnet", 3, {}), stranger=("test_resnet", 4, {}), blind=("test_resnet", 0, {}))
+    for name, (network, num_classes, more) in (networks | dict(large=("test_vit", 3, fixed))).items():
+        model = timm.create_model(network, num_classes=num_classes, **more)
+        save_for_hf(model, tmp_path / name, model_args=more, safe_serialization=True)
+    flags = ["--stage", "experts", "--epochs", "1", "--teacher"]
+    assert train(flags_of(colours, tmp_path / "student", *flags, tmp_path / "teacher")) == 0
+    assert RunFolder(tmp_path / "student").results()["stages"]["experts"]["all"] > 0
+    refusals = dict(stranger="has 4 classes, the data 3", blind="has 0 classes, the data 3")
+    refusals["large"] = "does not take images of 32 x 32 pixels in 3 channels (AssertionError"
+    for name, message in refusals.items():
+        assert train(flags_of(colours, tmp_path / "other", *flags, tmp_path / name)) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_a_teacher_in_train_mode_teaches_two_processes_as_one_with_ghost_batches(train, colours, tmp_path):
+    """It normalises by each process' own images, which are one process' ghost batches; its mode makes a difference."""
+    import timm
+    from timm.models._hub import save_for_hf
+
+    torch.manual_seed(5)
+    save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path / "teacher", safe_serialization=True)
+
+    def flags(name, mode):
+        more = ("--stage", "experts", "--epochs", "2", "--drop-rate", "0", "--batch-size", "18", "--lr", "0.01")
+        more += ("--teacher", tmp_path / "teacher", "--teacher-mode", mode, "--mixed-precision", "no")
+        return flags_of(colours, tmp_path / name, *more)
+
+    done = run_two_processes("29533", *flags("two", "train"))
+    assert done.returncode == 0, done.stderr
+    assert train([*flags("one", "train"), "--ghost-batch", "9"]) == 0
+    assert train([*flags("eval", "eval"), "--ghost-batch", "9"]) == 0
+    two, one, other = (RunFolder(tmp_path / name).state()["model"] for name in ("two", "one", "eval"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+    name = "experts.0.fc.weight"
+    assert (other[name] - one[name]).abs().max() > 1e-3
