@@ -74,7 +74,6 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         facts=_facts(config, args, results),
         num_classes=config["num_classes"],
         num_experts=args["num_experts"],
-        experts=_experts(args["num_experts"]),
         counts_of_experts=" / ".join(map(str, range(1, args["num_experts"] + 1))),
         measured_rows=[result_row(STAGE_NAMES[stage], metrics) for stage, metrics in stages.items()],
         **seed_facts(results),

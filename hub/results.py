@@ -49,7 +49,7 @@ def _origin(staged: Staged, results: dict[str, Any]) -> str:
     time = f"{results['seconds']:,.0f} s on " if "seconds" in results else ""
     facts.append(f"{time}{results['device']}")
     recipe = staged.recipe()
-    chosen = f" {how_chosen(recipe)}" if recipe else ""
+    chosen = f" {how_chosen(recipe, results['stages'])}" if recipe else ""
     return f"- `{staged.name}`: {', '.join(filter(None, facts))}.{chosen}"
 
 

@@ -100,7 +100,6 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
             return f"{by} Here the checkpoint was only converted, tensor by tensor."
         return "From a checkpoint in the format of the authors' code, converted here tensor by tensor."
     parts, stages = [], results["stages"]
-    trained = sum(stage["epochs"] for stage in stages.values())
     if "experts" in stages:
         what = "the experts" if recipe.num_experts > 1 else "the network"
         if recipe.decouple != "none":
@@ -110,16 +109,17 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
     if "router" in stages:
         then = "then the router" if parts else "a router for trained experts"
         parts.append(f"{then} for {_epochs(stages['router']['epochs'])}")
-    chosen = how_chosen(recipe) if trained else "The numbers were measured on the test set."
-    return f"With `ride_timm`: {', '.join(parts)}. {chosen}"
+    return f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe, stages)}"
 
 
 def _epochs(number: int) -> str:
     return "one epoch" if number == 1 else f"{number} epochs"
 
 
-def how_chosen(recipe: Recipe) -> str:
-    """Which epoch the numbers are of."""
+def how_chosen(recipe: Recipe, stages: dict[str, Any]) -> str:
+    """Which epoch the numbers are of. stages: those of results.json."""
+    if not any(stage["epochs"] for stage in stages.values()):
+        return "The numbers were measured on the test set."
     if recipe.select == "last":
         return "The numbers are those of the last epoch, on the test set."
     chosen_on = "validation images" if recipe.use_val else "held-out training images"

@@ -77,7 +77,7 @@ def align_experts(model: Ride, offsets: Tensor) -> None:
     offsets [E, C], what the loss added to each expert's logits in training (`losses.OffsetExpertsLoss`): expert e gets
     offsets_e - mean(offsets). These sum to zero, so that the mean of all experts stays as it is, while an answer of
     one or two of them leans to frequent or rare classes no more than the ensemble does; a router needs such answers.
-    Once, on experts as they were trained. InputError for another number of experts or classes.
+    Once, on experts as they were trained; -offsets move them back. InputError for another number of experts or classes.
     """
     if offsets.shape != (model.num_experts, model.num_classes):
         raise InputError(
