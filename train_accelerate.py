@@ -116,6 +116,7 @@ class Run:
         self.sharded = is_sharded(accelerator)
         self.folder = RunFolder(args.output)
         self.state = self.folder.claim(recipe, args.stage, args.resume, args.from_here)
+        self.source = self.state.get("source") if self.state else args.source
         self.policy = self.train_policy = get_policy(recipe.augment)
         if recipe.auto_augment is not None and recipe.decouple == "none":
             self.train_policy = self.policy.with_auto_augment(recipe.auto_augment)
@@ -209,7 +210,7 @@ class Run:
 
     def save(self, stage: str, epoch: int, **more: Any) -> None:
         if self.accelerator.is_main_process:
-            reached = dict(history=self.history, stages=self.reached, seconds=self.seconds)
+            reached = dict(source=self.source, history=self.history, stages=self.reached, seconds=self.seconds)
             self.folder.save_state(dict(stage=stage, epoch=epoch, model=self.model.state_dict(), **reached, **more))
         self.accelerator.wait_for_everyone()
         self.signals.check()
@@ -344,7 +345,7 @@ class Run:
         if self.accelerator.is_main_process:
             self.folder.export(self.model, self.policy.data_config(self.size), self.data.class_names)
             facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
-            facts |= dict(seconds=round(self.seconds, 1))
+            facts |= dict(seconds=round(self.seconds, 1), **(dict(source=self.source) if self.source else {}))
             self.folder.write_results(self.recipe, self.accelerator.device, self.reached, **facts)
         self.save("router" if stage.name == "experts" else "done", 0)
         if self.accelerator.is_main_process:
