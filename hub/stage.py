@@ -125,6 +125,9 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
         state = folder.state()
         if state and state["stage"] == "router" and state["epoch"]:
             raise InputError(f"the run in {source} is not finished: its router is half trained (--resume).")
+    if "source" in results:  # a release says where it began; a folder of this machine tells nobody anything
+        start = Path(results.pop("source")).name
+        results |= dict(source=start) if is_registered(start) else {}
     runs = [results]
     for path in seeds:
         other = RunFolder(path)

@@ -109,7 +109,8 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
     if "router" in stages:
         then = "then the router" if parts else "a router for trained experts"
         parts.append(f"{then} for {_epochs(stages['router']['epochs'])}")
-    return f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe, stages)}"
+    start = f", from the weights of `{results['source']}`" if results.get("source") else ""
+    return f"With `ride_timm`: {', '.join(parts)}{start}. {how_chosen(recipe, stages)}"
 
 
 def _epochs(number: int) -> str:
@@ -131,11 +132,12 @@ def command(recipe: Recipe | None, results: dict[str, Any]) -> str:
     if recipe is None:
         return ""
     stage = "" if "router" in results["stages"] or recipe.num_experts == 1 else " --stage experts"
+    start = f" --from {results.get('source', 'path/to/the/trained/run')}"
     if "experts" not in results["stages"]:
-        stage = " --stage router --from path/to/the/trained/run"
-    elif recipe.decouple != "none":
-        stage += " --from path/to/the/trained/run"
-    elif recipe.distillation:
+        stage = f" --stage router{start}"
+    elif recipe.decouple != "none" or results.get("source"):
+        stage += start
+    if recipe.distillation and recipe.decouple == "none" and "experts" in results["stages"]:
         stage += " --teacher path/to/the/teacher"
     return f"accelerate launch train_accelerate.py --recipe recipe.yaml{stage}"
 

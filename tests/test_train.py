@@ -151,6 +151,8 @@ def test_router_from_another_run_and_from_the_folder_itself(finished, colours, t
     expected = RunFolder(whole).results()["stages"]
     assert RunFolder(output).results()["stages"] == expected
     assert RunFolder(other).results()["stages"]["router"] == expected["router"]
+    assert RunFolder(other).results()["source"] == str(output)
+    assert "source" not in RunFolder(output).results()
 
 
 def test_selection_accumulation_clipping_and_tracking(train, colours, tmp_path):

@@ -44,7 +44,8 @@ def test_the_heads_of_a_run_are_rebalanced_with_its_own_recipe(train, finished, 
     assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["experts"]["per_class"]
     if method == "lws":  # a router on the re-balanced heads, from the folder itself
         assert train(["--output", output, "--stage", "router", "--threads", "1"]) == 0
-        assert list(RunFolder(output).results()["stages"]) == ["experts", "router"]
+        results = RunFolder(output).results()
+        assert list(results["stages"]) == ["experts", "router"] and results["source"] == str(source)
 
 
 def test_experts_of_different_priors_are_brought_to_one_once(train, script, colours, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """What a card says of method, command, settings and papers, for every way of training."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 from card import render
@@ -96,3 +98,20 @@ def test_the_card_of_one_expert(make_run, tmp_path):
 
 def test_every_method_has_its_line():
     assert set(METHODS) == set(LOSSES) and set(DECOUPLED) | {"none"} == set(DECOUPLINGS)
+
+
+@pytest.mark.parametrize("stages", [("experts", "router"), ("experts",), ("router",)])
+def test_a_release_names_the_release_it_began_from(run, tmp_path, stages):
+    """A folder of somebody's machine is not told."""
+    results, start = json.loads((run / "results.json").read_text()), "ride_resnet32.cifar100_lt100"
+    for number, source in enumerate((f"some/where/{start}", "/home/somebody/runs/beetles")):
+        begun = tmp_path / str(number)
+        shutil.copytree(run, begun)
+        kept = {name: results["stages"][name] for name in stages}
+        set_json(begun / "results.json", source=source, stages=kept)
+        card = (stage(begun, TAG, tmp_path / "hub").path / "README.md").read_text(encoding="utf-8")
+        assert "somebody" not in card
+        assert (f", from the weights of `{start}`. The numbers" in card) == (number == 0)
+        assert (f" --from {start}\n" in card) == (number == 0)
+        assert ("--stage router --from" in card) == (stages == ("router",))
+        shutil.rmtree(tmp_path / "hub")
