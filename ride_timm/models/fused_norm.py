@@ -73,17 +73,17 @@ def _normalize_add(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor) ->
     return (x.float() * scale + shift + shortcut.float()).relu().to(x.dtype)
 
 
-def _through_relu(grad: Tensor, out: Tensor) -> Tensor:
+def _where_passed(grad: Tensor, out: Tensor) -> Tensor:
+    """The gradient behind a ReLU, from the one before it and the ReLU's output or, for its sign, its input."""
     return torch.where(out <= 0, 0.0, grad.float())
 
 
-def _gradient_sums(
-    grad: Tensor, out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
+def _factors(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of weight and bias [C], and the three factors [K] of the input's: a * grad + b * x + c."""
     num_channels = len(weight)
     count = x.numel() // num_channels
-    grad = _through_relu(grad, out)
     of_bias = grad.sum(1).view(-1, num_channels).sum(0)
     with_input = (grad * x.float()).sum(1).view(-1, num_channels).sum(0)
     of_weight = inverse * (with_input - mean * of_bias)
@@ -93,18 +93,28 @@ def _gradient_sums(
     return of_weight.to(weight.dtype), of_bias.to(weight.dtype), _tile(a, x), _tile(b, x), _tile(c, x)
 
 
-def _gradient(grad: Tensor, out: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return (_through_relu(grad, out) * a + x.float() * b + c).to(x.dtype)
+def _gradient_sums(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
+    return _factors(_where_passed(grad, x.float() * scale + shift), x, *norm)
 
 
-def _gradient_add(grad: Tensor, out: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    grad = _through_relu(grad, out)
-    return (grad * a + x.float() * b + c).to(x.dtype), grad.to(x.dtype)
+def _gradient_sums_add(grad: Tensor, out: Tensor, x: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
+    """The shortcut's gradient as well, last."""
+    grad = _where_passed(grad, out)
+    return *_factors(grad, x, *norm), grad.to(x.dtype)
 
 
+def _gradient(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return (_where_passed(grad, x.float() * scale + shift) * a + x.float() * b + c).to(x.dtype)
+
+
+def _gradient_add(of_shortcut: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return (of_shortcut.float() * a + x.float() * b + c).to(x.dtype)
+
+
+_FORWARD = (_statistics, _normalize, _normalize_add)
+_BACKWARD = (_gradient_sums, _gradient_sums_add, _gradient, _gradient_add)
 _KERNELS = {
-    kernel: torch.compile(kernel, dynamic=False, fullgraph=True)
-    for kernel in (_statistics, _normalize, _normalize_add, _gradient_sums, _gradient, _gradient_add)
+    kernel: torch.compile(kernel, dynamic=False, fullgraph=True) for kernel in (*_FORWARD, *_BACKWARD)
 }  # made on their first call; one a shape
 
 
@@ -116,25 +126,27 @@ class _NormReLU(torch.autograd.Function):
         rows = _rows(x)
         batch = (weight, bias, running_mean, running_var, momentum, eps)
         mean, inverse, scale, shift = _KERNELS[_statistics](rows, *batch)
-        if shortcut is None:
-            out = _like(_KERNELS[_normalize](rows, scale, shift), x)
+        if shortcut is None:  # where the ReLU passed is computed again: that is cheaper than to read it
+            out, passed = _like(_KERNELS[_normalize](rows, scale, shift), x), (scale, shift)
         else:
             out = _like(_KERNELS[_normalize_add](rows, scale, shift, _rows(shortcut)), x)
-        ctx.has_shortcut = shortcut is not None
-        ctx.save_for_backward(x, out, weight, mean, inverse)
+            passed = (out,)
+        ctx.save_for_backward(x, weight, mean, inverse, *passed)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, out, weight, mean, inverse = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        maps = (_rows(grad), _rows(out), _rows(x))
-        of_weight, of_bias, *factors = _KERNELS[_gradient_sums](*maps, weight, mean, inverse)
-        if ctx.has_shortcut:
-            of_x, of_shortcut = _KERNELS[_gradient_add](*maps, *factors)
+        x, weight, mean, inverse, *passed = ctx.saved_tensors
+        grad, rows = _rows(grad.contiguous(memory_format=torch.channels_last)), _rows(x)
+        if len(passed) == 1:
+            maps = (grad, _rows(passed[0]), rows)
+            of_weight, of_bias, *factors, of_shortcut = _KERNELS[_gradient_sums_add](*maps, weight, mean, inverse)
+            of_x = _KERNELS[_gradient_add](of_shortcut, rows, *factors)
             of_shortcut = _like(of_shortcut, x)
         else:
+            maps = (grad, rows, *passed)
+            of_weight, of_bias, *factors = _KERNELS[_gradient_sums](*maps, weight, mean, inverse)
             of_x, of_shortcut = _KERNELS[_gradient](*maps, *factors), None
         return _like(of_x, x), of_weight, of_bias, None, None, None, None, of_shortcut
 

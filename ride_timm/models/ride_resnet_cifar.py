@@ -25,10 +25,11 @@ class PadShortcut(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         before = (out_channels - in_channels) // 2
-        self.padding = (0, 0, 0, 0, before, out_channels - in_channels - before)
+        self.padding = (before, out_channels - in_channels - before)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], self.padding)
+        x = x.permute(0, 2, 3, 1)  # so that the gradient is channels-last as well: it is added to a convolution's
+        return F.pad(x[:, ::2, ::2], self.padding).permute(0, 3, 1, 2)
 
 
 def _pad_shortcut(in_channels: int, out_channels: int, stride: int) -> PadShortcut:
