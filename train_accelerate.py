@@ -34,7 +34,7 @@ from ride_timm.decoupling import align_experts, decouple
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_bf16, has_compiler, keep_memory, set_threads
 from ride_timm.losses import OffsetExpertsLoss, make_loss
-from ride_timm.mixing import Erasing, Mixing
+from ride_timm.mixing import BatchChange, batch_changes
 from ride_timm.models import Router, add_class_affine, has_class_affine
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
@@ -199,6 +199,15 @@ class Run:
         taught = (self.teacher, recipe.distill_temperature, recipe.teacher_mode)
         return DistillationObjective(self.model, loss, *taught, recipe.ghost_batch)
 
+    def optimizer(self, stage: Stage, objective: Objective) -> torch.optim.Optimizer:
+        parameters = objective.trainable_parameters()
+        if not stage.decay_norm_and_bias:
+            exempt = {f"model.{name}" for name in self.model.no_weight_decay()}
+            parameters = param_groups_weight_decay(objective, stage.weight_decay, exempt)
+        settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=self.recipe.momentum)
+        settings |= dict(fused=True) if stage.optimizer in FUSED and not self.sharded else {}
+        return create_optimizer_v2(parameters, opt=stage.optimizer, **settings)
+
     def evaluate(self, loader: Any, stage: Stage, model: Any) -> dict[str, Any]:
         """In full precision, with the buffers of the main process, which are the ones that are saved."""
         if self.accelerator.num_processes > 1:
@@ -226,25 +235,16 @@ class Run:
             self.model.load_state_dict(resumed["model"])
         if self.sharded:
             objective = shardable(objective, accelerator.device)
-        parameters = objective.trainable_parameters()
-        if not stage.decay_norm_and_bias:
-            exempt = {f"model.{name}" for name in self.model.no_weight_decay()}
-            parameters = param_groups_weight_decay(objective, stage.weight_decay, exempt)
-        settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=recipe.momentum)
-        settings |= dict(fused=True) if stage.optimizer in FUSED and not self.sharded else {}
-        optimizer = create_optimizer_v2(parameters, opt=stage.optimizer, **settings)
+        optimizer = self.optimizer(stage, objective)
         if recipe.sync_bn:
             convert_sync_batchnorm(objective)
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
         hook_experts(objective.model)
         ema, changes = None, []
         if stage.name == "experts" and not self.decoupling:
+            changes = batch_changes(recipe)
             if recipe.ema_decay is not None:
                 ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=True)
-            if recipe.random_erasing:
-                changes.append(Erasing(recipe.random_erasing, views=2 if recipe.loss == "mdcs" else 1))
-            if recipe.mixup_alpha or recipe.cutmix_alpha:
-                changes.append(Mixing(recipe.mixup_alpha, recipe.cutmix_alpha))
         scored = self.model if ema is None else ema.module
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0
         if resumed:
@@ -299,7 +299,7 @@ class Run:
 
     def train_epoch(
         self, stage: Stage, epoch: int, objective: Objective, wrapped: Any, optimizer: Any, loader: Any, bar: tqdm,
-        ema: ModelEmaV3 | None, changes: list[Erasing | Mixing],
+        ema: ModelEmaV3 | None, changes: list[BatchChange],
     ) -> float:  # fmt: skip
         """One epoch; its mean loss. Everything random in it follows from seed and epoch, so resuming is exact."""
         accelerator, accumulation = self.accelerator, self.recipe.gradient_accumulation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -9,6 +11,9 @@ from torch import Tensor
 
 from .errors import InputError
 from .losses import MixedTargets
+from .recipe import Recipe
+
+BatchChange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | MixedTargets]]
 
 
 class Erasing:
@@ -55,3 +60,13 @@ class Mixing:
             share = self.mixup(images[:paired], halves)[1][0, 0]
         others = torch.cat([targets[:paired].flip(0), targets[paired:]])
         return images, MixedTargets(targets, others, share)
+
+
+def batch_changes(recipe: Recipe) -> list[BatchChange]:
+    """What a recipe does to the batches of stage one, in this order."""
+    changes: list[BatchChange] = []
+    if recipe.random_erasing:
+        changes.append(Erasing(recipe.random_erasing, views=2 if recipe.loss == "mdcs" else 1))
+    if recipe.mixup_alpha or recipe.cutmix_alpha:
+        changes.append(Mixing(recipe.mixup_alpha, recipe.cutmix_alpha))
+    return changes

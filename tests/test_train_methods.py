@@ -11,6 +11,7 @@ from journeys import (
     stop_after_epoch,
 )
 
+from ride_timm import mixing
 from ride_timm.__main__ import main
 from ride_timm.checkpoint import RunFolder
 
@@ -108,11 +109,11 @@ def test_methods_resume_bit_identical(train, script, finished, colours, tmp_path
         (["--decouple", "lws", "--decouple-epochs", "1", "--decouple-batch-size", "16"], []),
     ],
 )
-def test_what_is_done_to_batches_in_stage_one(train, script, finished, colours, tmp_path, monkeypatch, flags, expected):
+def test_what_is_done_to_batches_in_stage_one(train, finished, colours, tmp_path, monkeypatch, flags, expected):
     """Erasing before mixing, in every batch; neither for re-balanced heads nor for the router."""
     done = []
 
-    class Erasing(script.Erasing):
+    class Erasing(mixing.Erasing):
         def __init__(self, probability, views=1):
             super().__init__(probability, views)
             self.name = f"erase {probability} {views}"
@@ -124,13 +125,13 @@ def test_what_is_done_to_batches_in_stage_one(train, script, finished, colours, 
             assert torch.equal(erased[: len(targets)], before[: len(targets)]) == (len(erased) > len(targets))
             return erased, targets
 
-    class Mixing(script.Mixing):
+    class Mixing(mixing.Mixing):
         def __call__(self, images, targets):
             done.append("mix")
             return super().__call__(images, targets)
 
-    monkeypatch.setattr(script, "Erasing", Erasing)
-    monkeypatch.setattr(script, "Mixing", Mixing)
+    monkeypatch.setattr(mixing, "Erasing", Erasing)
+    monkeypatch.setattr(mixing, "Mixing", Mixing)
     source = ["--from", finished[0]] if "--decouple" in flags else []
     flags = [*flags, *source, "--random-erasing", "0.5", "--epochs", "1", "--router-epochs", "1"]
     assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
@@ -189,6 +190,9 @@ def test_a_teacher_in_train_mode_teaches_two_processes_as_one_with_ghost_batches
     assert train([*flags("one", "train"), "--ghost-batch", "9"]) == 0
     assert train([*flags("eval", "eval"), "--ghost-batch", "9"]) == 0
     two, one, other = (RunFolder(tmp_path / name).state()["model"] for name in ("two", "one", "eval"))
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
-    name = "experts.0.fc.weight"
-    assert (other[name] - one[name]).abs().max() > 1e-3
+    # step by step they differ by rounding, which a ReLU near zero makes more of: judged as a whole
+    apart, by_mode = (
+        sum((b[name].double() - a[name].double()).square().sum().item() for name in a) ** 0.5
+        for a, b in ((one, two), (one, other))
+    )
+    assert apart < 0.01 and by_mode > 1
