@@ -13,7 +13,7 @@ from typing import Any
 
 from card import STAGE_NAMES, commit_fact, describe_data, result_row, run_facts, seed_facts
 from staged import CONFIG, HERE, RESULTS, ROOT, Staged, fill_file
-from training import how_chosen
+from training import began_from, how_chosen
 
 from ride_timm.launch import Parser, exit_code
 
@@ -45,6 +45,8 @@ def _origin(staged: Staged, results: dict[str, Any]) -> str:
     if results["recipe"]:
         epochs = " + ".join(str(stage["epochs"]) for stage in results["stages"].values())
         facts += [f"recipe `{results['recipe']}`", f"{epochs} epochs"]
+    if "source" in results:
+        facts.append(f"from the weights of {began_from(results)}")
     facts += [run_facts(results), commit_fact(results)]
     time = f"{results['seconds']:,.0f} s on " if "seconds" in results else ""
     facts.append(f"{time}{results['device']}")

@@ -125,9 +125,8 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
         state = folder.state()
         if state and state["stage"] == "router" and state["epoch"]:
             raise InputError(f"the run in {source} is not finished: its router is half trained (--resume).")
-    if "source" in results:  # a release says where it began; a folder of this machine tells nobody anything
-        start = Path(results.pop("source")).name
-        results |= dict(source=start) if is_registered(start) else {}
+    if "source" in results:
+        results["source"] = _public_name(results["source"])
     runs = [results]
     for path in seeds:
         other = RunFolder(path)
@@ -135,6 +134,8 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
             raise InputError(f"{path} holds no {RESULTS}: not a finished run.")
         if keys := [key for key in recipe.differing(other.recipe()) if key != "seed"]:
             raise InputError(f"the run in {path} is of another recipe ({', '.join(keys)}), not of another seed alone.")
+        if ("source" in results) != ("source" in other.results()):
+            raise InputError(f"{source} and {path}: one began from trained weights (--from), the other did not.")
         runs.append(other.results())
     numbers = [run["seed"] for run in runs]
     if len(set(numbers)) < len(numbers):
@@ -146,6 +147,19 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
         if (source / file).is_file():
             shutil.copyfile(source / file, new / file)
     return results, recipe, json.loads((source / CONFIG).read_text(encoding="utf-8")).get("label_names")
+
+
+def _public_name(source: str) -> str | None:
+    """What everybody knows the weights by that a run started from; None for somebody's own run or file."""
+    if source.startswith("hf-hub:"):
+        return source
+    folder = Path(source.removeprefix("local-dir:"))
+    if (folder / WEIGHTS).is_file():
+        known = release_table().get(folder.name, {}).get("sha256")
+        return folder.name if known == sha256_of(folder / WEIGHTS) else None
+    if timm.is_model(source):
+        source = f"{source}.{timm.get_pretrained_cfg(source).tag}"
+    return source if is_registered(source) else None
 
 
 def _from_checkpoint(source: Path, name: str, new: Path) -> dict[str, Any]:

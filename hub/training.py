@@ -109,8 +109,14 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
     if "router" in stages:
         then = "then the router" if parts else "a router for trained experts"
         parts.append(f"{then} for {_epochs(stages['router']['epochs'])}")
-    start = f", from the weights of `{results['source']}`" if results.get("source") else ""
-    return f"With `ride_timm`: {', '.join(parts)}{start}. {how_chosen(recipe, stages)}"
+    if "source" in results:
+        parts[0] += f" (from the weights of {began_from(results)})"
+    return f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe, stages)}"
+
+
+def began_from(results: dict[str, Any]) -> str:
+    """Where a release began that did not begin from scratch."""
+    return f"`{results['source']}`" if results["source"] else "an earlier run"
 
 
 def _epochs(number: int) -> str:
@@ -132,10 +138,10 @@ def command(recipe: Recipe | None, results: dict[str, Any]) -> str:
     if recipe is None:
         return ""
     stage = "" if "router" in results["stages"] or recipe.num_experts == 1 else " --stage experts"
-    start = f" --from {results.get('source', 'path/to/the/trained/run')}"
+    start = f" --from {results.get('source') or 'path/to/the/trained/run'}"
     if "experts" not in results["stages"]:
         stage = f" --stage router{start}"
-    elif recipe.decouple != "none" or results.get("source"):
+    elif recipe.decouple != "none" or "source" in results:
         stage += start
     if recipe.distillation and recipe.decouple == "none" and "experts" in results["stages"]:
         stage += " --teacher path/to/the/teacher"

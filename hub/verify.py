@@ -98,6 +98,7 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
         raise InputError(f"{staged.path} holds {name}, its name says {staged.name}.")
     if (recipe := staged.recipe()) is not None:
         check_recipe(recipe, staged.path / RECIPE)
+    check_source(results.get("source"), staged.path / RESULTS)
     difference = check_golden(model, staged.path / GOLDEN)
     card = (staged.path / CARD).read_text(encoding="utf-8")
     if card != render(staged, hand_edited(card)):
@@ -118,6 +119,12 @@ def check_recipe(recipe: Recipe, where: Path) -> None:
     if recipe.on_disk:
         places = ", ".join(f"{key}={value!r}" for key, value in recipe.on_disk.items())
         raise InputError(f"{where} names data on a disk ({places}).")
+
+
+def check_source(source: str | None, where: Path) -> None:
+    """InputError for a release that says it began from what others cannot find."""
+    if source is not None and not (source.startswith("hf-hub:") or is_registered(source)):
+        raise InputError(f"{where}: source={source!r}: expected a release (NAME.TAG or hf-hub:…) or null.")
 
 
 def data_of(staged: Staged, data_dir: str | None, measured: bool, recipe: str | None = None) -> Recipe | None:

@@ -74,7 +74,7 @@ def _normalize_add(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor) ->
 
 
 def _where_passed(grad: Tensor, out: Tensor) -> Tensor:
-    """The gradient behind a ReLU, from the one before it and the ReLU's output or, for its sign, its input."""
+    """The gradient of a ReLU's input from that of its output; out: the output, or the input, positive where it is."""
     return torch.where(out <= 0, 0.0, grad.float())
 
 
@@ -94,11 +94,12 @@ def _factors(
 
 
 def _gradient_sums(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
+    """`_factors` without a shortcut; norm: weight, mean and inverse."""
     return _factors(_where_passed(grad, x.float() * scale + shift), x, *norm)
 
 
 def _gradient_sums_add(grad: Tensor, out: Tensor, x: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
-    """The shortcut's gradient as well, last."""
+    """`_factors`, and last the shortcut's gradient."""
     grad = _where_passed(grad, out)
     return *_factors(grad, x, *norm), grad.to(x.dtype)
 
@@ -111,10 +112,9 @@ def _gradient_add(of_shortcut: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tenso
     return (of_shortcut.float() * a + x.float() * b + c).to(x.dtype)
 
 
-_FORWARD = (_statistics, _normalize, _normalize_add)
-_BACKWARD = (_gradient_sums, _gradient_sums_add, _gradient, _gradient_add)
+_PASSES = (_statistics, _normalize, _normalize_add, _gradient_sums, _gradient_sums_add, _gradient, _gradient_add)
 _KERNELS = {
-    kernel: torch.compile(kernel, dynamic=False, fullgraph=True) for kernel in (*_FORWARD, *_BACKWARD)
+    kernel: torch.compile(kernel, dynamic=False, fullgraph=True) for kernel in _PASSES
 }  # made on their first call; one a shape
 
 
@@ -139,7 +139,7 @@ class _NormReLU(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, mean, inverse, *passed = ctx.saved_tensors
         grad, rows = _rows(grad.contiguous(memory_format=torch.channels_last)), _rows(x)
-        if len(passed) == 1:
+        if len(passed) == 1:  # the output, kept where there is a shortcut
             maps = (grad, _rows(passed[0]), rows)
             of_weight, of_bias, *factors, of_shortcut = _KERNELS[_gradient_sums_add](*maps, weight, mean, inverse)
             of_x = _KERNELS[_gradient_add](of_shortcut, rows, *factors)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from card import hand_edited
-from release_files import TAG, front_matter
+from release_files import TAG, set_json, front_matter
 from stage import stage
 from verify import verify
 
@@ -41,6 +41,9 @@ def test_seeds_give_a_spread(make_run, run, tmp_path):
         stage(run, TAG, tmp_path, seeds=(run,))
     with pytest.raises(InputError, match=r"another recipe \(num_experts\)"):
         stage(run, TAG, tmp_path, seeds=(make_run(seed=2, num_experts=2),))
+    set_json(other / "results.json", source="/home/somebody/run")
+    with pytest.raises(InputError, match="one began from trained weights"):
+        stage(run, TAG, tmp_path, seeds=(other,))
 
 
 def test_what_is_written_by_hand_is_kept(staged, run):

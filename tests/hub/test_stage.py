@@ -87,6 +87,7 @@ def flip_a_bit(path):
         (lambda path: flip_a_bit(path / "golden.safetensors"), r"golden|experts used"),
         (lambda path: (path / "golden.safetensors").write_bytes(b"x"), "is no golden pair"),
         (lambda path: set_json(path / "results.json", seconds=1), "says something else than its data"),
+        (lambda path: set_json(path / "results.json", source="/home/somebody/run"), "expected a release"),
         (lambda path: (path / "model.pth").write_bytes(b"x"), r"model\.pth does not belong to a release"),
         (lambda path: (path / "curves.png").symlink_to("/etc/passwd"), r"curves\.png does not belong"),
         (lambda path: (path / "more").mkdir(), "more does not belong"),

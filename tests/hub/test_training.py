@@ -7,7 +7,9 @@ import shutil
 import pytest
 from card import render
 from release_files import TAG, set_json
+from results import render_table
 from stage import stage
+from staged import HERE
 from training import DECOUPLED, METHODS
 
 from ride_timm.losses import LOSSES
@@ -101,17 +103,28 @@ def test_every_method_has_its_line():
 
 
 @pytest.mark.parametrize("stages", [("experts", "router"), ("experts",), ("router",)])
-def test_a_release_names_the_release_it_began_from(run, tmp_path, stages):
-    """A folder of somebody's machine is not told."""
-    results, start = json.loads((run / "results.json").read_text()), "ride_resnet32.cifar100_lt100"
-    for number, source in enumerate((f"some/where/{start}", "/home/somebody/runs/beetles")):
-        begun = tmp_path / str(number)
-        shutil.copytree(run, begun)
-        kept = {name: results["stages"][name] for name in stages}
-        set_json(begun / "results.json", source=source, stages=kept)
-        card = (stage(begun, TAG, tmp_path / "hub").path / "README.md").read_text(encoding="utf-8")
-        assert "somebody" not in card
-        assert (f", from the weights of `{start}`. The numbers" in card) == (number == 0)
-        assert (f" --from {start}\n" in card) == (number == 0)
-        assert ("--stage router --from" in card) == (stages == ("router",))
-        shutil.rmtree(tmp_path / "hub")
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("ride_resnet32.cifar100_lt100_zoo", "ride_resnet32.cifar100_lt100_zoo"),
+        ("ride_resnet32", "ride_resnet32.cifar100_lt100"),  # its default tag
+        ("hf-hub:somebody/beetles", "hf-hub:somebody/beetles"),
+        (HERE / "ride_resnet32.fashion_lt", "ride_resnet32.fashion_lt"),  # the very weights of the release
+        ("runs/ride_resnet32.fashion_lt", None),
+        ("/home/somebody/runs/beetles", None),
+    ],
+)
+def test_a_release_says_that_it_began_from_weights_and_from_which(run, tmp_path, source, told, stages):
+    """A folder of somebody's machine is not told, only that there was one."""
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun)
+    kept = {name: json.loads((run / "results.json").read_text())["stages"][name] for name in stages}
+    set_json(begun / "results.json", source=str(source), stages=kept)
+    staged = stage(begun, TAG, tmp_path / "hub")
+    assert staged.json("results.json")["source"] == told
+    card = (staged.path / "README.md").read_text(encoding="utf-8")
+    start = f"`{told}`" if told else "an earlier run"
+    assert card.count(f" (from the weights of {start})") == 1
+    assert f" --from {told or 'path/to/the/trained/run'}\n" in card
+    assert ("--stage router --from" in card) == (stages == ("router",))
+    assert f"epochs, from the weights of {start}, seed 0" in render_table(tmp_path / "hub")
