@@ -157,7 +157,7 @@ def _public_name(source: str) -> str | None:
     if (folder / WEIGHTS).is_file():
         known = release_table().get(folder.name, {}).get("sha256")
         return folder.name if known == sha256_of(folder / WEIGHTS) else None
-    if timm.is_model(source):
+    if "." not in source and timm.is_model(source):  # the default tag is meant
         source = f"{source}.{timm.get_pretrained_cfg(source).tag}"
     return source if is_registered(source) else None
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from card import hand_edited
-from release_files import TAG, set_json, front_matter
+from release_files import TAG, front_matter, set_json
 from stage import stage
 from verify import verify
 
