@@ -12,7 +12,7 @@ import ride_timm
 PACKAGE = Path(ride_timm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ISLANDS = ("models", "losses", "metrics", "data")
-HEAVY = ("datasets", "accelerate", "thop", "matplotlib")
+HEAVY = ("datasets", "accelerate", "thop", "matplotlib", "torch._inductor.codecache")
 
 
 def module_name(path: Path) -> str:

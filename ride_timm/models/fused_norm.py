@@ -8,8 +8,10 @@ statistics, normalisation with shortcut and ReLU, and the same two passes backwa
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,10 +114,10 @@ def _gradient_add(of_shortcut: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tenso
     return (of_shortcut.float() * a + x.float() * b + c).to(x.dtype)
 
 
-_PASSES = (_statistics, _normalize, _normalize_add, _gradient_sums, _gradient_sums_add, _gradient, _gradient_add)
-_KERNELS = {
-    kernel: torch.compile(kernel, dynamic=False, fullgraph=True) for kernel in _PASSES
-}  # made on their first call; one a shape
+@functools.cache
+def _compiled(one_pass: Callable[..., Any]) -> Callable[..., Any]:
+    """On its first call, one a shape: what torch.compile needs takes longer to import than all else here."""
+    return torch.compile(one_pass, dynamic=False, fullgraph=True)
 
 
 class _NormReLU(torch.autograd.Function):
@@ -125,11 +127,11 @@ class _NormReLU(torch.autograd.Function):
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, shortcut):
         rows = _rows(x)
         batch = (weight, bias, running_mean, running_var, momentum, eps)
-        mean, inverse, scale, shift = _KERNELS[_statistics](rows, *batch)
+        mean, inverse, scale, shift = _compiled(_statistics)(rows, *batch)
         if shortcut is None:  # where the ReLU passed is computed again: that is cheaper than to read it
-            out, passed = _like(_KERNELS[_normalize](rows, scale, shift), x), (scale, shift)
+            out, passed = _like(_compiled(_normalize)(rows, scale, shift), x), (scale, shift)
         else:
-            out = _like(_KERNELS[_normalize_add](rows, scale, shift, _rows(shortcut)), x)
+            out = _like(_compiled(_normalize_add)(rows, scale, shift, _rows(shortcut)), x)
             passed = (out,)
         ctx.save_for_backward(x, weight, mean, inverse, *passed)
         return out
@@ -141,13 +143,13 @@ class _NormReLU(torch.autograd.Function):
         grad, rows = _rows(grad.contiguous(memory_format=torch.channels_last)), _rows(x)
         if len(passed) == 1:  # the output, kept where there is a shortcut
             maps = (grad, _rows(passed[0]), rows)
-            of_weight, of_bias, *factors, of_shortcut = _KERNELS[_gradient_sums_add](*maps, weight, mean, inverse)
-            of_x = _KERNELS[_gradient_add](of_shortcut, rows, *factors)
+            of_weight, of_bias, *factors, of_shortcut = _compiled(_gradient_sums_add)(*maps, weight, mean, inverse)
+            of_x = _compiled(_gradient_add)(of_shortcut, rows, *factors)
             of_shortcut = _like(of_shortcut, x)
         else:
             maps = (grad, rows, *passed)
-            of_weight, of_bias, *factors = _KERNELS[_gradient_sums](*maps, weight, mean, inverse)
-            of_x, of_shortcut = _KERNELS[_gradient](*maps, *factors), None
+            of_weight, of_bias, *factors = _compiled(_gradient_sums)(*maps, weight, mean, inverse)
+            of_x, of_shortcut = _compiled(_gradient)(*maps, *factors), None
         return _like(of_x, x), of_weight, of_bias, None, None, None, None, of_shortcut
 
 
