@@ -244,7 +244,8 @@ class Run:
         if stage.name == "experts" and not self.decoupling:
             changes = batch_changes(recipe)
             if recipe.ema_decay is not None:
-                ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=True)
+                # weights that are good already count in full from the first step
+                ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=self.source is None)
         scored = self.model if ema is None else ema.module
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0
         if resumed:
@@ -327,7 +328,7 @@ class Run:
                 optimizer.step()
                 optimizer.zero_grad()
                 if ema is not None:
-                    ema.update(self.model, epoch * len(loader) + step)  # its decay warms up with the steps
+                    ema.update(self.model, epoch * len(loader) + step)
             bar.update()
             self.signals.check()
         losses = accelerator.reduce(losses, "mean")
