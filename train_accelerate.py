@@ -244,7 +244,7 @@ class Run:
         if stage.name == "experts" and not self.decoupling:
             changes = batch_changes(recipe)
             if recipe.ema_decay is not None:
-                # weights that are good already count in full from the first step
+                # no warm-up for a run that begins from weights: those are worth keeping
                 ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=self.source is None)
         scored = self.model if ema is None else ema.module
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0

@@ -153,6 +153,22 @@ def test_the_moving_average_is_what_is_evaluated_and_kept(train, script, colours
     assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["experts"]["per_class"]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_only_an_average_from_scratch_warms_up(train, script, finished, colours, tmp_path, monkeypatch, begun):
+    decays = []
+
+    class Watched(script.ModelEmaV3):
+        def get_decay(self, step=None):
+            decays.append(super().get_decay(step))
+            return decays[-1]
+
+    monkeypatch.setattr(script, "ModelEmaV3", Watched)
+    flags = ["--stage", "experts", "--epochs", "2", "--ema-decay", "0.9", *(["--from", finished[0]] if begun else [])]
+    assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
+    assert len(decays) > 3 and max(decays) <= 0.9
+    assert all(decay == 0.9 for decay in decays[2:]) == begun  # timm's first two steps take the weights as they are
+
+
 def test_a_teacher_is_any_network_of_timm(train, colours, tmp_path, capsys):
     import timm
     from timm.models._hub import save_for_hf
