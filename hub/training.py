@@ -111,7 +111,19 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
         parts.append(f"{then} for {_epochs(stages['router']['epochs'])}")
     if "source" in results:
         parts[0] += f" (from the weights of {began_from(results)})"
-    return f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe, stages)}"
+    told = f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe, stages)}"
+    if _as_given(recipe, results):
+        told += (
+            f" The training images are a long-tailed version of {recipe.dataset} as it was given; `--imb-type exp` "
+            "selects from the balanced set, not necessarily the same images."
+        )
+    return told
+
+
+def _as_given(recipe: Recipe, results: dict[str, Any]) -> bool:
+    """Whether a set that is balanced on the Hub was read from a copy that was long-tailed already."""
+    long_tailed = len(set(results.get("class_counts", ()))) > 1
+    return recipe.dataset in ("cifar10", "cifar100") and recipe.imb_type == "none" and long_tailed
 
 
 def began_from(results: dict[str, Any]) -> str:
@@ -145,7 +157,8 @@ def command(recipe: Recipe | None, results: dict[str, Any]) -> str:
         stage += start
     if recipe.distillation and recipe.decouple == "none" and "experts" in results["stages"]:
         stage += " --teacher path/to/the/teacher"
-    return f"accelerate launch train_accelerate.py --recipe recipe.yaml{stage}"
+    data = " --data-dir path/to/the/long-tailed/copy" if _as_given(recipe, results) else ""
+    return f"accelerate launch train_accelerate.py --recipe recipe.yaml{data}{stage}"
 
 
 def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> list[tuple[str, str]]:
@@ -161,6 +174,7 @@ def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> li
             ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
             ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
             ("augmentation", _augmentation(recipe)),
+            *([("weights", f"moving average, decay {recipe.ema_decay:g}")] if recipe.ema_decay else []),
             *rows,
         ]
     if recipe.decouple != "none":

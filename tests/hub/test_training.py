@@ -51,6 +51,8 @@ def render_with(staged, **changes):
         (dict(mixup_alpha=0.4, random_erasing=0.5), ["| cifar, random erasing of 50% of the images, mixup 0.4 |"]),
         (dict(select="best", holdout=0.1), ["The epoch was chosen on held-out training images; the test set chose"]),
         (dict(select="best", use_val=True), ["The epoch was chosen on validation images;"]),
+        (dict(ema_decay=0.999), ["| weights | moving average, decay 0.999 |"]),
+        (dict(dataset="cifar10", imb_type="none"), ["recipe.yaml --data-dir path/to", "cifar10 as it was given;"]),
     ],
 )  # fmt: skip
 def test_the_card_names_the_method(staged, changes, said):
