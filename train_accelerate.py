@@ -244,7 +244,7 @@ class Run:
         if stage.name == "experts" and not self.decoupling:
             changes = batch_changes(recipe)
             if recipe.ema_decay is not None:
-                # no warm-up for a run that begins from weights: those are worth keeping
+                # no warm-up for a run from weights, though timm takes its first two steps as they are
                 ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=self.source is None)
         scored = self.model if ema is None else ema.module
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0

@@ -114,8 +114,8 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
     told = f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe, stages)}"
     if _as_given(recipe, results):
         told += (
-            f" The training images are a long-tailed version of {recipe.dataset} as it was given; `--imb-type exp` "
-            "selects from the balanced set, not necessarily the same images."
+            f" The training images are a ready-made long-tailed version of {recipe.dataset}, taken as it is; "
+            "`--imb-type exp` selects from the balanced set, maybe other images."
         )
     return told
 

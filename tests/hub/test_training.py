@@ -52,7 +52,7 @@ def render_with(staged, **changes):
         (dict(select="best", holdout=0.1), ["The epoch was chosen on held-out training images; the test set chose"]),
         (dict(select="best", use_val=True), ["The epoch was chosen on validation images;"]),
         (dict(ema_decay=0.999), ["| weights | moving average, decay 0.999 |"]),
-        (dict(dataset="cifar10", imb_type="none"), ["recipe.yaml --data-dir path/to", "cifar10 as it was given;"]),
+        (dict(dataset="cifar10", imb_type="none"), ["recipe.yaml --data-dir path/to", "cifar10, taken as it is;"]),
     ],
 )  # fmt: skip
 def test_the_card_names_the_method(staged, changes, said):
