@@ -7,6 +7,7 @@ from typing import Any
 
 from staged import LICENCE, Staged
 
+from ride_timm.data.reading import HUB_IDS
 from ride_timm.losses import LOSSES, OffsetExpertsLoss
 from ride_timm.recipe import Recipe
 
@@ -123,7 +124,7 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
 def _as_given(recipe: Recipe, results: dict[str, Any]) -> bool:
     """Whether a set that is balanced on the Hub was read from a copy that was long-tailed already."""
     long_tailed = len(set(results.get("class_counts", ()))) > 1
-    return recipe.dataset in ("cifar10", "cifar100") and recipe.imb_type == "none" and long_tailed
+    return recipe.dataset in HUB_IDS and recipe.imb_type == "none" and long_tailed
 
 
 def began_from(results: dict[str, Any]) -> str:
