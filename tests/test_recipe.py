@@ -39,7 +39,7 @@ def test_a_recipe_states_paper_command_cost_and_result(name, script):
     command = re.search(r"^Command: accelerate launch .*train_accelerate\.py(.*)$", head, re.M)[1]
     args, parsed = script.parse_arguments(shlex.split(command))
     assert parsed.override({"mixed_precision": recipe.mixed_precision}).differing(recipe) == []
-    begins = recipe.decouple != "none" or name.endswith(("_restart", "_average"))
+    begins = recipe.decouple != "none" or name.endswith(("_restart", "_average", "_refine"))
     assert recipe.distillation == bool(args.teacher) and begins == bool(args.source)
 
 

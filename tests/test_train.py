@@ -52,14 +52,15 @@ def test_evaluate_gives_the_results_again_exactly(finished, colours, routed, cap
         assert found[key] == stored[key], key
 
 
-def test_an_existing_run_is_left_alone_and_a_finished_one_resumes_at_once(finished, colours):
+def test_an_existing_run_is_left_alone_and_a_finished_one_resumes_at_once(train, finished, colours, capsys):
     output, _ = finished
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    again = run_script(*flags_of(colours, output))
-    assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith("error: ") and "--resume" in again.stderr
-    resumed = run_script("--output", output, "--resume")
-    assert resumed.returncode == 0 and "is finished" in resumed.stdout and "ensemble" in resumed.stdout
+    assert train(flags_of(colours, output)) == 2
+    refusal = capsys.readouterr().err
+    assert refusal.splitlines()[-1].startswith("error: ") and "--resume" in refusal
+    assert train(["--output", output, "--resume"]) == 0
+    resumed = capsys.readouterr().out
+    assert "is finished" in resumed and "ensemble" in resumed
     assert before == {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
 
 
@@ -111,7 +112,7 @@ def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp
     assert done.stderr.count("experts:") and done.stdout.count("ensemble") == 1
 
 
-def test_listed_images_and_a_validation_split_that_chooses_the_epoch(colours, tmp_path):
+def test_listed_images_and_a_validation_split_that_chooses_the_epoch(train, colours, tmp_path, capsys):
     """The images by annotation lists; half of the test images are a validation list, on which the epoch is chosen."""
     lists = tmp_path / "lists"
     lists.mkdir()
@@ -132,22 +133,21 @@ def test_listed_images_and_a_validation_split_that_chooses_the_epoch(colours, tm
     assert len(experts["experts"]["accuracy"]["all"]) == 2
     assert {"head_to_tail.png", "reliability.png", "experts.png"} <= {path.name for path in output.iterdir()}
     (colours.parent / "gone").mkdir(exist_ok=True)
-    refused = run_script(
-        *flags_of("colours", tmp_path / "no", "--annotations", lists, "--data-dir", colours.parent / "gone")
-    )
-    assert refused.returncode == 2 and "the image of line 1 is missing" in refused.stderr
+    gone = ["--annotations", lists, "--data-dir", colours.parent / "gone"]
+    assert train(flags_of("colours", tmp_path / "no", *gone)) == 2
+    assert "the image of line 1 is missing" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
-def test_router_from_another_run_and_from_the_folder_itself(finished, colours, tmp_path):
+def test_router_from_another_run_and_from_the_folder_itself(train, finished, colours, tmp_path):
     """Stage two alone gives what both stages in a row give."""
     whole, _ = finished
     output, shared = tmp_path / "parts", ["--threads", "1"]
-    assert run_script(*flags_of(colours, output, "--stage", "experts")).returncode == 0
+    assert train(flags_of(colours, output, "--stage", "experts")) == 0
     assert list(RunFolder(output).results()["stages"]) == ["experts"]
-    assert run_script("--stage", "router", "--output", output, *shared).returncode == 0
+    assert train(["--stage", "router", "--output", output, *shared]) == 0
     other = tmp_path / "other"
-    assert run_script(*flags_of(colours, other, "--stage", "router", "--from", output)).returncode == 0
+    assert train(flags_of(colours, other, "--stage", "router", "--from", output)) == 0
     expected = RunFolder(whole).results()["stages"]
     assert RunFolder(output).results()["stages"] == expected
     assert RunFolder(other).results()["stages"]["router"] == expected["router"]
