@@ -129,8 +129,6 @@ class Run:
         self.decoupling = recipe.decouple != "none" and "experts" in args.stages
         if self.decoupling and not (self.state or args.source):
             raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
-        if recipe.expert_order and not (self.state or args.source):
-            raise InputError("expert_order is that of trained experts: name their network by --from.")
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source, self.size)
         if recipe.fused_norm and accelerator.device.type == "cpu" and not self.sharded:  # FSDP enters experts apart
             self.model.fuse_training()

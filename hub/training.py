@@ -191,7 +191,6 @@ def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> li
         facts = [f"{recipe.router_epochs} epochs of {kind.format(recipe.router_batch_size)}"]
         facts += [] if recipe.router_optimizer == "sgd" else [recipe.router_optimizer]
         facts += [f"learning rate {recipe.router_lr:g}", f"positive weight {recipe.pos_weight:g}"]
-        facts += [f"experts in the order {numbers(recipe.expert_order)}"] if recipe.expert_order else []
         rows.append(("router", ", ".join(facts)))
     return rows
 

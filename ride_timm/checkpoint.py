@@ -256,7 +256,6 @@ def create_ride_model(name: str, size: int | None = None, **kwargs: Any) -> Ride
 def create_model(recipe: Recipe, num_classes: int, source: str | None = None, size: int | None = None) -> Ride:
     """The recipe's network without a router, from its seed, or with the trunk and experts of `source`.
 
-    Those experts come in the recipe's `expert_order`: the ensemble is the same, what a router can save is not.
     InputError for an argument that the network does not take, or weights of another one.
     """
     torch.manual_seed(recipe.seed)
@@ -271,8 +270,6 @@ def create_model(recipe: Recipe, num_classes: int, source: str | None = None, si
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{source} holds another model than the recipe's {recipe.model}: {reason}") from error
-        if recipe.expert_order:
-            model.experts = nn.ModuleList(model.experts[i] for i in recipe.expert_order)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -54,6 +54,3 @@ def check(recipe: Recipe) -> None:
         if len(taus) != recipe.num_experts:
             raise InputError(f"taus: {len(taus)} of them for {recipe.num_experts} experts; give one for each, or none.")
         check_taus(taus)
-    if recipe.expert_order and sorted(recipe.expert_order) != list(range(recipe.num_experts)):
-        order = ", ".join(map(str, recipe.expert_order))
-        raise InputError(f"expert_order={order}: expected each of 0 … {recipe.num_experts - 1} once.")

@@ -128,7 +128,6 @@ class Recipe:
     decouple_lr: float = key("decoupling", "learning rate, cosine to 0", 0.1, above=0)
     decouple_weight_decay: float = key("decoupling", "weight decay", 5e-4, low=0)
 
-    expert_order: tuple[int, ...] = key("router", "order of the experts of --from's network, numbered from 0: a router asks the first of them always (default: as they are)", (), low=0)
     router_epochs: int = key("router", "epochs", 5, low=1)
     router_batch_size: int = key("router", "images a step, over all processes", 512, low=1)
     router_balanced: bool = key("router", "draw its batches class by class, as the authors do, not as the images come", True)

@@ -29,7 +29,6 @@ from ride_timm.checkpoint import RunFolder
         (["--stage", "router"], r"no stage one to start from"),
         (["--stage", "router", "--num-experts", "1"], r"num_experts=1"),
         (["--from", "/no/such/run"], r"could not be loaded"),
-        (["--expert-order", "1", "0", "2"], r"expert_order is that of trained experts: name their network by --from"),
         (["--distillation"], r"--teacher"),
         (["--threads", "0"], r"threads=0"),
         (["--select", "best"], r"--holdout"),

@@ -1,7 +1,6 @@
 """Methods from flag to result: teachers, re-balanced and aligned heads, moving averages, changed batches."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -168,27 +167,6 @@ def test_only_an_average_from_scratch_warms_up(train, script, finished, colours,
     assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
     assert len(decays) > 3 and max(decays) <= 0.9
     assert all(decay == 0.9 for decay in decays[2:]) == begun  # timm's first two steps take the weights as they are
-
-
-def test_a_router_may_ask_the_experts_in_another_order(train, finished, colours, tmp_path, capsys):
-    """The ensemble stays as it is; what one expert alone gives is that of the one named first."""
-    source, _ = finished
-    flags = flags_of(colours, tmp_path / "run", "--stage", "router", "--from", source, "--expert-order", "1", "0")
-    assert train(flags) == 0
-    ours, theirs = RunFolder(tmp_path / "run").state()["model"], RunFolder(source).state()["model"]
-    for name, value in theirs.items():
-        if not name.startswith("router."):
-            swapped = re.sub(r"^experts\.(\d)", lambda found: f"experts.{1 - int(found[1])}", name)
-            assert torch.equal(ours[swapped], value), name
-
-    def accuracy(folder, *more):
-        capsys.readouterr()
-        main(["evaluate", "--model", str(folder), "--json", "--threads", "1", *more])
-        return json.loads(capsys.readouterr().out)["per_class"]
-
-    assert accuracy(tmp_path / "run") == accuracy(source)
-    assert accuracy(tmp_path / "run", "--experts", "0") == accuracy(source, "--experts", "1")
-    assert train(["--output", tmp_path / "run", "--stage", "router", "--resume", "--threads", "1"]) == 0  # finished
 
 
 def test_a_teacher_is_any_network_of_timm(train, colours, tmp_path, capsys):
