@@ -1,4 +1,4 @@
-"""Journeys of the training script: real processes on real image files."""
+"""Journeys of the training script on real image files, in processes of its own where these are the point."""
 
 import json
 import signal
