@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from staged import CARD, CONFIG, HERE, RESULTS, Staged, is_registered
-from training import command, licence, numbers, rare_classes, settings, summary, training
+from training import as_given, command, licence, numbers, rare_classes, settings, summary, training
 
 from ride_timm.launch import Parser, exit_code
 from ride_timm.priors import shot_groups
@@ -48,7 +48,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
     config, results, recipe = staged.json(CONFIG), staged.json(RESULTS), staged.recipe()
     stages, claimed, data = results["stages"], results.get("claimed"), results.get("data", {})
     args = {**dict(num_experts=3), **config["model_args"]}
-    pretty, hub_id, home = describe_data(data)
+    pretty, hub_id, home = describe_data(results)
     routed = stages.get("router")
     card_data = ModelCardData(
         license="mit",
@@ -99,8 +99,9 @@ def write_card(staged: Staged, by_hand: str) -> None:
     (staged.path / CARD).write_text(render(staged, by_hand), encoding="utf-8")
 
 
-def describe_data(data: dict[str, Any]) -> tuple[str, str | None, str | None]:
-    """Pretty name with the imbalance, Hub id and home page of the "data" in results.json; None where unknown."""
+def describe_data(results: dict[str, Any]) -> tuple[str, str | None, str | None]:
+    """Pretty name with the imbalance, Hub id and home page of a results.json's training images; None where unknown."""
+    data, counts = results.get("data", {}), results.get("class_counts")
     dataset = data.get("dataset")
     if dataset in DATASETS:
         pretty, hub_id, home = DATASETS[dataset]
@@ -111,6 +112,8 @@ def describe_data(data: dict[str, Any]) -> tuple[str, str | None, str | None]:
     if data.get("imb_type") in ("exp", "step"):
         kind = "" if data["imb_type"] == "exp" else "step, "
         pretty += f" ({kind}imbalance factor {round(1 / data['imb_factor'])})"
+    elif as_given(results) and min(counts) > 0:
+        pretty += f" (ready-made, imbalance factor {round(max(counts) / min(counts))})"
     return pretty, hub_id, home
 
 

@@ -39,7 +39,7 @@ def _rows(staged: Staged, results: dict[str, Any]) -> list[list[str]]:
 
 def _origin(staged: Staged, results: dict[str, Any]) -> str:
     """Data, recipe, seed, epochs, precision, commit, time and processor."""
-    facts = [describe_data(results["data"])[0]]
+    facts = [describe_data(results)[0]]
     if results.get("claimed"):
         facts.append("the authors' checkpoint, measured")
     if results["recipe"]:

@@ -113,7 +113,7 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
     if "source" in results:
         parts[0] += f" (from the weights of {began_from(results)})"
     told = f"With `ride_timm`: {', '.join(parts)}. {how_chosen(recipe, stages)}"
-    if _as_given(recipe, results):
+    if as_given(results):
         told += (
             f" The training images are a ready-made long-tailed version of {recipe.dataset}, taken as it is; "
             "`--imb-type exp` selects from the balanced set, maybe other images."
@@ -121,10 +121,10 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
     return told
 
 
-def _as_given(recipe: Recipe, results: dict[str, Any]) -> bool:
+def as_given(results: dict[str, Any]) -> bool:
     """Whether a set that is balanced on the Hub was read from a copy that was long-tailed already."""
-    long_tailed = len(set(results.get("class_counts", ()))) > 1
-    return recipe.dataset in HUB_IDS and recipe.imb_type == "none" and long_tailed
+    data, long_tailed = results.get("data", {}), len(set(results.get("class_counts", ()))) > 1
+    return data.get("dataset") in HUB_IDS and data.get("imb_type") == "none" and long_tailed
 
 
 def began_from(results: dict[str, Any]) -> str:
@@ -158,7 +158,7 @@ def command(recipe: Recipe | None, results: dict[str, Any]) -> str:
         stage += start
     if recipe.distillation and recipe.decouple == "none" and "experts" in results["stages"]:
         stage += " --teacher path/to/the/teacher"
-    data = " --data-dir path/to/the/long-tailed/copy" if _as_given(recipe, results) else ""
+    data = " --data-dir path/to/the/long-tailed/copy" if as_given(results) else ""
     return f"accelerate launch train_accelerate.py --recipe recipe.yaml{data}{stage}"
 
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from card import hand_edited
+from card import describe_data, hand_edited
 from release_files import TAG, front_matter, set_json
 from stage import stage
 from verify import verify
@@ -62,3 +62,18 @@ def test_plain_networks_without_a_router(make_run, tmp_path):
     assert "with one expert" in text and "forward_routed" not in text and "router" not in text
     assert "1 experts" not in text and "one expert's" in text and "`test_ride_resnet`, one expert |" in text
     assert verify(staged)["golden"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("dataset", "imb_type", "counts", "name"),
+    [
+        ("cifar10", "exp", (500, 10), "CIFAR10-LT (imbalance factor 50)"),
+        ("cifar10", "step", (500, 10), "CIFAR10-LT (step, imbalance factor 50)"),
+        ("cifar10", "none", (5000, 644, 50), "CIFAR10-LT (ready-made, imbalance factor 100)"),
+        ("cifar10", "none", (5000, 0), "CIFAR10-LT"),  # no factor divides by an empty class
+        ("imagenet_lt", "none", (1280, 5), "ImageNet-LT"),  # its lists are what the name stands for
+    ],
+)
+def test_training_images_are_named_with_their_imbalance(dataset, imb_type, counts, name):
+    data = dict(dataset=dataset, imb_type=imb_type, imb_factor=0.02)
+    assert describe_data(dict(data=data, class_counts=counts))[0] == name

@@ -19,6 +19,8 @@ from ride_timm.methods import DECOUPLINGS
 def render_with(staged, **changes):
     recipe = dataclasses.replace(staged.recipe(), **changes)
     (staged.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    data = staged.json("results.json")["data"]
+    set_json(staged.path / "results.json", data=data | {key: changes[key] for key in data.keys() & changes})
     return render(staged)
 
 
