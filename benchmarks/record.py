@@ -142,11 +142,16 @@ def show(figures: dict[str, dict[str, float]], unit: str = "s", digits: int = 3)
 
 
 def processor() -> str:
+    """Its name and, where Linux tells them, the numbers of its generation: some hosts hide that in the name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        first = ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in facts:
+        return name
+    return f"{name}, family {facts['cpu family']}, model {facts['model']}"
 
 
 def _git(*command: str) -> str | None:
