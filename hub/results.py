@@ -47,12 +47,16 @@ def _origin(staged: Staged, results: dict[str, Any]) -> str:
         facts += [f"recipe `{results['recipe']}`", f"{epochs} epochs"]
     if "source" in results:
         facts.append(f"from the weights of {began_from(results)}")
-    facts += [run_facts(results), commit_fact(results)]
-    time = f"{results['seconds']:,.0f} s on " if "seconds" in results else ""
-    facts.append(f"{time}{results['device']}")
+    others = [_made(run) for run in results.get("seeds", ()) if run["seed"] != results["seed"] and "device" in run]
     recipe = staged.recipe()
     chosen = f" {how_chosen(recipe, results['stages'])}" if recipe else ""
-    return f"- `{staged.name}`: {', '.join(filter(None, facts))}.{chosen}"
+    return f"- `{staged.name}`: {', '.join(filter(None, facts))}, {'; '.join([_made(results), *others])}.{chosen}"
+
+
+def _made(run: dict[str, Any]) -> str:
+    """Seed, precision, commit, time and processor of one run."""
+    time = f"{run['seconds']:,.0f} s on " if "seconds" in run else ""
+    return ", ".join(filter(None, (run_facts(run), commit_fact(run), f"{time}{run['device']}")))
 
 
 def render_table(root: Path = HERE) -> str:

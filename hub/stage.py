@@ -36,6 +36,7 @@ from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of
 from ride_timm.recipe import Recipe, load_recipe
 
 _SHOWN = ("all", "many", "medium", "few")
+_OF_A_SEED = ("seed", "commit", "precision", "device", "num_processes", "seconds")
 _OF_THE_DATA = ("num_classes", "in_chans", "global_pool", "img_size", "backbone_pretrained")
 _DEFAULTS = dict(num_experts=3, use_norm=True, reduce_dimension=True, share_expert_help_pred_fc=True, router=False)
 
@@ -141,7 +142,9 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
     if len(set(numbers)) < len(numbers):
         raise InputError(f"--seeds: runs of the seeds {numbers}, expected every seed once.")
     results["seeds"] = [
-        dict(seed=run["seed"], stages={s: {k: m[k] for k in _SHOWN} for s, m in run["stages"].items()}) for run in runs
+        {key: run[key] for key in _OF_A_SEED if key in run}
+        | dict(stages={s: {k: m[k] for k in _SHOWN} for s, m in run["stages"].items()})
+        for run in runs
     ]
     for file in (CONFIG, WEIGHTS, "curves.png"):
         if (source / file).is_file():

@@ -17,6 +17,8 @@ def load_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """A graph on the CPU; threads: 0 for all cores."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # threads that wait for the next call by spinning take the cores from the next graph: routing would cost time
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
