@@ -142,16 +142,15 @@ def show(figures: dict[str, dict[str, float]], unit: str = "s", digits: int = 3)
 
 
 def processor() -> str:
-    """Its name and, where Linux tells them, the numbers of its generation: some hosts hide that in the name."""
+    """Its name and, where Linux tells them, the numbers of its generation, which some names leave out."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
         first = ""
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     name = facts.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" not in facts:
-        return name
-    return f"{name}, family {facts['cpu family']}, model {facts['model']}"
+    numbers = [f"{word} {facts[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in facts]
+    return ", ".join([name, *numbers])
 
 
 def _git(*command: str) -> str | None:

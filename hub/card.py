@@ -207,7 +207,7 @@ def seed_facts(results: dict[str, Any]) -> dict[str, Any]:
     for stage in runs[0]["stages"]:
         values = {group: [run["stages"][stage][group] for run in runs if stage in run["stages"]] for group in _GROUPS}
         rows.append([STAGE_NAMES[stage], *(_spread(values[group]) for group in _GROUPS)])
-    text = f"Over {len(runs)} runs that differ by their seed alone, this one among them, mean ± standard deviation:"
+    text = f"Over {len(runs)} runs of this recipe with different seeds, this one among them, mean ± standard deviation:"
     return dict(spread=text, seed_rows=rows, seed_numbers=", ".join(str(run["seed"]) for run in runs))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 # no test reaches for a network; the Hub's clients read this when they are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent

@@ -29,6 +29,8 @@ def outcomes(tmp_path_factory):
         "-q",
         "-p",
         "no:cacheprovider",
+        "-n",
+        "0",
         f"--junitxml={report}",
         "tests/hub/loopback",
     ]
