@@ -141,18 +141,6 @@ def show(figures: dict[str, dict[str, float]], unit: str = "s", digits: int = 3)
         print(f"{name:<{width}}  {figure['median']:.{digits}f} {unit}  ({low} … {high})")
 
 
-def processor() -> str:
-    """Its name and, where Linux tells them, the numbers of its generation, which some names leave out."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        first = ""
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    numbers = [f"{word} {facts[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in facts]
-    return ", ".join([name, *numbers])
-
-
 def _git(*command: str) -> str | None:
     try:
         ran = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
@@ -163,13 +151,15 @@ def _git(*command: str) -> str | None:
 
 def provenance() -> dict[str, Any]:
     """Commit (and whether files that are run differ from it), versions, processor, threads and date."""
+    from ride_timm.checkpoint import processor_name  # here: the baseline's process is to hold nothing of ours
+
     changed = _git("status", "--porcelain", "--", "ride_timm", "train_accelerate.py", "benchmarks/*.py")
     return {
         "commit": _git("rev-parse", "HEAD"),
         "changed_since": None if changed is None else bool(changed),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow")},
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -289,14 +289,20 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def processor_name() -> str:
+    """The CPU's model and, where Linux tells them, the numbers of its generation, which some names leave out."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        first = ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{word} {facts[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in facts]
+    return ", ".join([name, *numbers])
+
+
 def device_name(device: torch.device) -> str:
-    """The processor that computed: a GPU's name, or the CPU's model and thread count."""
+    """The processor that computed: a GPU's name, or the CPU's and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{device.type} ({name}, {torch.get_num_threads()} threads)"
+    return f"{device.type} ({processor_name()}, {torch.get_num_threads()} threads)"
