@@ -38,6 +38,7 @@ from ride_timm.mixing import BatchChange, batch_changes
 from ride_timm.models import Router, add_class_affine, has_class_affine
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
+from ride_timm.progressive import check_sizes, shrink
 from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, listing, load_recipe
 from ride_timm.selection import Selection
 from ride_timm.sharding import hook_experts, is_sharded, make_plugin, shardable, share_out, whole
@@ -148,6 +149,8 @@ class Run:
                 raise InputError("this recipe learns from a teacher: name one by --teacher.")
             image = (self.model.in_chans, self.size, self.size)
             self.teacher = load_teacher(args.teacher, self.data.num_classes, image)
+        if "experts" in args.stages and "experts" not in self.reached:
+            check_sizes(self.model, [size for size, _ in recipe.stage("experts").sizes], self.size)
         for name in args.stages:  # a batch that cannot be shared out is found now, not after stage one
             size = recipe.stage(name).batch_size
             Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
@@ -310,11 +313,14 @@ class Run:
         wrapped.train()
         for group in optimizer.param_groups:
             group["lr"] = stage.lr_at(epoch)
+        side = stage.size_at(epoch)
         losses = torch.zeros(len(loader), device=accelerator.device)  # looked at once an epoch: no sync per step
         for step, (images, targets) in enumerate(loader):
             start = step - step % accumulation
             size = min(accumulation, len(loader) - start)
             complete = step + 1 == start + size
+            if side is not None:
+                images = shrink(images, side)
             for change in changes:
                 images, targets = change(images, targets)
             with nullcontext() if complete else accelerator.no_sync(wrapped):

@@ -49,8 +49,23 @@ def check(recipe: Recipe) -> None:
         raise InputError("loss=mdcs compares two views of an image: it does not go with mixup_alpha or cutmix_alpha.")
     if recipe.loss == "sade" and recipe.num_experts != 3:
         raise InputError(f"num_experts={recipe.num_experts}: SADE's losses are those of 3 experts.")
+    check_progressive(recipe)
     if "taus" in accepted:
         taus = spread_taus(recipe)
         if len(taus) != recipe.num_experts:
             raise InputError(f"taus: {len(taus)} of them for {recipe.num_experts} experts; give one for each, or none.")
         check_taus(taus)
+
+
+def check_progressive(recipe: Recipe) -> None:
+    """InputError for sides and epochs of progressive resizing that are not one schedule."""
+    sizes, ends = recipe.progressive_sizes, recipe.progressive_epochs
+    if len(sizes) != len(ends):
+        raise InputError(f"progressive_sizes has {len(sizes)} sides and progressive_epochs {len(ends)} epochs: "
+                         "give each side the epoch at which it ends.")  # fmt: skip
+    if list(ends) != sorted(set(ends)) or (ends and ends[-1] >= recipe.epochs):
+        raise InputError(f"progressive_epochs={list(ends)}: expected ascending epochs below epochs={recipe.epochs}, "
+                         "so that the run ends at full size.")  # fmt: skip
+    if sizes and recipe.distillation:
+        raise InputError("progressive_sizes shrinks the teacher's images too, and it learned from whole ones: "
+                         "leave it or distillation out.")  # fmt: skip

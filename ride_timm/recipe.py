@@ -46,10 +46,15 @@ class Stage:
     decay_norm_and_bias: bool
     schedule: dict[str, Any]
     balanced: bool
+    sizes: tuple[tuple[int, int], ...] = ()  # (side, epoch at which it ends), ascending
 
     def lr_at(self, epoch: int) -> float:
         """Learning rate in an epoch, counted from 0."""
         return self.lr * lr_factor(epoch, self.epochs, **self.schedule)
+
+    def size_at(self, epoch: int) -> int | None:
+        """Side in pixels that images are shrunk to in an epoch, counted from 0; None: they keep their size."""
+        return next((size for size, end in self.sizes if epoch < end), None)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Recipe:
     distillation: bool = key("stage one", "learn from a teacher as well (needs --teacher)", False)
     distill_temperature: float = key("stage one", "temperature of the distillation", 1.5, above=0)
     teacher_mode: str = key("stage one", "mode of the teacher; the authors' was in train mode", "eval", choices=("eval", "train"))
-    epochs: int = key("stage one", "epochs; alone it scales decay and re-weighting epochs with it", 200, low=1)
+    epochs: int = key("stage one", "epochs; alone it scales decay, resizing and re-weighting epochs with it", 200, low=1)
     batch_size: int = key("stage one", "images a step, over all processes", 128, low=1)
     lr: float = key("stage one", "learning rate", 0.1, above=0)
     weight_decay: float = key("stage one", "weight decay", 5e-4, low=0)
@@ -120,6 +125,8 @@ class Recipe:
     decay_epochs: tuple[int, ...] = key("stage one", "epochs at which the step schedule decays", (160, 180), low=0)
     decay_rate: float = key("stage one", "factor of each decay", 0.01, above=0, high=1)
     warmup_epochs: int = key("stage one", "epochs of linear warm-up", 5, low=0)
+    progressive_sizes: tuple[int, ...] = key("stage one", "progressive resizing: sides in pixels that training images are shrunk to at first, one after the other", (), low=8)
+    progressive_epochs: tuple[int, ...] = key("stage one", "epochs at which each of progressive_sizes ends; after the last, images have their full size", (), low=1)
 
     decouple: str = key("decoupling", "re-balance the heads of --from's network instead of training stage one", "none", choices=methods.DECOUPLINGS)
     decouple_tau: float = key("decoupling", "strength of tau_norm and logit_adjustment", 1.0, low=0, high=10)
@@ -249,16 +256,24 @@ class Recipe:
             warmup_epochs=self.warmup_epochs,
         )
         decay = (self.weight_decay, self.decay_norm_and_bias)
-        return Stage(name, self.epochs, self.batch_size, self.optimizer, self.lr, *decay, schedule, False)
+        sizes = tuple(zip(self.progressive_sizes, self.progressive_epochs, strict=True))
+        return Stage(name, self.epochs, self.batch_size, self.optimizer, self.lr, *decay, schedule, False, sizes)
 
     def override(self, values: dict[str, Any]) -> Recipe:
-        """These values over the recipe's; `epochs` alone scales decay and re-weighting epochs with it."""
+        """These values over the recipe's; `epochs` alone scales decay, resizing and re-weighting epochs with it."""
         values = dict(values)
         if "epochs" in values:
             item = next(f for f in dataclasses.fields(self) if f.name == "epochs")
             scale = _coerce(item, values["epochs"]) / self.epochs
             if "decay_epochs" not in values:
                 values["decay_epochs"] = tuple(round(epoch * scale) for epoch in self.decay_epochs)
+            if not values.keys() & {"progressive_sizes", "progressive_epochs"}:
+                ends = [round(epoch * scale) for epoch in self.progressive_epochs]
+                kept = [
+                    i for i, end in enumerate(ends) if end > (ends[i - 1] if i else 0)
+                ]  # a short run has few epochs
+                values["progressive_sizes"] = tuple(self.progressive_sizes[i] for i in kept)
+                values["progressive_epochs"] = tuple(ends[i] for i in kept)
             if "reweight_epoch" not in values and self.reweight_epoch > 0:
                 values["reweight_epoch"] = round(self.reweight_epoch * scale)
         return dataclasses.replace(self, **values)
