@@ -32,12 +32,13 @@ from ride_timm.data.transforms import Policy, get_policy
 from ride_timm.data.views import TwoViews
 from ride_timm.decoupling import align_experts, decouple
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
-from ride_timm.launch import Parser, Signals, exit_code, has_bf16, has_compiler, keep_memory, set_threads
+from ride_timm.launch import Parser, Signals, exit_code, has_compiler, keep_memory, set_threads
 from ride_timm.losses import OffsetExpertsLoss, make_loss
 from ride_timm.mixing import BatchChange, batch_changes
 from ride_timm.models import Router, add_class_affine, has_class_affine
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from ride_timm.plots import plot_run
+from ride_timm.processor import bf16_pays
 from ride_timm.progressive import check_sizes, shrink
 from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, listing, load_recipe
 from ride_timm.selection import Selection
@@ -77,8 +78,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         flags.setdefault("mixed_precision", launched)
-    elif "mixed_precision" not in flags and recipe.mixed_precision == "bf16" and not goes_on and not has_bf16():
-        print("notice: no bf16 on this machine, training in fp32", file=sys.stderr)
+    elif "mixed_precision" not in flags and recipe.mixed_precision == "bf16" and not goes_on and not bf16_pays():
+        print("notice: no fast bf16 on this machine, training in fp32", file=sys.stderr)
         flags["mixed_precision"] = "no"
     if flags.get("fused_norm", recipe.fused_norm) and not torch.cuda.is_available() and not has_compiler():
         if "fused_norm" in flags:

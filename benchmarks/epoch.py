@@ -1,16 +1,20 @@
-"""A CIFAR-100-LT epoch with its input: baseline with two loader workers, ours through the training script's loop."""
+"""A CIFAR-100-LT epoch with its input: baseline with two loader workers, ours through the training script's loop.
+
+Of the recipe with progressive resizing: the mean over all its epochs, by timed steps of each size.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from batches import ArrayImages, Clocked, class_counts_of, random_images
 from record import alternate, parse, parser, processes, record, show, summary
-from variants import VARIANTS, add_variants_flag, ratios_of
+from variants import RESIZED, VARIANTS, add_variants_flag, ratios_of
 
 from ride_timm.data.loader import decode
 from ride_timm.data.sources import load_longtail
@@ -24,23 +28,27 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
     else:
         images = random_images(class_counts_of(100), 32)
     class_counts = np.bincount(images.labels).tolist()
+    phases = {0: 1.0}  # the first epoch of each size of the images, and the share of all epochs that have it
     if name == "baseline":
         from baseline import PlainTraining, plain_loader
 
-        loop = PlainTraining("ride_resnet32", class_counts).train_epoch
+        plain = PlainTraining("ride_resnet32", class_counts)
         loader = plain_loader(images.pixels, images.labels, args.batch_size, args.workers)
     else:
         from ours import Training, make_recipe
 
-        training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **VARIANTS[name]), images, 100)
-        loop, loader = training.train_batches, training.training_loader(training.stage)
+        keys = dict(RESIZED[name], name="cifar100_lt_progressive") if name in RESIZED else VARIANTS[name]
+        training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images, 100)
+        loader, stage = training.training_loader(training.stage), training.stage
+        starts = [0, *(end for _, end in stage.sizes), stage.epochs]
+        phases = {start: (end - start) / stage.epochs for start, end in pairwise(starts)}
 
-    def run() -> float:
+    def step(epoch: int) -> float:
         clocked = Clocked(loader, args.steps, args.warm_up)
-        loop(clocked)
+        plain.train_epoch(clocked) if name == "baseline" else training.train_batches(clocked, epoch)
         return clocked.per_step
 
-    return run
+    return lambda: sum(share * step(epoch) for epoch, share in phases.items())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--workers", type=int, default=2, help="loader workers of the baseline; 2 in the authors' config"
     )
-    add_variants_flag(flags)
+    add_variants_flag(flags, RESIZED)
     args = parse(flags, argv)
     num_images = sum(class_counts_of(100))
     steps_an_epoch = -(-num_images // args.batch_size)

@@ -21,11 +21,13 @@ from ride_timm.recipe import Recipe, load_recipe
 from train_accelerate import Run
 
 
-def make_recipe(model: str, batch_size: int, size: int, num_experts: int = 3, **run: Any) -> Recipe:
-    """The CIFAR-100-LT recipe with another network or batch; `run`: other keys, such as mixed_precision."""
+def make_recipe(
+    model: str, batch_size: int, size: int, num_experts: int = 3, name: str = "cifar100_lt", **run: Any
+) -> Recipe:
+    """A CIFAR-100-LT recipe with another network or batch; `run`: other keys, such as mixed_precision."""
     augment = "cifar" if model == "ride_resnet32" else "imagenet"
     values = dict(model=model, batch_size=batch_size, num_experts=num_experts, augment=augment, input_size=size)
-    return load_recipe("cifar100_lt").override(values | run)
+    return load_recipe(name).override(values | run)
 
 
 class Training(Run):
@@ -60,8 +62,8 @@ class Training(Run):
         )
         self.wrapped, self.optimizer = self.accelerator.prepare(self.stage_objective, optimizer)
 
-    def train_batches(self, batches: Any) -> float:
-        """The script's loop over these batches; their mean loss."""
+    def train_batches(self, batches: Any, epoch: int = 0) -> float:
+        """The script's loop over these batches, as in an epoch of the recipe; their mean loss."""
         bar = tqdm(disable=True)
         parts = (self.stage_objective, self.wrapped, self.optimizer)
-        return self.train_epoch(self.stage, 0, *parts, batches, bar, ema=None, changes=[])
+        return self.train_epoch(self.stage, epoch, *parts, batches, bar, ema=None, changes=[])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 VARIANTS = {
     "baseline": None,
@@ -13,12 +14,23 @@ VARIANTS = {
 }
 
 
-def add_variants_flag(flags: argparse.ArgumentParser) -> None:
+RESIZED = {  # in epochs of `cifar100_lt_progressive`, at the mean of its sizes
+    "ours fp32, progressive": dict(mixed_precision="no"),
+    "ours bf16, progressive": dict(mixed_precision="bf16"),
+}
+
+
+def add_variants_flag(flags: argparse.ArgumentParser, more: Iterable[str] = ()) -> None:
+    """By default the baseline and ours in both precisions, last in the one that pays here; then those of `more`."""
+    from ride_timm.processor import bf16_pays  # here: the baseline's process is to hold nothing of ours
+
+    ours = ["ours fp32", "ours bf16"] if bf16_pays() else ["ours bf16", "ours fp32"]
+    resized = [name for name in more if name.startswith(ours[-1])]
     flags.add_argument(
         "--variants",
         nargs="+",
-        choices=tuple(VARIANTS),
-        default=["baseline", "ours fp32", "ours bf16"],
+        choices=(*VARIANTS, *more),
+        default=["baseline", *ours, *resized],
         help="the baseline and others; the ratio printed last is the last one's",
     )
 

@@ -27,12 +27,13 @@ from pictures import draw_classes, draw_routing
 from staged import CARD, GOLDEN, HERE, RECIPE, RESULTS, Staged, is_registered, parse_name, read_table, write_table
 
 from ride_timm import InputError, RunError, load_legacy
-from ride_timm.checkpoint import RunFolder, device_name, provenance
+from ride_timm.checkpoint import RunFolder, provenance
 from ride_timm.data.sources import EMBEDDED
 from ride_timm.flops import count_macs
 from ride_timm.launch import Parser, exit_code, set_threads
 from ride_timm.models import Ride
 from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of
+from ride_timm.processor import device_name
 from ride_timm.recipe import Recipe, load_recipe
 
 _SHOWN = ("all", "many", "medium", "few")

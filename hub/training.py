@@ -175,6 +175,7 @@ def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> li
             ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
             ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
             ("augmentation", _augmentation(recipe)),
+            *([("image size", _sizes(recipe))] if recipe.stage("experts").sizes else []),
             *([("weights", f"moving average, decay {recipe.ema_decay:g}")] if recipe.ema_decay else []),
             *rows,
         ]
@@ -207,6 +208,11 @@ def _loss(recipe: Recipe, args: dict[str, Any]) -> str:
     if _moved(recipe, args):
         told.append("the experts moved to the class prior of their mean afterwards")
     return ", ".join(told)
+
+
+def _sizes(recipe: Recipe) -> str:
+    early = [f"{size} pixels until epoch {end}" for size, end in recipe.stage("experts").sizes]
+    return f"{', '.join(early)}, then whole"
 
 
 def _augmentation(recipe: Recipe) -> str:

@@ -25,6 +25,7 @@ from .errors import InputError, RunError, first_line
 from .metrics import format_table
 from .models import Ride, add_class_affine, has_class_affine, load_legacy
 from .models.releases import check_network
+from .processor import device_name
 from .recipe import Recipe, load_recipe
 
 STAGES = ("experts", "router")
@@ -287,22 +288,3 @@ def provenance() -> dict[str, Any]:
         "commit": commit.stdout.strip() if known else None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-
-
-def processor_name() -> str:
-    """The CPU's model and, where Linux tells them, the numbers of its generation, which some names leave out."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        first = ""
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    numbers = [f"{word} {facts[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in facts]
-    return ", ".join([name, *numbers])
-
-
-def device_name(device: torch.device) -> str:
-    """The processor that computed: a GPU's name, or the CPU's and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({processor_name()}, {torch.get_num_threads()} threads)"

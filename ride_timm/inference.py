@@ -20,8 +20,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import InputError
 from .evaluation import Answer, answer_of
-from .launch import has_bf16, has_compiler
+from .launch import has_compiler
 from .models import Ride
+from .processor import bf16_pays
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Inference:
                 raise InputError(f"runtime=onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
         if self.compile and not torch.cuda.is_available() and not has_compiler():
             raise InputError("compile needs a C++ compiler (g++) and Python.h: install both or leave it out.")
-        if self.precision == "bf16" and not has_bf16():
-            print("notice: this machine only imitates bf16, fp32 is faster", file=sys.stderr)
+        if self.precision == "bf16" and not bf16_pays():
+            print("notice: this machine has no fast bf16, fp32 is faster", file=sys.stderr)
 
 
 def add_inference_flags(parser: argparse.ArgumentParser) -> None:

@@ -80,13 +80,6 @@ def has_compiler() -> bool:
     return found and os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
 
 
-def has_bf16() -> bool:
-    """Whether this machine computes in bfloat16 itself; where it would only imitate it, float32 is faster."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Run a command: 0 done, 2 bad input, 1 failed in the run, 128 + signal interrupted; one line on stderr."""
     try:

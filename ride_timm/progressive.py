@@ -19,7 +19,7 @@ def shrink(images: Tensor, size: int) -> Tensor:
 
 
 def check_sizes(model: Any, sizes: Sequence[int], full: int) -> None:
-    """InputError for sides not below the full one, or that the model [B, in_chans, side, side] -> logits cannot read."""
+    """InputError for a side not below the full one, or whose images the model cannot read."""
     for size in sizes:
         if size >= full:
             raise InputError(f"progressive_sizes={list(sizes)}: expected sides below the input's {full} pixels.")

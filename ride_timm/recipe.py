@@ -269,11 +269,10 @@ class Recipe:
                 values["decay_epochs"] = tuple(round(epoch * scale) for epoch in self.decay_epochs)
             if not values.keys() & {"progressive_sizes", "progressive_epochs"}:
                 ends = [round(epoch * scale) for epoch in self.progressive_epochs]
-                kept = [
-                    i for i, end in enumerate(ends) if end > (ends[i - 1] if i else 0)
-                ]  # a short run has few epochs
-                values["progressive_sizes"] = tuple(self.progressive_sizes[i] for i in kept)
-                values["progressive_epochs"] = tuple(ends[i] for i in kept)
+                spans = zip(self.progressive_sizes, [0, *ends], ends, strict=False)
+                kept = [(size, end) for size, start, end in spans if start < end < self.epochs * scale]
+                values["progressive_sizes"] = tuple(size for size, _ in kept)  # a short run has no epoch for some
+                values["progressive_epochs"] = tuple(end for _, end in kept)
             if "reweight_epoch" not in values and self.reweight_epoch > 0:
                 values["reweight_epoch"] = round(self.reweight_epoch * scale)
         return dataclasses.replace(self, **values)

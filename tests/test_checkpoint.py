@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from ride_timm import InputError, RunError, checkpoint
+from ride_timm import InputError, RunError
 from ride_timm.checkpoint import RunFolder, create_model, load_model, provenance, write_atomically
 from ride_timm.recipe import Recipe, load_recipe
 
@@ -190,27 +190,3 @@ def test_results_state_what_they_depend_on(tmp_path):
     assert results["recipe"] == "fashion_lt" and results["precision"] == "bf16" and results["device"].startswith("cpu")
     assert {"torch", "timm", "ride-timm"} <= set(results["versions"]) and "commit" in results
     assert set(provenance()) == {"commit", "versions"}
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "name"),
-    [
-        (
-            "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nmodel name\t: other\n",
-            "AMD EPYC, family 26, model 2",
-        ),
-        ("model name\t: ARMv8 Processor\n", "ARMv8 Processor"),
-        ("BogoMIPS\t: 50.00\n", "aarch64"),
-        (None, "aarch64"),  # no Linux
-    ],
-)
-def test_the_processor_is_named_with_its_generation(cpuinfo, name, monkeypatch):
-    def read_text(path):
-        if cpuinfo is None:
-            raise FileNotFoundError(path)
-        return cpuinfo
-
-    monkeypatch.setattr(checkpoint.Path, "read_text", read_text)
-    monkeypatch.setattr(checkpoint.platform, "processor", lambda: "")
-    monkeypatch.setattr(checkpoint.platform, "machine", lambda: "aarch64")
-    assert checkpoint.processor_name() == name

@@ -1,5 +1,6 @@
 """The baseline computes what ours computes, and every benchmark runs."""
 
+import argparse
 import importlib.util
 import re
 import sys
@@ -10,6 +11,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 
+from ride_timm import processor
 from ride_timm.losses import make_loss
 from ride_timm.models import fused_norm
 from ride_timm.objectives import ExpertsObjective
@@ -128,10 +130,11 @@ def test_forced_routing(benchmark):
     assert sum(routed.numbers_of_samples(7, routed.SHARES["paper"])) == 7
 
 
+RESIZED = ("ours fp32, progressive", "ours bf16, progressive")
 PLAIN = ["--variants", "baseline", "ours bf16, plain norm"]  # nothing to compile
 TINY = {
     "step": [*PLAIN, "--steps", "1", "--warm-up", "0", "--batch-size", "4"],
-    "epoch": [*PLAIN, "--steps", "1", "--warm-up", "1", "--batch-size", "4"],
+    "epoch": [*PLAIN, "ours fp32, progressive", "--steps", "1", "--warm-up", "1", "--batch-size", "4"],
     "input": ["--steps", "1", "--warm-up", "1", "--batch-size", "4", "--train-steps", "1"],
     "routed": ["--models", "ride_resnet32", "--batch-sizes", "1", "4", "--seconds", "0"],
     "split": [],
@@ -154,6 +157,36 @@ def test_prints_its_figure_last(benchmark, capsys, monkeypatch, name):
     benchmark(name).main(["--rounds", "1", "--no-record", *TINY[name]])
     assert re.fullmatch(LAST.get(name, r"ratio [\d.]+"), capsys.readouterr().out.splitlines()[-1])
     assert before == (results.read_bytes() if results.exists() else None)
+
+
+@pytest.mark.parametrize(
+    ("pays", "more", "chosen"),
+    [
+        (True, (), ["baseline", "ours fp32", "ours bf16"]),
+        (False, (), ["baseline", "ours bf16", "ours fp32"]),
+        (True, RESIZED, ["baseline", "ours fp32", "ours bf16", "ours bf16, progressive"]),
+        (False, RESIZED, ["baseline", "ours bf16", "ours fp32", "ours fp32, progressive"]),
+    ],
+)
+def test_the_ratio_is_of_the_precision_that_pays(benchmark, monkeypatch, pays, more, chosen):
+    monkeypatch.setattr(processor, "bf16_pays", lambda: pays)
+    flags = benchmark("record").parser("A title.")
+    benchmark("variants").add_variants_flag(flags, more)
+    assert flags.parse_args([]).variants == chosen
+
+
+def test_a_progressive_epoch_is_the_mean_of_its_sizes(benchmark, monkeypatch):
+    epoch, ours = benchmark("epoch"), benchmark("ours")
+    seconds, asked = {0: 1.0, 60: 2.0, 140: 4.0}, []
+
+    def train_batches(self, clocked, at):
+        asked.append(self.stage.size_at(at))
+        clocked.seconds = seconds[at] * clocked.steps
+
+    monkeypatch.setattr(ours.Training, "train_batches", train_batches)
+    args = argparse.Namespace(data_dir=None, batch_size=128, steps=5, warm_up=0)
+    assert epoch.build("ours fp32, progressive", args)() == pytest.approx(0.3 * 1 + 0.4 * 2 + 0.3 * 4)
+    assert asked == [16, 24, None]
 
 
 @pytest.mark.parametrize("flag", ["--rounds", "--threads"])
