@@ -78,9 +78,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         flags.setdefault("mixed_precision", launched)
-    elif "mixed_precision" not in flags and recipe.mixed_precision == "bf16" and not goes_on and not bf16_pays():
-        print("notice: no fast bf16 on this machine, training in fp32", file=sys.stderr)
-        flags["mixed_precision"] = "no"
+    elif "mixed_precision" not in flags and recipe.mixed_precision == "bf16" and not goes_on:
+        if folder.occupied and args.resume:
+            flags["mixed_precision"] = folder.recipe().mixed_precision
+        elif not bf16_pays():
+            print("notice: bf16 is not faster on this machine, training in fp32", file=sys.stderr)
+            flags["mixed_precision"] = "no"
     if flags.get("fused_norm", recipe.fused_norm) and not torch.cuda.is_available() and not has_compiler():
         if "fused_norm" in flags:
             raise InputError("fused_norm needs a C++ compiler (g++) and Python.h: install both or leave it out.")
@@ -132,6 +135,7 @@ class Run:
         if self.decoupling and not (self.state or args.source):
             raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source, self.size)
+        check_sizes(self.model, [size for size, _ in recipe.stage(args.stages[0]).sizes], self.size)
         if recipe.fused_norm and accelerator.device.type == "cpu" and not self.sharded:  # FSDP enters experts apart
             self.model.fuse_training()
         self.history: list[dict[str, Any]] = []
@@ -150,8 +154,6 @@ class Run:
                 raise InputError("this recipe learns from a teacher: name one by --teacher.")
             image = (self.model.in_chans, self.size, self.size)
             self.teacher = load_teacher(args.teacher, self.data.num_classes, image)
-        if "experts" in args.stages and "experts" not in self.reached:
-            check_sizes(self.model, [size for size, _ in recipe.stage("experts").sizes], self.size)
         for name in args.stages:  # a batch that cannot be shared out is found now, not after stage one
             size = recipe.stage(name).batch_size
             Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from batches import ArrayImages, Clocked, class_counts_of, random_images
 from record import alternate, parse, parser, processes, record, show, summary
-from variants import RESIZED, VARIANTS, add_variants_flag, ratios_of
+from variants import RESIZED, VARIANTS, add_variants_flag, default_variants, ratios_of
 
 from ride_timm.data.loader import decode
 from ride_timm.data.sources import load_longtail
@@ -34,18 +34,22 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
 
         plain = PlainTraining("ride_resnet32", class_counts)
         loader = plain_loader(images.pixels, images.labels, args.batch_size, args.workers)
+
+        def loop(batches: Clocked, epoch: int) -> None:
+            plain.train_epoch(batches)
     else:
         from ours import Training, make_recipe
 
         keys = dict(RESIZED[name], name="cifar100_lt_progressive") if name in RESIZED else VARIANTS[name]
         training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images, 100)
-        loader, stage = training.training_loader(training.stage), training.stage
+        stage, loop = training.stage, training.train_batches
+        loader = training.training_loader(stage)
         starts = [0, *(end for _, end in stage.sizes), stage.epochs]
         phases = {start: (end - start) / stage.epochs for start, end in pairwise(starts)}
 
     def step(epoch: int) -> float:
         clocked = Clocked(loader, args.steps, args.warm_up)
-        plain.train_epoch(clocked) if name == "baseline" else training.train_batches(clocked, epoch)
+        loop(clocked, epoch)
         return clocked.per_step
 
     return lambda: sum(share * step(epoch) for epoch, share in phases.items())
@@ -62,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_variants_flag(flags, RESIZED)
     args = parse(flags, argv)
+    args.variants = args.variants or default_variants(RESIZED)
     num_images = sum(class_counts_of(100))
     steps_an_epoch = -(-num_images // args.batch_size)
     if args.warm_up + args.steps > steps_an_epoch:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from batches import Clocked, class_counts_of, random_batch
 from record import alternate, parse, parser, record, show, summary
-from variants import VARIANTS, add_variants_flag
+from variants import VARIANTS, add_variants_flag, default_variants
 
 
 def peak_megabytes() -> float:
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(flags, argv)
     if args.side:
         return train(args.side, args.model, args.batch_size, args.image_size, args.steps)
+    args.variants = args.variants or default_variants()
 
     above: dict[str, list[float]] = {side: [] for side in args.variants}
 

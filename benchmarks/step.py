@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from batches import Clocked, class_counts_of, random_batch
 from record import alternate, parse, parser, processes, record, show, summary
-from variants import VARIANTS, add_variants_flag, ratios_of
+from variants import VARIANTS, add_variants_flag, default_variants, ratios_of
 
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--warm-up", type=int, default=1, help="steps before them")
     add_variants_flag(flags)
     args = parse(flags, argv)
+    args.variants = args.variants or default_variants()
 
     builders = {name: partial(build, name, args) for name in args.variants}
     with processes(builders, args.threads) as variants:

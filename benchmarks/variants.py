@@ -21,18 +21,21 @@ RESIZED = {  # in epochs of `cifar100_lt_progressive`, at the mean of its sizes
 
 
 def add_variants_flag(flags: argparse.ArgumentParser, more: Iterable[str] = ()) -> None:
-    """By default the baseline and ours in both precisions, last in the one that pays here; then those of `more`."""
-    from ride_timm.processor import bf16_pays  # here: the baseline's process is to hold nothing of ours
-
-    ours = ["ours fp32", "ours bf16"] if bf16_pays() else ["ours bf16", "ours fp32"]
-    resized = [name for name in more if name.startswith(ours[-1])]
     flags.add_argument(
         "--variants",
         nargs="+",
         choices=(*VARIANTS, *more),
-        default=["baseline", *ours, *resized],
-        help="the baseline and others; the ratio printed last is the last one's",
+        help="the baseline and others; the ratio printed last is the last one's (default: ours in the precision that "
+        "pays here)",
     )
+
+
+def default_variants(more: Iterable[str] = ()) -> list[str]:
+    """The baseline and ours in both precisions, last in the one that pays here; then those of `more` in that one."""
+    from ride_timm.processor import bf16_pays  # here: the baseline's process is to hold nothing of ours
+
+    ours = ["ours fp32", "ours bf16"] if bf16_pays() else ["ours bf16", "ours fp32"]
+    return ["baseline", *ours, *(name for name in more if name.startswith(ours[-1]))]
 
 
 def ratios_of(medians: dict[str, float]) -> dict[str, float]:

@@ -175,7 +175,7 @@ def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> li
             ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
             ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
             ("augmentation", _augmentation(recipe)),
-            *([("image size", _sizes(recipe))] if recipe.stage("experts").sizes else []),
+            *([("image size", _sizes(recipe))] if recipe.progressive_sizes else []),
             *([("weights", f"moving average, decay {recipe.ema_decay:g}")] if recipe.ema_decay else []),
             *rows,
         ]
@@ -211,7 +211,8 @@ def _loss(recipe: Recipe, args: dict[str, Any]) -> str:
 
 
 def _sizes(recipe: Recipe) -> str:
-    early = [f"{size} pixels until epoch {end}" for size, end in recipe.stage("experts").sizes]
+    spans = zip(recipe.progressive_sizes, recipe.progressive_epochs, strict=True)
+    early = [f"{size} pixels until epoch {end}" for size, end in spans]
     return f"{', '.join(early)}, then whole"
 
 

@@ -49,7 +49,7 @@ class Inference:
         if self.compile and not torch.cuda.is_available() and not has_compiler():
             raise InputError("compile needs a C++ compiler (g++) and Python.h: install both or leave it out.")
         if self.precision == "bf16" and not bf16_pays():
-            print("notice: this machine has no fast bf16, fp32 is faster", file=sys.stderr)
+            print("notice: bf16 is not faster on this machine than fp32", file=sys.stderr)
 
 
 def add_inference_flags(parser: argparse.ArgumentParser) -> None:

@@ -58,14 +58,20 @@ def check(recipe: Recipe) -> None:
 
 
 def check_progressive(recipe: Recipe) -> None:
-    """InputError for sides and epochs of progressive resizing that are not one schedule."""
+    """InputError for sides and epochs of progressive resizing that are not one schedule, or that something forbids."""
     sizes, ends = recipe.progressive_sizes, recipe.progressive_epochs
+    off = "; --progressive-sizes without a value turns resizing off."
     if len(sizes) != len(ends):
-        raise InputError(f"progressive_sizes has {len(sizes)} sides and progressive_epochs {len(ends)} epochs: "
-                         "give each side the epoch at which it ends.")  # fmt: skip
+        raise InputError(
+            f"progressive_sizes={list(sizes)} and progressive_epochs={list(ends)}: give each side the epoch at which "
+            f"it ends{off}"
+        )
     if list(ends) != sorted(set(ends)) or (ends and ends[-1] >= recipe.epochs):
-        raise InputError(f"progressive_epochs={list(ends)}: expected ascending epochs below epochs={recipe.epochs}, "
-                         "so that the run ends at full size.")  # fmt: skip
+        raise InputError(
+            f"progressive_epochs={list(ends)}: expected ascending epochs below epochs={recipe.epochs}, so that the run "
+            f"ends at full size{off}"
+        )
     if sizes and recipe.distillation:
-        raise InputError("progressive_sizes shrinks the teacher's images too, and it learned from whole ones: "
-                         "leave it or distillation out.")  # fmt: skip
+        raise InputError(f"distillation and progressive_sizes: the teacher learned from whole images{off}")
+    if sizes and recipe.patience is not None:
+        raise InputError(f"patience={recipe.patience} and progressive_sizes: a run must not stop on small images{off}")

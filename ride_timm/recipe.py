@@ -46,7 +46,7 @@ class Stage:
     decay_norm_and_bias: bool
     schedule: dict[str, Any]
     balanced: bool
-    sizes: tuple[tuple[int, int], ...] = ()  # (side, epoch at which it ends), ascending
+    sizes: tuple[tuple[int, int], ...] = ()  # (side, epoch at which it ends), first to last
 
     def lr_at(self, epoch: int) -> float:
         """Learning rate in an epoch, counted from 0."""
@@ -125,7 +125,7 @@ class Recipe:
     decay_epochs: tuple[int, ...] = key("stage one", "epochs at which the step schedule decays", (160, 180), low=0)
     decay_rate: float = key("stage one", "factor of each decay", 0.01, above=0, high=1)
     warmup_epochs: int = key("stage one", "epochs of linear warm-up", 5, low=0)
-    progressive_sizes: tuple[int, ...] = key("stage one", "progressive resizing: sides in pixels that training images are shrunk to at first, one after the other", (), low=8)
+    progressive_sizes: tuple[int, ...] = key("stage one", "progressive resizing: sides in pixels that training images are shrunk to at first, one after the other; none turn it off", (), low=8)
     progressive_epochs: tuple[int, ...] = key("stage one", "epochs at which each of progressive_sizes ends; after the last, images have their full size", (), low=1)
 
     decouple: str = key("decoupling", "re-balance the heads of --from's network instead of training stage one", "none", choices=methods.DECOUPLINGS)
@@ -264,17 +264,22 @@ class Recipe:
         values = dict(values)
         if "epochs" in values:
             item = next(f for f in dataclasses.fields(self) if f.name == "epochs")
-            scale = _coerce(item, values["epochs"]) / self.epochs
+            epochs = _coerce(item, values["epochs"])
+            scale = epochs / self.epochs
             if "decay_epochs" not in values:
                 values["decay_epochs"] = tuple(round(epoch * scale) for epoch in self.decay_epochs)
-            if not values.keys() & {"progressive_sizes", "progressive_epochs"}:
-                ends = [round(epoch * scale) for epoch in self.progressive_epochs]
-                spans = zip(self.progressive_sizes, [0, *ends], ends, strict=False)
-                kept = [(size, end) for size, start, end in spans if start < end < self.epochs * scale]
-                values["progressive_sizes"] = tuple(size for size, _ in kept)  # a short run has no epoch for some
-                values["progressive_epochs"] = tuple(end for _, end in kept)
+            if "progressive_epochs" not in values:
+                ends = tuple(round(epoch * scale) for epoch in self.progressive_epochs)
+                if "progressive_sizes" not in values:  # a short run has no epoch for some of the recipe's
+                    spans = zip(self.progressive_sizes, (0, *ends), ends, strict=False)
+                    kept = [(size, end) for size, start, end in spans if start < end < epochs]
+                    values["progressive_sizes"] = tuple(size for size, _ in kept)
+                    ends = tuple(end for _, end in kept)
+                values["progressive_epochs"] = ends
             if "reweight_epoch" not in values and self.reweight_epoch > 0:
                 values["reweight_epoch"] = round(self.reweight_epoch * scale)
+        if values.get("progressive_sizes") in ((), []):
+            values["progressive_epochs"] = ()
         return dataclasses.replace(self, **values)
 
     def differing(self, other: Recipe) -> list[str]:

@@ -134,7 +134,7 @@ def test_options_that_do_not_go_together(monkeypatch):
 def test_a_slow_bf16_is_noticed(monkeypatch, capsys):
     monkeypatch.setattr(inference, "bf16_pays", lambda: False)
     Inference(precision="bf16").check()
-    assert "fp32 is faster" in capsys.readouterr().err
+    assert "bf16 is not faster" in capsys.readouterr().err
 
 
 def test_the_stopwatch_leaves_out_the_first_call():

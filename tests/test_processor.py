@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ride_timm import processor
+from ride_timm.recipe import load_recipe
 
 
 @pytest.fixture
@@ -48,7 +49,9 @@ INTEL, AMD = "vendor_id\t: GenuineIntel\nflags\t\t: fpu {}\n", "vendor_id\t: Aut
     [
         (True, AMD.format("avx512_bf16"), True),
         (True, INTEL.format("avx512_bf16 amx_bf16 amx_tile"), True),
-        (True, INTEL.format("avx512_bf16 amx_tile"), False),  # matrix units hidden, as some virtual machines do
+        (True, INTEL.format("avx512_bf16 amx_tile"), False),  # bfloat16's matrix units are hidden
+        (True, "cpu family\t: 6\nmodel\t\t: 85\n" + INTEL.format("avx512_bf16"), True),  # Cooper Lake
+        (True, "cpu family\t: 6\nmodel\t\t: 207\n" + INTEL.format("avx512_bf16"), False),
         (True, "BogoMIPS\t: 50.00\n", True),  # ARM
         (True, None, True),
         (False, AMD.format("avx512f"), False),
@@ -70,10 +73,15 @@ def test_a_gpu_decides_for_itself(supported, cpuinfo, monkeypatch):
     assert processor.bf16_pays() is supported
 
 
-def test_training_falls_back_to_fp32_unless_told(script, monkeypatch, capsys):
+def test_training_falls_back_to_fp32_unless_told(script, monkeypatch, capsys, tmp_path):
+    def precision(*flags):
+        return script.parse_arguments(["--recipe", "cifar100_lt", "--output", str(tmp_path), *flags])[1].mixed_precision
+
     monkeypatch.setattr(script, "bf16_pays", lambda: False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert script.parse_arguments(["--recipe", "cifar100_lt"])[1].mixed_precision == "no"
-    assert "no fast bf16" in capsys.readouterr().err
-    told = script.parse_arguments(["--recipe", "cifar100_lt", "--mixed-precision", "bf16"])[1]
-    assert told.mixed_precision == "bf16" and not capsys.readouterr().err
+    assert precision() == "no" and "bf16 is not faster" in capsys.readouterr().err
+    assert precision("--mixed-precision", "bf16") == "bf16"
+    for begun in ("bf16", "no"):  # a run goes on as it was begun, by its recipe's name as well
+        (tmp_path / "recipe.yaml").write_text(load_recipe("cifar100_lt").override({"mixed_precision": begun}).to_yaml())
+        assert precision("--resume") == begun
+    assert "bf16" not in capsys.readouterr().err

@@ -45,7 +45,9 @@ def test_only_the_experts_own_training_resizes(other):
         (dict(epochs=2), (16,), (1,)),  # no epoch is left for the second side
         (dict(epochs=1), (), ()),
         (dict(epochs=100, progressive_epochs=[10, 20]), (16, 24), (10, 20)),
-        (dict(progressive_sizes=[], progressive_epochs=[]), (), ()),
+        (dict(epochs=100, progressive_sizes=[12, 20]), (12, 20), (30, 70)),
+        (dict(progressive_sizes=[]), (), ()),
+        (dict(epochs=100, progressive_sizes=[]), (), ()),
     ],
 )
 def test_epochs_scale_with_the_run(values, sizes, ends):
@@ -56,13 +58,17 @@ def test_epochs_scale_with_the_run(values, sizes, ends):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(progressive_sizes=[16]), "has 1 sides and progressive_epochs 0"),
-        (dict(progressive_epochs=[5]), "has 0 sides and progressive_epochs 1"),
+        (dict(progressive_sizes=[16]), r"=\[16\] and progressive_epochs=\[\]: give each side"),
+        (dict(progressive_epochs=[5]), r"=\[\] and progressive_epochs=\[5\]: give each side"),
         (dict(progressive_sizes=[16, 24], progressive_epochs=[5, 5]), r"\[5, 5\]: expected ascending epochs below"),
         (dict(progressive_sizes=[16, 24], progressive_epochs=[6, 5]), "ascending epochs"),
         (dict(progressive_sizes=[16], progressive_epochs=[10]), r"\[10\].* below epochs=10, so that the run ends at"),
         (dict(progressive_sizes=[4], progressive_epochs=[5]), "8 or more"),
-        (dict(progressive_sizes=[16], progressive_epochs=[5], distillation=True), "leave it or distillation out"),
+        (
+            dict(progressive_sizes=[16], progressive_epochs=[5], distillation=True),
+            "the teacher learned from whole images",
+        ),
+        (dict(progressive_sizes=[16], progressive_epochs=[5], patience=2, holdout=0.1), "patience=2 and progressive"),
     ],
 )
 def test_a_schedule_that_is_none_is_refused(values, message):
@@ -72,13 +78,15 @@ def test_a_schedule_that_is_none_is_refused(values, message):
 
 def test_sides_that_the_input_or_the_network_forbids():
     model = timm.create_model("ride_resnet32", num_experts=2, num_classes=3)
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     check_sizes(model, [8, 16], 32)
-    assert model.training
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for size in (32, 40):
         with pytest.raises(InputError, match=rf"\[8, {size}\]: expected sides below the input's 32"):
             check_sizes(model, [8, size], 32)
     fixed = timm.create_model("ride", backbone="test_vit", dynamic_img_size=False, num_classes=3)
-    with pytest.raises(InputError, match=r"cannot read images of 48 pixels .*without a fixed input size"):
+    with pytest.raises(InputError, match=r"does not take images of 48 pixels .*takes images of any size"):
         check_sizes(fixed, [48], 160)
 
 

@@ -270,6 +270,7 @@ def fuse_norm_relu(model: nn.Module) -> int:
     ]
     for parent, name, child in blocks:
         setattr(parent, name, FusedBlock(child))
-    # Each shape is compiled for itself: the batch's and the last, smaller one's of every stage.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    # Each shape is compiled for itself: the batch's and the last, smaller one's of every stage and image size.
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 1024))
     return len(blocks)

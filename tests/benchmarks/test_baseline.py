@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -134,7 +135,7 @@ RESIZED = ("ours fp32, progressive", "ours bf16, progressive")
 PLAIN = ["--variants", "baseline", "ours bf16, plain norm"]  # nothing to compile
 TINY = {
     "step": [*PLAIN, "--steps", "1", "--warm-up", "0", "--batch-size", "4"],
-    "epoch": [*PLAIN, "ours fp32, progressive", "--steps", "1", "--warm-up", "1", "--batch-size", "4"],
+    "epoch": [*PLAIN, "--steps", "1", "--warm-up", "1", "--batch-size", "4"],
     "input": ["--steps", "1", "--warm-up", "1", "--batch-size", "4", "--train-steps", "1"],
     "routed": ["--models", "ride_resnet32", "--batch-sizes", "1", "4", "--seconds", "0"],
     "split": [],
@@ -170,23 +171,36 @@ def test_prints_its_figure_last(benchmark, capsys, monkeypatch, name):
 )
 def test_the_ratio_is_of_the_precision_that_pays(benchmark, monkeypatch, pays, more, chosen):
     monkeypatch.setattr(processor, "bf16_pays", lambda: pays)
-    flags = benchmark("record").parser("A title.")
-    benchmark("variants").add_variants_flag(flags, more)
-    assert flags.parse_args([]).variants == chosen
+    assert benchmark("variants").default_variants(more) == chosen
 
 
 def test_a_progressive_epoch_is_the_mean_of_its_sizes(benchmark, monkeypatch):
     epoch, ours = benchmark("epoch"), benchmark("ours")
-    seconds, asked = {0: 1.0, 60: 2.0, 140: 4.0}, []
+    seconds, sides = {16: 1.0, 24: 2.0, 32: 4.0}, []
+    train_batches, logits_of = ours.Training.train_batches, ExpertsObjective.expert_logits
 
-    def train_batches(self, clocked, at):
-        asked.append(self.stage.size_at(at))
-        clocked.seconds = seconds[at] * clocked.steps
+    def clocked_by_size(self, clocked, at):
+        train_batches(self, clocked, at)
+        clocked.seconds = seconds[sides[-1]] * clocked.steps
 
-    monkeypatch.setattr(ours.Training, "train_batches", train_batches)
-    args = argparse.Namespace(data_dir=None, batch_size=128, steps=5, warm_up=0)
+    def watched(self, images):
+        sides.append(images.shape[-1])
+        return logits_of(self, images)
+
+    monkeypatch.setattr(fused_norm, "_compiled", lambda one_pass: one_pass)
+    monkeypatch.setattr(ours.Training, "train_batches", clocked_by_size)
+    monkeypatch.setattr(ExpertsObjective, "expert_logits", watched)
+    args = argparse.Namespace(data_dir=None, batch_size=4, steps=1, warm_up=0)
     assert epoch.build("ours fp32, progressive", args)() == pytest.approx(0.3 * 1 + 0.4 * 2 + 0.3 * 4)
-    assert asked == [16, 24, None]
+    assert sides == [16, 24, 32]
+
+
+def test_the_baselines_memory_holds_nothing_of_ours():
+    code = (
+        "import sys, memory; memory.train = lambda *_: None; memory.main(['--side', 'baseline']);"
+        "assert 'ride_timm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=BENCHMARKS)
 
 
 @pytest.mark.parametrize("flag", ["--rounds", "--threads"])

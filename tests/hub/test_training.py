@@ -57,6 +57,10 @@ def render_with(staged, **changes):
             dict(epochs=200, progressive_sizes=(16, 24), progressive_epochs=(60, 140)),
             ["| image size | 16 pixels until epoch 60, 24 pixels until epoch 140, then whole |"],
         ),
+        (
+            dict(decouple="tau_norm", epochs=9, progressive_sizes=(16,), progressive_epochs=(5,)),
+            ["| image size | 16 pixels until epoch 5, then whole |"],
+        ),
         (dict(ema_decay=0.999), ["| weights | moving average, decay 0.999 |"]),
         (dict(dataset="cifar10", imb_type="none"), ["recipe.yaml --data-dir path/to", "cifar10, taken as it is;"]),
     ],
