@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_variants_flag(flags, RESIZED)
     args = parse(flags, argv)
-    args.variants = args.variants or default_variants(RESIZED)
+    args.variants = args.variants or default_variants()
     num_images = sum(class_counts_of(100))
     steps_an_epoch = -(-num_images // args.batch_size)
     if args.warm_up + args.steps > steps_an_epoch:
