@@ -72,14 +72,15 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         default = flags.setdefault("name", f"{theirs.path.resolve().name}_{flags['decouple']}")
     args.output = args.output or os.path.join("runs", default)
     folder = RunFolder(args.output)
-    goes_on = folder.occupied and (args.resume or args.from_here) and args.recipe is None
+    continues = folder.occupied and (args.resume or args.from_here)
+    goes_on = continues and args.recipe is None
     own = theirs or (folder if goes_on else None)
     recipe = own.recipe() if own is not None else load_recipe(args.recipe or DEFAULT_RECIPE)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         flags.setdefault("mixed_precision", launched)
     elif "mixed_precision" not in flags and recipe.mixed_precision == "bf16" and not goes_on:
-        if folder.occupied and args.resume:
+        if continues:
             flags["mixed_precision"] = folder.recipe().mixed_precision
         elif not bf16_pays():
             print("notice: bf16 is not faster on this machine, training in fp32", file=sys.stderr)

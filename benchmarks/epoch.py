@@ -40,7 +40,7 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
     else:
         from ours import Training, make_recipe
 
-        keys = dict(RESIZED[name], name="cifar100_lt_progressive") if name in RESIZED else VARIANTS[name]
+        keys = (VARIANTS | RESIZED)[name]
         training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images, 100)
         stage, loop = training.stage, training.train_batches
         loader = training.training_loader(stage)

@@ -14,9 +14,9 @@ VARIANTS = {
 }
 
 
-RESIZED = {  # in epochs of `cifar100_lt_progressive`, at the mean of its sizes
-    "ours fp32, progressive": dict(mixed_precision="no"),
-    "ours bf16, progressive": dict(mixed_precision="bf16"),
+RESIZED = {  # of a recipe whose epochs have several sizes
+    "ours fp32, progressive": dict(name="cifar100_lt_progressive", mixed_precision="no"),
+    "ours bf16, progressive": dict(name="cifar100_lt_progressive", mixed_precision="bf16"),
 }
 
 

@@ -83,5 +83,5 @@ def test_training_falls_back_to_fp32_unless_told(script, monkeypatch, capsys, tm
     assert precision("--mixed-precision", "bf16") == "bf16"
     for begun in ("bf16", "no"):  # a run goes on as it was begun, by its recipe's name as well
         (tmp_path / "recipe.yaml").write_text(load_recipe("cifar100_lt").override({"mixed_precision": begun}).to_yaml())
-        assert precision("--resume") == begun
+        assert precision("--resume") == precision("--stage", "router") == begun
     assert "bf16" not in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_sides_that_the_input_or_the_network_forbids():
         check_sizes(fixed, [48], 160)
 
 
-def test_a_run_resizes_learns_and_resumes_alike(train, script, colours, tmp_path, monkeypatch):
+def test_a_run_resizes_and_resumes_alike(train, script, colours, tmp_path, monkeypatch):
     """The sides that the network meets, epoch by epoch; stopped and resumed, it ends with the same weights."""
     sides = []
 
