@@ -27,6 +27,15 @@ def script():
 
 
 @pytest.fixture
+def uncompiled(monkeypatch):
+    """The passes of fused norms as plain tensor arithmetic: what they compute, without the wait for a compiler."""
+    from ride_timm.models import fused_norm
+
+    monkeypatch.setattr(fused_norm, "_compile", lambda function, inputs: function)
+    monkeypatch.setattr(fused_norm, "_COMPILED", {})
+
+
+@pytest.fixture
 def train(script, monkeypatch):
     """The script in this process, from a clean slate."""
     import torch

@@ -2,14 +2,15 @@
 
 On a CPU half of the time that a ResNet's step spends outside its convolutions goes into reading and writing the same
 activations again, and channels that are no multiple of the vector width (RIDE's 24) make it worse. Here the pixels of
-a channels-last map are seen as rows that hold a whole number of vectors, and torch.compile makes one loop of each pass:
-statistics, normalisation with shortcut and ReLU, and the same two passes backward.
+a channels-last map are seen as rows that hold a whole number of vectors, and torch's compiler makes one loop of each
+pass: statistics, normalisation with shortcut and ReLU, and the same two passes backward. What a call costs beside its
+numbers is paid once for all experts: they go through their blocks in step, and one call does the norms of all.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LANES = 32  # numbers a row is a multiple of: two vectors of 16 in float32, as many as one of bfloat16 is widened to
-ROW_BLOCK = 32 * 1024  # numbers that are reduced together: they are read twice, and stay in the nearest cache
+ROW_BLOCK = 32 * 1024  # numbers that are reduced together; the sums of the blocks are joined afterwards
 
 
 def _row_width(x: Tensor) -> int:
@@ -50,16 +51,19 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows [P, R, K] -> mean, 1 / deviation [C], and what normalising multiplies by and adds [K].
 
-    The running mean and var are updated in place. Blocks are centred on their own mean, so nothing cancels.
+    The running mean and var are updated in place. Sums are of what a block's numbers differ from its first row by, so
+    that nothing cancels, and blocks are joined by their own means.
     """
     num_channels = len(weight)
     count = x.numel() // num_channels
     wide = x.float()
-    block_mean = wide.mean(1)
-    block_square = ((wide - block_mean[:, None]) ** 2).sum(1).view(-1, num_channels)
-    block_mean = block_mean.view(-1, num_channels)
+    first = wide[:, 0]
+    difference = wide - first[:, None]
+    offset = difference.mean(1)
+    block_square = ((difference * difference).mean(1) - offset * offset).clamp(min=0).view(-1, num_channels)
+    block_mean = (first + offset).view(-1, num_channels)
     batch_mean = block_mean.mean(0)
-    square = block_square.sum(0) + x.shape[1] * ((block_mean - batch_mean) ** 2).sum(0)
+    square = x.shape[1] * (block_square + (block_mean - batch_mean) ** 2).sum(0)
     inverse = (square / count + eps).rsqrt()
     mean.lerp_(batch_mean.to(mean.dtype), momentum)
     var.lerp_((square / (count - 1)).to(var.dtype), momentum)
@@ -67,12 +71,12 @@ def _statistics(
     return batch_mean, inverse, _tile(scale, x), _tile(bias.float() - batch_mean * scale, x)
 
 
-def _normalize(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return (x.float() * scale + shift).relu().to(x.dtype)
+def _normalize(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor]:
+    return ((x.float() * scale + shift).relu().to(x.dtype),)
 
 
-def _normalize_add(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor) -> Tensor:
-    return (x.float() * scale + shift + shortcut.float()).relu().to(x.dtype)
+def _normalize_add(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor) -> tuple[Tensor]:
+    return ((x.float() * scale + shift + shortcut.float()).relu().to(x.dtype),)
 
 
 def _where_passed(grad: Tensor, out: Tensor) -> Tensor:
@@ -100,57 +104,108 @@ def _gradient_sums(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *norm:
     return _factors(_where_passed(grad, x.float() * scale + shift), x, *norm)
 
 
-def _gradient_sums_add(grad: Tensor, out: Tensor, x: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
-    """`_factors`, and last the shortcut's gradient."""
-    grad = _where_passed(grad, out)
-    return *_factors(grad, x, *norm), grad.to(x.dtype)
+def _gradient_sums_add(
+    out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, *grads: Tensor
+) -> tuple[Tensor, ...]:
+    """`_factors`, and last the shortcut's gradient; grads: of every copy of the output."""
+    grad = _where_passed(sum(grad.float() for grad in grads), out)
+    return *_factors(grad, x, weight, mean, inverse), grad.to(x.dtype)
 
 
-def _gradient(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return (_where_passed(grad, x.float() * scale + shift) * a + x.float() * b + c).to(x.dtype)
+def _gradient(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor]:
+    return ((_where_passed(grad, x.float() * scale + shift) * a + x.float() * b + c).to(x.dtype),)
 
 
-def _gradient_add(of_shortcut: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return (of_shortcut.float() * a + x.float() * b + c).to(x.dtype)
+def _gradient_add(of_shortcut: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor]:
+    return ((of_shortcut.float() * a + x.float() * b + c).to(x.dtype),)
 
 
-@functools.cache
-def _compiled(one_pass: Callable[..., Any]) -> Callable[..., Any]:
-    """On its first call, one a shape: what torch.compile needs takes longer to import than all else here."""
-    return torch.compile(one_pass, dynamic=False, fullgraph=True)
+_COMPILED: dict[tuple[Any, ...], Callable[..., Sequence[Tensor]]] = {}
+
+
+def _each(
+    one_pass: Callable[..., Any], maps: Sequence[tuple[Tensor, ...]], *constants: float
+) -> list[tuple[Tensor, ...]]:
+    """`one_pass(*tensors, *constants)` for the tensors of each map, all compiled as one function.
+
+    maps: one tuple of tensors each, of the same shapes and dtypes. Compiled at its first call for these, which takes
+    seconds: torch's compiler itself takes longer to import than all else here. It is kept and called here and not by
+    torch.compile, whose look-up costs more than a pass over a small map.
+    """
+    width, flat = len(maps[0]), [tensor for one in maps for tensor in one]
+    like = tuple((tensor.shape, tensor.dtype) for tensor in maps[0])
+    key = (one_pass, len(maps), constants, torch.get_num_threads(), like)
+    if key not in _COMPILED:
+
+        def of_each(*flat: Tensor) -> list[Tensor]:
+            return [out for i in range(0, len(flat), width) for out in one_pass(*flat[i : i + width], *constants)]
+
+        _COMPILED[key] = _compile(of_each, flat)
+    outs = _COMPILED[key](*flat)
+    num_outs = len(outs) // len(maps)
+    return [tuple(outs[i : i + num_outs]) for i in range(0, len(outs), num_outs)]
+
+
+def _compile(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """`function` of tensors laid out as `inputs` are."""
+    from torch._inductor import compile as compile_graph
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        examples = [torch.empty_like(tensor) for tensor in inputs]  # what a pass writes to is not the model's
+        return compile_graph(make_fx(function)(*examples), examples)
 
 
 class _NormReLU(torch.autograd.Function):
-    """relu(batch_norm(x) + shortcut) of channels-last maps [B, C, H, W], statistics of the batch."""
+    """relu(batch_norm(x) + shortcut) of `count` channels-last maps [B, C, H, W] of one shape, by batch statistics.
+
+    parts: x of all maps, then weight, bias, running mean, running var and, where there are any, the shortcuts.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, shortcut):
-        rows = _rows(x)
-        batch = (weight, bias, running_mean, running_var, momentum, eps)
-        mean, inverse, scale, shift = _compiled(_statistics)(rows, *batch)
-        if shortcut is None:  # where the ReLU passed is computed again: that is cheaper than to read it
-            out, passed = _like(_compiled(_normalize)(rows, scale, shift), x), (scale, shift)
+    def forward(ctx, count, twice, momentum, eps, *parts):
+        xs, weights, biases, means, variances, *shortcuts = (parts[i : i + count] for i in range(0, len(parts), count))
+        rows = [_rows(x) for x in xs]
+        norms = list(zip(rows, weights, biases, means, variances, strict=True))
+        statistics = _each(_statistics, norms, momentum, eps)
+        factors = [(x, *of_one[2:]) for x, of_one in zip(rows, statistics, strict=True)]
+        if shortcuts:
+            added = [(*of_one, _rows(shortcut)) for of_one, shortcut in zip(factors, shortcuts[0], strict=True)]
+            outs = _each(_normalize_add, added)
         else:
-            out = _like(_compiled(_normalize_add)(rows, scale, shift, _rows(shortcut)), x)
-            passed = (out,)
-        ctx.save_for_backward(x, weight, mean, inverse, *passed)
-        return out
+            outs = _each(_normalize, factors)
+        outs = [_like(out, x) for (out,), x in zip(outs, xs, strict=True)]
+        kept = list(zip(*statistics, strict=True))
+        if shortcuts:  # elsewhere it is computed again where the ReLU passed: that is cheaper than to read it
+            kept = [outs, *kept[:2]]
+        ctx.count, ctx.has_shortcuts = count, bool(shortcuts)
+        ctx.save_for_backward(*xs, *weights, *(tensor for of_all in kept for tensor in of_all))
+        return (*outs, *(out.view_as(out) for out in outs)) if twice else tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, weight, mean, inverse, *passed = ctx.saved_tensors
-        grad, rows = _rows(grad.contiguous(memory_format=torch.channels_last)), _rows(x)
-        if len(passed) == 1:  # the output, kept where there is a shortcut
-            maps = (grad, _rows(passed[0]), rows)
-            of_weight, of_bias, *factors, of_shortcut = _compiled(_gradient_sums_add)(*maps, weight, mean, inverse)
-            of_x = _compiled(_gradient_add)(of_shortcut, rows, *factors)
-            of_shortcut = _like(of_shortcut, x)
+    def backward(ctx, *grads):
+        count, saved = ctx.count, ctx.saved_tensors
+        xs, *kept = (saved[i : i + count] for i in range(0, len(saved), count))
+        rows = [_rows(x) for x in xs]
+        grads = [_rows(grad.contiguous(memory_format=torch.channels_last)) for grad in grads]
+        of_shortcuts = ()
+        if ctx.has_shortcuts:
+            weights, outs, means, inverses = kept
+            copies = (grads[i : i + count] for i in range(0, len(grads), count))
+            maps = zip([_rows(out) for out in outs], rows, weights, means, inverses, *copies, strict=True)
+            sums = _each(_gradient_sums_add, list(maps))
+            of_xs = _each(_gradient_add, [(one[5], x, *one[2:5]) for one, x in zip(sums, rows, strict=True)])
+            of_shortcuts = [_like(one[5], x) for one, x in zip(sums, xs, strict=True)]
         else:
-            maps = (grad, rows, *passed)
-            of_weight, of_bias, *factors = _compiled(_gradient_sums)(*maps, weight, mean, inverse)
-            of_x, of_shortcut = _compiled(_gradient)(*maps, *factors), None
-        return _like(of_x, x), of_weight, of_bias, None, None, None, None, of_shortcut
+            weights, means, inverses, scales, shifts = kept
+            maps = list(zip(grads, rows, scales, shifts, strict=True))
+            norms = zip(weights, means, inverses, strict=True)
+            sums = _each(_gradient_sums, [(*one, *norm) for one, norm in zip(maps, norms, strict=True)])
+            of_xs = _each(_gradient, [(*one, *factors[2:]) for one, factors in zip(maps, sums, strict=True)])
+        of_xs = [_like(of_x, x) for (of_x,), x in zip(of_xs, xs, strict=True)]
+        of_norms = [one[i] for i in (0, 1) for one in sums]
+        return None, None, None, None, *of_xs, *of_norms, *[None] * (2 * count), *of_shortcuts
 
 
 def _fits(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
@@ -166,23 +221,33 @@ def _fits(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
     )
 
 
-def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + shortcut), x and shortcut [B, C, H, W]; in one pass in training on a CPU, else step by step.
+def norm_relu(
+    norms: Sequence[nn.BatchNorm2d],
+    xs: Sequence[Tensor],
+    shortcuts: Sequence[Tensor] | None = None,
+    twice: bool = False,
+) -> list[Tensor]:
+    """relu(norm(x) + shortcut) of each map, x and shortcut [B, C, H, W]; twice: of each, then of each once more.
 
-    The sums are in float32. In bfloat16 the result is rounded once, where the steps round it twice.
+    The maps are of one shape, and the norms of one kind. In training on a CPU it takes one pass, and the gradients of
+    two uses of the outputs are summed in it if each use has its own copy; otherwise it goes step by step. The sums
+    are in float32. In bfloat16 the result is rounded once, where the steps round it twice.
     """
-    if not _fits(norm, x, shortcut):
-        x = norm(x)
-        return F.relu(x if shortcut is None else x + shortcut)
-    running = (norm.running_mean, norm.running_var)
-    if norm.track_running_stats:
-        norm.num_batches_tracked.add_(1)
+    added = [None] * len(xs) if shortcuts is None else shortcuts
+    if not all(_fits(norm, x, shortcut) for norm, x, shortcut in zip(norms, xs, added, strict=True)):
+        outs = [norm(x) for norm, x in zip(norms, xs, strict=True)]
+        outs = [F.relu(x if shortcut is None else x + shortcut) for x, shortcut in zip(outs, added, strict=True)]
+        return outs * 2 if twice else outs
+    means, variances = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
+    if norms[0].track_running_stats:
+        for norm in norms:
+            norm.num_batches_tracked.add_(1)
     else:  # a further ghost batch, which is not remembered
-        running = tuple(statistic.clone() for statistic in running)
-    if shortcut is not None:
-        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-    state = (norm.weight, norm.bias, *running, norm.momentum, norm.eps)
-    return _NormReLU.apply(x, *state, shortcut)
+        means, variances = ([statistic.clone() for statistic in statistics] for statistics in (means, variances))
+    parts = [*xs, *(norm.weight for norm in norms), *(norm.bias for norm in norms), *means, *variances]
+    if shortcuts is not None:
+        parts += [shortcut.contiguous(memory_format=torch.channels_last) for shortcut in shortcuts]
+    return list(_NormReLU.apply(len(xs), twice, norms[0].momentum, norms[0].eps, *parts))
 
 
 class FusedBlock(nn.Module):
@@ -197,49 +262,80 @@ class FusedBlock(nn.Module):
         self.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_rest(self.conv1(x), x if self.downsample is None else self.downsample(x))
+        return forward_blocks([[self]], [x])[0]
 
-    def forward_rest(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """What follows the first convolution, from its output and the shortcut."""
-        for i in range(1, self.num_convs):
-            x = getattr(self, f"conv{i + 1}")(norm_relu(getattr(self, f"bn{i}"), x))
-        return norm_relu(getattr(self, f"bn{self.num_convs}"), x, shortcut)
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
 
 
-def _entry(expert: nn.Module) -> FusedBlock | None:
-    """The first block of an expert, if it is a fused one."""
-    first = next(iter(expert.stages.children()), None)
-    block = first[0] if isinstance(first, nn.Sequential) and len(first) else None
-    return block if isinstance(block, FusedBlock) else None
+class FusedStage(nn.Sequential):
+    """Fused blocks one after the other, which a map goes through without leaving them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return forward_blocks([self], [x])[0]
 
 
-def can_enter_together(experts: Sequence[nn.Module]) -> bool:
-    """Whether the experts' first convolutions are of one kind, beside shortcuts without parameters of their own."""
-    blocks = [_entry(expert) for expert in experts]
-    if any(block is None or block.downsample is None or list(block.downsample.parameters()) for block in blocks):
+def _forward_rest(
+    blocks: Sequence[FusedBlock], xs: Sequence[Tensor], shortcuts: Sequence[Tensor], twice: bool
+) -> list[Tensor]:
+    """What follows the first convolution of each block, from its output and the shortcut."""
+    num_convs = blocks[0].num_convs
+    for i in range(1, num_convs):
+        xs = norm_relu([getattr(block, f"bn{i}") for block in blocks], xs)
+        xs = [getattr(block, f"conv{i + 1}")(x) for block, x in zip(blocks, xs, strict=True)]
+    return norm_relu([getattr(block, f"bn{num_convs}") for block in blocks], xs, shortcuts, twice)
+
+
+def forward_blocks(
+    stages: Sequence[Sequence[FusedBlock]],
+    xs: Sequence[Tensor],
+    enter: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None,
+) -> list[Tensor]:
+    """Maps [B, C, H, W] through one stage of blocks each, alike in shapes: in step, so that their norms go together.
+
+    enter: (first blocks, xs) -> outputs of their first convolutions, and their shortcuts; by default block by block.
+    """
+    copies = list(xs) * 2
+    for i, blocks in enumerate(zip(*stages, strict=True)):
+        direct, beside = copies[: len(blocks)], copies[len(blocks) :]
+        if i == 0 and enter is not None:
+            firsts, shortcuts = enter(blocks, xs[0])
+        else:
+            firsts = [block.conv1(x) for block, x in zip(blocks, direct, strict=True)]
+            shortcuts = [block.shortcut(x) for block, x in zip(blocks, beside, strict=True)]
+        copies = _forward_rest(blocks, firsts, shortcuts, twice=i + 1 < len(stages[0]))
+    return copies
+
+
+def can_go_together(experts: Sequence[nn.Module]) -> bool:
+    """Whether the experts consist of fused stages and are alike."""
+    if not all(len(expert.stages) and all(isinstance(s, FusedStage) for s in expert.stages) for expert in experts):
         return False
-    convs = [block.conv1 for block in blocks]
-    kinds = {(conv.weight.shape, conv.stride, conv.padding, conv.dilation) for conv in convs}
-    return len(kinds) == 1 and all(conv.groups == 1 and conv.bias is None for conv in convs)
+    # what modules say of themselves: shapes, strides, groups, eps and momentum
+    return len({tuple(module.extra_repr() for module in expert.stages.modules()) for expert in experts}) == 1
+
+
+def _enter_together(blocks: Sequence[FusedBlock], x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """One map through the first convolutions of all blocks, as one with all their filters; and their shortcuts.
+
+    That map is the largest that experts see, and is read once, forward and backward; the same numbers as one by one,
+    in another order of summation.
+    """
+    conv = blocks[0].conv1
+    filters = torch.cat([block.conv1.weight for block in blocks])
+    maps = F.conv2d(x, filters, None, conv.stride, conv.padding, conv.dilation).chunk(len(blocks), 1)
+    maps = [part.contiguous(memory_format=torch.channels_last) for part in maps]
+    if blocks[0].downsample is None or list(blocks[0].downsample.parameters()):
+        return maps, [block.shortcut(x) for block in blocks]
+    return maps, [blocks[0].shortcut(x)] * len(blocks)
 
 
 def forward_together(experts: Sequence[nn.Module], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The trunk's map [B, C, H, W] -> each expert's (features [B, D], logits [B, C]), their first convolutions as one.
-
-    That map is the largest they see, and one convolution with all experts' filters reads it once, forward and
-    backward; the same numbers as one by one, in another order of summation.
-    """
-    blocks = [_entry(expert) for expert in experts]
-    conv, shortcut = blocks[0].conv1, blocks[0].downsample(x)
-    filters = torch.cat([block.conv1.weight for block in blocks])
-    maps = F.conv2d(x, filters, None, conv.stride, conv.padding, conv.dilation).chunk(len(blocks), 1)
-    both = []
-    for expert, block, first in zip(experts, blocks, maps, strict=True):
-        y = block.forward_rest(first.contiguous(memory_format=torch.channels_last), shortcut)
-        for stage, module in enumerate(expert.stages):
-            y = module[1:](y) if stage == 0 else module(y)
-        both.append(expert.forward_both_of(y))
-    return both
+    """The trunk's map [B, C, H, W] -> each expert's (features [B, D], logits [B, C]), all experts in step."""
+    enter, maps = _enter_together, [x] * len(experts)
+    for stages in zip(*(expert.stages for expert in experts), strict=True):
+        enter, maps = None, forward_blocks(stages, maps, enter)
+    return [expert.forward_both_of(y) for expert, y in zip(experts, maps, strict=True)]
 
 
 def _fusable(block: nn.Module) -> bool:
@@ -270,7 +366,12 @@ def fuse_norm_relu(model: nn.Module) -> int:
     ]
     for parent, name, child in blocks:
         setattr(parent, name, FusedBlock(child))
-    # Each shape is compiled for itself: the batch's and the last, smaller one's of every stage and image size.
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 1024))
+    stages = [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent.named_children()
+        if type(child) is nn.Sequential and len(child) and all(isinstance(block, FusedBlock) for block in child)
+    ]
+    for parent, name, child in stages:
+        setattr(parent, name, FusedStage(OrderedDict(child.named_children())).train(child.training))
     return len(blocks)

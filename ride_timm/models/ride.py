@@ -10,7 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .fused_norm import can_enter_together, forward_together, fuse_norm_relu
+from .fused_norm import can_go_together, forward_together, fuse_norm_relu
 from .router import Router
 
 
@@ -228,7 +228,7 @@ class Ride(nn.Module):
         Parameters, buffers and their names stay, and so does what eval mode computes.
         """
         num_blocks = fuse_norm_relu(self)
-        self.together = num_blocks > 0 and self.num_experts > 1 and can_enter_together(self.experts)
+        self.together = num_blocks > 0 and self.num_experts > 1 and can_go_together(self.experts)
         return num_blocks
 
     @torch.jit.ignore

@@ -14,7 +14,6 @@ from accelerate.state import AcceleratorState
 
 from ride_timm import processor
 from ride_timm.losses import make_loss
-from ride_timm.models import fused_norm
 from ride_timm.objectives import ExpertsObjective
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -150,10 +149,9 @@ def test_every_script_is_tried():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_prints_its_figure_last(benchmark, capsys, monkeypatch, name):
+def test_prints_its_figure_last(benchmark, capsys, uncompiled, name):
     results = BENCHMARKS / "results.jsonl"
     before = results.read_bytes() if results.exists() else None
-    monkeypatch.setattr(fused_norm, "_compiled", lambda one_pass: one_pass)
     benchmark(name).main(["--rounds", "1", "--no-record", *TINY[name]])
     assert re.fullmatch(LAST.get(name, r"ratio [\d.]+"), capsys.readouterr().out.splitlines()[-1])
     assert before == (results.read_bytes() if results.exists() else None)
@@ -171,7 +169,7 @@ def test_the_ratio_is_of_the_precision_that_pays(benchmark, monkeypatch, pays, c
     assert benchmark("variants").default_variants() == chosen
 
 
-def test_a_progressive_epoch_is_the_mean_of_its_sizes(benchmark, monkeypatch):
+def test_a_progressive_epoch_is_the_mean_of_its_sizes(benchmark, monkeypatch, uncompiled):
     epoch, ours = benchmark("epoch"), benchmark("ours")
     seconds, sides = {16: 1.0, 24: 2.0, 32: 4.0}, []
     train_batches, logits_of = ours.Training.train_batches, ExpertsObjective.expert_logits
@@ -184,7 +182,6 @@ def test_a_progressive_epoch_is_the_mean_of_its_sizes(benchmark, monkeypatch):
         sides.append(images.shape[-1])
         return logits_of(self, images)
 
-    monkeypatch.setattr(fused_norm, "_compiled", lambda one_pass: one_pass)
     monkeypatch.setattr(ours.Training, "train_batches", clocked_by_size)
     monkeypatch.setattr(ExpertsObjective, "expert_logits", watched)
     args = argparse.Namespace(data_dir=None, batch_size=4, steps=1, warm_up=0)

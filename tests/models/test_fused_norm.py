@@ -11,43 +11,63 @@ from torch import nn
 
 from ride_timm.launch import has_compiler
 from ride_timm.models import fused_norm
-from ride_timm.models.fused_norm import FusedBlock, forward_together, fuse_norm_relu, norm_relu
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """The passes as plain tensor arithmetic: what they compute, without the wait for a compiler."""
-    monkeypatch.setattr(fused_norm, "_compiled", lambda one_pass: one_pass)
+from ride_timm.models.fused_norm import (
+    FusedBlock,
+    FusedStage,
+    forward_blocks,
+    forward_together,
+    fuse_norm_relu,
+    norm_relu,
+)
 
 
 def channels_last(*shape, dtype=torch.float32, generator=None):
     return torch.randn(*shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def judge(dtype, shape, with_shortcut):
-    """Outputs, gradients and running statistics of both ways: float64 modules, and the one-pass way in `dtype`."""
+def judge(dtype, shape, with_shortcut, count=1, twice=False):
+    """Outputs, gradients and running statistics of both ways: float64 modules, and the one-pass way in `dtype`.
+
+    Of `count` maps at once; twice: each output has two uses of different gradients, and in ours a copy for each.
+    """
     torch.manual_seed(0)
-    x, out_grad = 3 * channels_last(*shape) + 5, channels_last(*shape)  # a mean to cancel against
-    x, out_grad = x.to(dtype), out_grad.to(dtype)
-    shortcut = channels_last(*shape, dtype=dtype) if with_shortcut else None
-    norm = nn.BatchNorm2d(shape[1])
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
 
-    def results(norm, compute, *inputs):
-        inputs = [None if value is None else value.clone().requires_grad_() for value in inputs]
-        out = compute(norm, *inputs)
-        out.backward(out_grad.to(out.dtype))
-        grads = [value.grad for value in (*inputs, norm.weight, norm.bias) if value is not None]
-        return [out, *grads, norm.running_mean, norm.running_var, norm.num_batches_tracked]
+    def maps(scale=1, shift=0):
+        return [(scale * channels_last(*shape) + shift).to(dtype) for _ in range(count)]
 
-    def one_by_one(norm, x, shortcut):
-        return F.relu(norm(x) if shortcut is None else norm(x) + shortcut)
+    xs, out_grads = maps(3, 5), [maps() for _ in range(1 + twice)]  # a mean to cancel against
+    shortcuts = maps() if with_shortcut else []
+    norms = [nn.BatchNorm2d(shape[1]) for _ in range(count)]
+    for parameter in (parameter for norm in norms for parameter in norm.parameters()):
+        nn.init.normal_(parameter)
 
-    wide = None if shortcut is None else shortcut.double()
-    expected = results(deepcopy(norm).double(), one_by_one, x.double(), wide)
-    assert fused_norm._fits(norm, x, shortcut)
-    return expected, results(norm, norm_relu, x, shortcut)
+    def results(norms, compute, *inputs):
+        inputs = [[value.clone().requires_grad_() for value in values] for values in inputs]
+        outs = compute(norms, *inputs)
+        grads = [grad.to(outs[0].dtype) for of_use in out_grads for grad in of_use]
+        torch.autograd.backward(outs, grads)
+        grads = [value.grad for values in inputs for value in values]
+        grads += [parameter.grad for norm in norms for parameter in norm.parameters()]
+        return [*outs, *grads, *(buffer for norm in norms for buffer in norm.buffers())]
+
+    def one_by_one(norms, xs, shortcuts):
+        outs = [norm(x) for norm, x in zip(norms, xs, strict=True)]
+        outs = [out + shortcut for out, shortcut in zip(outs, shortcuts, strict=True)] if shortcuts else outs
+        return [F.relu(out) for out in outs] * (1 + twice)
+
+    def at_once(norms, xs, shortcuts):
+        return norm_relu(norms, xs, shortcuts or None, twice)
+
+    wide = [[value.double() for value in values] for values in (xs, shortcuts)]
+    expected = results([deepcopy(norm).double() for norm in norms], one_by_one, *wide)
+    assert all(fused_norm._fits(norm, x, None) for norm, x in zip(norms, xs, strict=True))
+    return expected, results(norms, at_once, xs, shortcuts)
+
+
+def assert_as_exact(expected, found, tolerance):
+    for wanted, value in zip(expected, found, strict=True):
+        scale = wanted.double().abs().max().item()
+        torch.testing.assert_close(value.double(), wanted.double(), rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("with_shortcut", [False, True])
@@ -56,17 +76,41 @@ def judge(dtype, shape, with_shortcut):
 def test_same_numbers_as_in_float64(uncompiled, dtype, tolerance, shape, with_shortcut):
     expected, found = judge(dtype, shape, with_shortcut)
     assert found[0].dtype == dtype and found[0].is_contiguous(memory_format=torch.channels_last)
-    for wanted, value in zip(expected, found, strict=True):
-        scale = wanted.double().abs().max().item()
-        torch.testing.assert_close(value.double(), wanted.double(), rtol=tolerance, atol=tolerance * scale)
+    assert_as_exact(expected, found, tolerance)
+
+
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+def test_several_maps_at_once(uncompiled, with_shortcut, twice):
+    assert_as_exact(*judge(torch.float32, (4, 24, 4, 4), with_shortcut, 3, twice and with_shortcut), 1e-5)
+
+
+def test_a_far_first_row_costs_little(uncompiled):
+    """Sums are of differences from a block's first row: however far it lies from the others."""
+    norm, x = nn.BatchNorm2d(32), channels_last(8, 32, 8, 8)
+    x[0, :, 0, 0] = 30.0
+    expected = F.relu(deepcopy(norm).double()(x.double()))
+    torch.testing.assert_close(norm_relu([norm], [x])[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_compiled_passes_give_the_same():
     for with_shortcut in (False, True):
-        expected, found = judge(torch.float32, (4, 24, 4, 4), with_shortcut)
-        for wanted, value in zip(expected, found, strict=True):
-            torch.testing.assert_close(value.double(), wanted.double(), rtol=1e-5, atol=1e-5)
+        assert_as_exact(*judge(torch.float32, (4, 24, 4, 4), with_shortcut, 2, with_shortcut), 1e-5)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_compiled_once_for_a_shape(monkeypatch):
+    compiled, compile_passes = [], fused_norm._compile
+    monkeypatch.setattr(fused_norm, "_COMPILED", {})
+    monkeypatch.setattr(fused_norm, "_compile", lambda *given: compiled.append(given) or compile_passes(*given))
+    norm, x = nn.BatchNorm2d(32), channels_last(2, 32, 2, 2)
+    for _ in range(2):
+        norm_relu([norm], [x])
+    assert len(compiled) == 2  # statistics and what they are for
+    norm_relu([norm], [x[:1]])
+    assert len(compiled) == 4
+    assert norm.num_batches_tracked == 3 and not torch.equal(norm.running_mean, torch.zeros(32))
 
 
 @pytest.mark.parametrize("case", ["eval", "layout", "dtype", "one value"])
@@ -82,9 +126,10 @@ def test_what_does_not_fit_goes_one_by_one(uncompiled, case):
     assert not fused_norm._fits(norm, x, None)
     if case == "one value":
         with pytest.raises(ValueError, match="more than 1 value"):
-            norm_relu(norm, x)
+            norm_relu([norm], [x])
     else:
-        torch.testing.assert_close(norm_relu(norm, x), F.relu(deepcopy(norm)(x)))
+        for out in norm_relu([norm], [x], twice=True):
+            torch.testing.assert_close(out, F.relu(deepcopy(norm)(x)))
 
 
 @pytest.mark.parametrize("name", ["ride_resnet32", "test_ride_resnet"])
@@ -110,16 +155,34 @@ def test_a_network_trains_alike(uncompiled, name):
     assert torch.equal(plain.eval()(images), fused.eval()(images))
 
 
-def test_experts_enter_together(uncompiled):
+@pytest.mark.parametrize("name", ["ride_resnet32", "test_ride_resnet"])
+def test_experts_in_step(uncompiled, name):
+    """What each expert alone makes of the trunk's map, and the gradients with it."""
     torch.manual_seed(0)
-    model = timm.create_model("ride_resnet32").to(memory_format=torch.channels_last).double()
+    model = timm.create_model(name, num_classes=10).to(memory_format=torch.channels_last).double()
     alone, together = deepcopy(model), deepcopy(model)
     assert together.fuse_training() and together.together
-    x = channels_last(2, 16, 8, 8).double()
-    one_by_one = [expert.forward_both(x) for expert in alone.experts]
-    for wanted, found in zip(one_by_one, forward_together(together.experts, x), strict=True):
-        for a, b in zip(wanted, found, strict=True):
-            torch.testing.assert_close(a, b)
+    images = channels_last(4, 3, 32, 32).double()
+    found = []
+    for one_by_one, net in ((True, alone), (False, together)):
+        x = net.trunk(images)
+        both = [e.forward_both(x) for e in net.experts] if one_by_one else forward_together(net.experts, x)
+        sum(logits.square().mean() for _, logits in both).backward()
+        found.append([*(value for pair in both for value in pair), *(p.grad for p in net.parameters()), *net.buffers()])
+    for wanted, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("use_experts", [[1], [2, 0]])
+def test_some_experts_in_step(uncompiled, use_experts):
+    torch.manual_seed(0)
+    plain = timm.create_model("ride_resnet32").to(memory_format=torch.channels_last)
+    fused = deepcopy(plain)
+    fused.fuse_training()
+    images = channels_last(4, 3, 16, 16)
+    expected, found = (net.forward_experts(images, use_experts)[1] for net in (plain, fused))
+    assert found.shape == (4, len(use_experts), 100)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -127,14 +190,31 @@ def test_experts_enter_together(uncompiled):
     [
         ("ride_resnet32", {}, True),
         ("ride_resnet32", {"num_experts": 1}, False),
-        ("test_ride_resnet", {}, False),  # its shortcuts have filters of their own
+        ("test_ride_resnet", {}, True),
+        ("ride_resnet32", {"drop_path_rate": 0.5}, False),  # its later blocks are no plain ones
         ("ride", {"backbone": "test_vit", "img_size": 32}, False),
     ],
 )
-def test_who_enters_together(name, kwargs, together):
+def test_who_goes_together(name, kwargs, together):
     model = timm.create_model(name, **kwargs)
     blocks = model.fuse_training()
     assert model.together is together and (blocks > 0) == (name != "ride")
+
+
+def test_experts_that_differ_go_one_by_one():
+    model = timm.create_model("ride_resnet32")
+    model.experts[1].stages[0][2].bn1.momentum = 0.3
+    assert model.fuse_training() and not model.together
+
+
+def test_stages_keep_their_names_and_mode():
+    model = timm.create_model("ride_resnet32").eval()
+    model.fuse_training()
+    stage = model.experts[0].stages.layer2
+    assert type(stage) is FusedStage and type(stage[4]) is FusedBlock
+    assert not any(module.training for module in model.modules())
+    x = channels_last(2, 16, 8, 8)
+    torch.testing.assert_close(forward_blocks([stage], [x])[0], stage[4](stage[3](stage[2](stage[1](stage[0](x))))))
 
 
 def test_only_plain_blocks_are_changed():

@@ -51,14 +51,13 @@ def test_nothing_is_cut_in_eval_mode_or_without_a_size():
     assert_close(forward_in_parts(network, network.train(), images, None), expected)
 
 
-def test_fused_norms_remember_the_first_part_alone_too(monkeypatch):
-    monkeypatch.setattr(fused_norm, "_compiled", lambda one_pass: one_pass)  # not compiled
+def test_fused_norms_remember_the_first_part_alone_too(uncompiled):
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(8)
     fused = deepcopy(plain)
     images = torch.randn(4, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     assert fused_norm._fits(fused, images[:2], None)
-    ours = forward_in_parts(lambda part: fused_norm.norm_relu(fused, part), fused, images, 2)
+    ours = forward_in_parts(lambda part: fused_norm.norm_relu([fused], [part])[0], fused, images, 2)
     assert_close(ours, forward_in_parts(lambda part: plain(part).relu(), plain, images, 2), rtol=1e-5, atol=1e-5)
     assert_close(fused.state_dict(), plain.state_dict())
 
