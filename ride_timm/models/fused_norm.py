@@ -153,7 +153,7 @@ def _compile(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable
 
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         examples = [torch.empty_like(tensor) for tensor in inputs]  # what a pass writes to is not the model's
-        return compile_graph(make_fx(function)(*examples), examples)
+        return compile_graph(make_fx(function, tracing_mode="fake")(*examples), examples)
 
 
 class _NormReLU(torch.autograd.Function):
