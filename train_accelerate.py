@@ -137,8 +137,7 @@ class Run:
             raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source, self.size)
         check_sizes(self.model, [size for size, _ in recipe.stage(args.stages[0]).sizes], self.size)
-        apart = self.sharded or recipe.compile  # FSDP enters experts apart, torch.compile fuses by itself
-        if recipe.fused_norm and accelerator.device.type == "cpu" and not apart:
+        if recipe.fused_norm and accelerator.device.type == "cpu" and not self.sharded:  # FSDP enters experts apart
             self.model.fuse_training()
         self.history: list[dict[str, Any]] = []
         self.reached: dict[str, Any] = {}

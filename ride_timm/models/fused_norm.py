@@ -51,8 +51,8 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows [P, R, K] -> mean, 1 / deviation [C], and what normalising multiplies by and adds [K].
 
-    The running mean and var are updated in place. Sums are of what a block's numbers differ from its first row by, so
-    that nothing cancels, and blocks are joined by their own means.
+    The running mean and var are updated in place. Sums are of what a block's numbers differ from its first row by: that
+    is one of them, so little cancels. Blocks are joined by their own means.
     """
     num_channels = len(weight)
     count = x.numel() // num_channels
@@ -128,9 +128,9 @@ def _each(
 ) -> list[tuple[Tensor, ...]]:
     """`one_pass(*tensors, *constants)` for the tensors of each map, all compiled as one function.
 
-    maps: one tuple of tensors each, of the same shapes and dtypes. Compiled at its first call for these, which takes
-    seconds: torch's compiler itself takes longer to import than all else here. It is kept and called here and not by
-    torch.compile, whose look-up costs more than a pass over a small map.
+    maps: one tuple of contiguous tensors each, of the same shapes and dtypes. Compiled at its first call for these,
+    which takes seconds: torch's compiler itself takes longer to import than all else here. It is kept and called here
+    and not by torch.compile, whose look-up costs more than a pass over a small map.
     """
     width, flat = len(maps[0]), [tensor for one in maps for tensor in one]
     like = tuple((tensor.shape, tensor.dtype) for tensor in maps[0])
@@ -147,7 +147,7 @@ def _each(
 
 
 def _compile(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """`function` of tensors laid out as `inputs` are."""
+    """`function`, compiled for tensors of the shapes and dtypes of `inputs`."""
     from torch._inductor import compile as compile_graph
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -160,6 +160,7 @@ class _NormReLU(torch.autograd.Function):
     """relu(batch_norm(x) + shortcut) of `count` channels-last maps [B, C, H, W] of one shape, by batch statistics.
 
     parts: x of all maps, then weight, bias, running mean, running var and, where there are any, the shortcuts.
+    twice: with shortcuts, the outputs are returned once more, as copies with gradients of their own.
     """
 
     @staticmethod
@@ -212,6 +213,8 @@ def _fits(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
     """Whether the one-pass way computes the same: otherwise the plain modules do."""
     return (
         norm.training
+        and norm.momentum is not None  # else a mean of all batches
+        and not torch.compiler.is_compiling()  # who compiles all of it fuses this too
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -219,6 +222,23 @@ def _fits(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
         and x.numel() % _row_width(x) == 0
         and (shortcut is None or (shortcut.dtype == x.dtype and shortcut.shape == x.shape))
     )
+
+
+def _alike(norms: Sequence[nn.BatchNorm2d], xs: Sequence[Tensor]) -> bool:
+    """Whether one function normalises all maps."""
+    kinds = {
+        (
+            x.shape,
+            x.dtype,
+            norm.weight.dtype,
+            norm.running_mean.dtype,
+            norm.momentum,
+            norm.eps,
+            norm.track_running_stats,
+        )
+        for norm, x in zip(norms, xs, strict=True)
+    }
+    return len(kinds) == 1
 
 
 def norm_relu(
@@ -229,12 +249,13 @@ def norm_relu(
 ) -> list[Tensor]:
     """relu(norm(x) + shortcut) of each map, x and shortcut [B, C, H, W]; twice: of each, then of each once more.
 
-    The maps are of one shape, and the norms of one kind. In training on a CPU it takes one pass, and the gradients of
-    two uses of the outputs are summed in it if each use has its own copy; otherwise it goes step by step. The sums
-    are in float32. In bfloat16 the result is rounded once, where the steps round it twice.
+    In training on a CPU it takes one pass for all maps, if these and their norms are alike, and with shortcuts the
+    gradients of two uses of an output are summed in it if each use has its own copy; otherwise it goes step by step.
+    The sums are in float32. In bfloat16 the result is rounded once, where the steps round it twice.
     """
     added = [None] * len(xs) if shortcuts is None else shortcuts
-    if not all(_fits(norm, x, shortcut) for norm, x, shortcut in zip(norms, xs, added, strict=True)):
+    fits = all(_fits(norm, x, shortcut) for norm, x, shortcut in zip(norms, xs, added, strict=True))
+    if not (fits and _alike(norms, xs)):
         outs = [norm(x) for norm, x in zip(norms, xs, strict=True)]
         outs = [F.relu(x if shortcut is None else x + shortcut) for x, shortcut in zip(outs, added, strict=True)]
         return outs * 2 if twice else outs
@@ -245,9 +266,11 @@ def norm_relu(
     else:  # a further ghost batch, which is not remembered
         means, variances = ([statistic.clone() for statistic in statistics] for statistics in (means, variances))
     parts = [*xs, *(norm.weight for norm in norms), *(norm.bias for norm in norms), *means, *variances]
-    if shortcuts is not None:
-        parts += [shortcut.contiguous(memory_format=torch.channels_last) for shortcut in shortcuts]
-    return list(_NormReLU.apply(len(xs), twice, norms[0].momentum, norms[0].eps, *parts))
+    state = (norms[0].momentum, norms[0].eps)
+    if shortcuts is None:
+        return list(_NormReLU.apply(len(xs), False, *state, *parts)) * (1 + twice)
+    parts += [shortcut.contiguous(memory_format=torch.channels_last) for shortcut in shortcuts]
+    return list(_NormReLU.apply(len(xs), twice, *state, *parts))
 
 
 class FusedBlock(nn.Module):
@@ -259,7 +282,7 @@ class FusedBlock(nn.Module):
             self.add_module(name, module)
         self.downsample = block.downsample
         self.num_convs = 3 if isinstance(block, Bottleneck) else 2
-        self.train(block.training)
+        self.training = block.training  # its modules keep their own modes
 
     def forward(self, x: Tensor) -> Tensor:
         return forward_blocks([[self]], [x])[0]
@@ -308,11 +331,17 @@ def forward_blocks(
 
 
 def can_go_together(experts: Sequence[nn.Module]) -> bool:
-    """Whether the experts consist of fused stages and are alike."""
-    if not all(len(expert.stages) and all(isinstance(s, FusedStage) for s in expert.stages) for expert in experts):
+    """Whether these are several experts that consist of fused stages and are alike."""
+    stages = [expert.stages for expert in experts]
+    if len(stages) < 2 or not all(isinstance(of_one, nn.Sequential) and len(of_one) for of_one in stages):
         return False
-    # what modules say of themselves: shapes, strides, groups, eps and momentum
-    return len({tuple(module.extra_repr() for module in expert.stages.modules()) for expert in experts}) == 1
+    if not all(isinstance(stage, FusedStage) for of_one in stages for stage in of_one):
+        return False
+    conv = stages[0][0][0].conv1
+    if type(conv) is not nn.Conv2d or conv.groups > 1 or conv.bias is not None:
+        return False
+    # what modules say of themselves: shapes, strides, eps and momentum
+    return len({tuple((type(module), module.extra_repr()) for module in of_one.modules()) for of_one in stages}) == 1
 
 
 def _enter_together(blocks: Sequence[FusedBlock], x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -356,7 +385,8 @@ def _fusable(block: nn.Module) -> bool:
 def fuse_norm_relu(model: nn.Module) -> int:
     """Put a `FusedBlock` in the place of every plain ResNet block, in place; returns how many there were.
 
-    Parameters, buffers, their names and what eval mode computes stay as they are. Needs a C++ compiler when training.
+    A Sequential of nothing else becomes a `FusedStage`, which calls its blocks' parts and not the blocks: hooks belong
+    on the stage. Parameters, buffers, their names and what eval mode computes stay. Needs a C++ compiler when training.
     """
     blocks = [
         (parent, name, child)
@@ -373,5 +403,7 @@ def fuse_norm_relu(model: nn.Module) -> int:
         if type(child) is nn.Sequential and len(child) and all(isinstance(block, FusedBlock) for block in child)
     ]
     for parent, name, child in stages:
-        setattr(parent, name, FusedStage(OrderedDict(child.named_children())).train(child.training))
+        stage = FusedStage(OrderedDict(child.named_children()))
+        stage.training = child.training
+        setattr(parent, name, stage)
     return len(blocks)

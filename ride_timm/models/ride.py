@@ -228,7 +228,7 @@ class Ride(nn.Module):
         Parameters, buffers and their names stay, and so does what eval mode computes.
         """
         num_blocks = fuse_norm_relu(self)
-        self.together = num_blocks > 0 and self.num_experts > 1 and can_go_together(self.experts)
+        self.together = can_go_together(self.experts)
         return num_blocks
 
     @torch.jit.ignore
@@ -344,7 +344,8 @@ class Ride(nn.Module):
         """Images -> (pooled features [B, E, D], logits [B, E, C]); `use_experts` picks a subset of the experts."""
         x = self.trunk(x)
         chosen = self.experts if use_experts is None else [self.experts[i] for i in use_experts]
-        if self.together and self.training and not self.trunk.grad_checkpointing:
+        in_step = self.together and self.training and len(set(chosen)) == len(chosen)
+        if in_step and not self.trunk.grad_checkpointing:
             both = forward_together(chosen, x)
         else:
             both = [expert.forward_both(x) for expert in chosen]

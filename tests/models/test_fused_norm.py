@@ -1,5 +1,6 @@
 """One pass for BatchNorm, shortcut and ReLU: the same numbers as the modules one by one."""
 
+from collections import OrderedDict
 from copy import deepcopy
 
 import pytest
@@ -10,7 +11,7 @@ from timm.models.resnet import BasicBlock
 from torch import nn
 
 from ride_timm.launch import has_compiler
-from ride_timm.models import fused_norm
+from ride_timm.models import forward_in_parts, fused_norm
 from ride_timm.models.fused_norm import (
     FusedBlock,
     FusedStage,
@@ -82,21 +83,34 @@ def test_same_numbers_as_in_float64(uncompiled, dtype, tolerance, shape, with_sh
 @pytest.mark.parametrize("with_shortcut", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
 def test_several_maps_at_once(uncompiled, with_shortcut, twice):
-    assert_as_exact(*judge(torch.float32, (4, 24, 4, 4), with_shortcut, 3, twice and with_shortcut), 1e-5)
-
-
-def test_a_far_first_row_costs_little(uncompiled):
-    """Sums are of differences from a block's first row: however far it lies from the others."""
-    norm, x = nn.BatchNorm2d(32), channels_last(8, 32, 8, 8)
-    x[0, :, 0, 0] = 30.0
-    expected = F.relu(deepcopy(norm).double()(x.double()))
-    torch.testing.assert_close(norm_relu([norm], [x])[0].double(), expected, rtol=1e-4, atol=1e-4)
+    assert_as_exact(*judge(torch.float32, (4, 24, 4, 4), with_shortcut, 3, twice), 1e-5)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-def test_compiled_passes_give_the_same():
-    for with_shortcut in (False, True):
-        assert_as_exact(*judge(torch.float32, (4, 24, 4, 4), with_shortcut, 2, with_shortcut), 1e-5)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "shape", "with_shortcut", "twice"),
+    [
+        (torch.float32, 1e-5, (4, 24, 4, 4), False, False),
+        (torch.float32, 1e-5, (4, 24, 4, 4), True, True),
+        (torch.bfloat16, 1e-2, (2, 384, 7, 7), True, False),  # two blocks
+    ],
+)
+def test_compiled_passes_give_the_same(dtype, tolerance, shape, with_shortcut, twice):
+    assert_as_exact(*judge(dtype, shape, with_shortcut, 2, twice), tolerance)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize(("shift", "first", "tolerance"), [(1000, 0, 1e-4), (0, 3, 1e-5), (0, 30, 1e-3)])
+def test_little_cancels_in_the_statistics(shift, first, tolerance):
+    """Compiled, where sums run over 1,024 rows: far from zero, and with a first row off the others by deviations."""
+    torch.manual_seed(0)
+    norm, x = nn.BatchNorm2d(16, momentum=1.0), channels_last(4, 16, 32, 32) + shift
+    x[0, :, 0, 0] += first
+    exact = deepcopy(norm).double()
+    exact(x.double())
+    norm_relu([norm], [x])
+    torch.testing.assert_close(norm.running_mean.double(), exact.running_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.running_var.double(), exact.running_var, rtol=tolerance, atol=0)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
@@ -108,17 +122,19 @@ def test_compiled_once_for_a_shape(monkeypatch):
     for _ in range(2):
         norm_relu([norm], [x])
     assert len(compiled) == 2  # statistics and what they are for
-    norm_relu([norm], [x[:1]])
+    norm_relu([norm], [x[:, :, :1].contiguous(memory_format=torch.channels_last)])
     assert len(compiled) == 4
     assert norm.num_batches_tracked == 3 and not torch.equal(norm.running_mean, torch.zeros(32))
 
 
-@pytest.mark.parametrize("case", ["eval", "layout", "dtype", "one value"])
+@pytest.mark.parametrize("case", ["eval", "layout", "dtype", "one value", "mean of all batches"])
 def test_what_does_not_fit_goes_one_by_one(uncompiled, case):
     norm, shape = nn.BatchNorm2d(24), (1, 24, 1, 1) if case == "one value" else (4, 24, 4, 4)
     x = channels_last(*shape)
     if case == "eval":
         norm.eval()
+    if case == "mean of all batches":
+        norm.momentum = None
     if case == "layout":
         x = x.contiguous(memory_format=torch.contiguous_format)
     if case == "dtype":
@@ -155,9 +171,27 @@ def test_a_network_trains_alike(uncompiled, name):
     assert torch.equal(plain.eval()(images), fused.eval()(images))
 
 
+@pytest.mark.parametrize("case", ["shape", "eps"])
+def test_maps_that_differ_go_one_by_one(uncompiled, case):
+    norms = [nn.BatchNorm2d(32), nn.BatchNorm2d(32, eps=0.1 if case == "eps" else 1e-5)]
+    xs = [channels_last(2, 32, 4, 4), channels_last(2, 32, 4, 2 if case == "shape" else 4)]
+    expected = [F.relu(deepcopy(norm)(x)) for norm, x in zip(norms, xs, strict=True)]
+    torch.testing.assert_close(norm_relu(norms, xs), expected)
+
+
+def test_under_torch_compile_the_compiler_sees_the_modules():
+    torch.manual_seed(0)
+    plain = nn.Sequential(BasicBlock(32, 32)).to(memory_format=torch.channels_last)
+    fused = deepcopy(plain)
+    model = nn.Sequential(OrderedDict(stage=fused))
+    assert fuse_norm_relu(model) == 1
+    x = channels_last(2, 32, 4, 4)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), plain(x))
+
+
 @pytest.mark.parametrize("name", ["ride_resnet32", "test_ride_resnet"])
 def test_experts_in_step(uncompiled, name):
-    """What each expert alone makes of the trunk's map, and the gradients with it."""
+    """What each expert alone makes of the trunk's map, and the gradients with it: in float64, so by plain modules."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).to(memory_format=torch.channels_last).double()
     alone, together = deepcopy(model), deepcopy(model)
@@ -173,7 +207,7 @@ def test_experts_in_step(uncompiled, name):
         torch.testing.assert_close(value, wanted)
 
 
-@pytest.mark.parametrize("use_experts", [[1], [2, 0]])
+@pytest.mark.parametrize("use_experts", [[1], [2, 0], [0, 0]])
 def test_some_experts_in_step(uncompiled, use_experts):
     torch.manual_seed(0)
     plain = timm.create_model("ride_resnet32").to(memory_format=torch.channels_last)
@@ -183,22 +217,63 @@ def test_some_experts_in_step(uncompiled, use_experts):
     expected, found = (net.forward_experts(images, use_experts)[1] for net in (plain, fused))
     assert found.shape == (4, len(use_experts), 100)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    for wanted, value in zip(plain.buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_ghost_batches_in_step(uncompiled):
+    torch.manual_seed(0)
+    plain = timm.create_model("ride_resnet32").to(memory_format=torch.channels_last)
+    fused = deepcopy(plain)
+    fused.fuse_training()
+    images = channels_last(4, 3, 16, 16)
+    logits = [
+        forward_in_parts(lambda part, net=net: net.forward_experts(part)[1], net, images, 2) for net in (plain, fused)
+    ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+    for wanted, value in zip(plain.buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_frozen_expert_in_step(uncompiled):
+    model = timm.create_model("ride_resnet32").to(memory_format=torch.channels_last)
+    model.fuse_training()
+    model.experts[0].requires_grad_(False)
+    model.experts[1].stages[0][1].bn1.eval()  # and a norm that keeps its statistics
+    model.forward_experts(channels_last(2, 3, 16, 16))[1].square().mean().backward()
+    assert all(parameter.grad is None for parameter in model.experts[0].parameters())
+    assert all(parameter.grad is not None for parameter in model.experts[1].parameters())
+    assert model.experts[1].stages[0][1].bn1.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs", "together"),
+    ("name", "kwargs", "together", "num_blocks"),
     [
-        ("ride_resnet32", {}, True),
-        ("ride_resnet32", {"num_experts": 1}, False),
-        ("test_ride_resnet", {}, True),
-        ("ride_resnet32", {"drop_path_rate": 0.5}, False),  # its later blocks are no plain ones
-        ("ride", {"backbone": "test_vit", "img_size": 32}, False),
+        ("ride_resnet32", {}, True, 35),
+        ("ride_resnet32", {"num_experts": 1}, False, 15),
+        ("test_ride_resnet", {}, True, None),
+        ("ride_resnet32", {"drop_path_rate": 0.5}, False, None),  # its later blocks are no plain ones
+        ("ride", {"backbone": "resnet18"}, False, None),  # its stages are those of timm's network
+        ("ride", {"backbone": "test_vit", "img_size": 32}, False, 0),
     ],
 )
-def test_who_goes_together(name, kwargs, together):
+def test_who_goes_together(name, kwargs, together, num_blocks):
     model = timm.create_model(name, **kwargs)
-    blocks = model.fuse_training()
-    assert model.together is together and (blocks > 0) == (name != "ride")
+    found = model.fuse_training()
+    assert model.together is together and (found == num_blocks if num_blocks is not None else found > 0)
+    assert model.fuse_training() == 0 and model.together is together
+
+
+def test_another_backbones_blocks_train_fused(uncompiled):
+    torch.manual_seed(0)
+    plain = timm.create_model("ride", backbone="resnet10t", num_experts=2).to(memory_format=torch.channels_last)
+    fused = deepcopy(plain)
+    assert fused.fuse_training()
+    images = channels_last(4, 3, 64, 64)
+    expected, found = (net.forward_experts(images)[1] for net in (plain, fused))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    found.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in fused.parameters())
 
 
 def test_experts_that_differ_go_one_by_one():
@@ -207,12 +282,17 @@ def test_experts_that_differ_go_one_by_one():
     assert model.fuse_training() and not model.together
 
 
-def test_stages_keep_their_names_and_mode():
-    model = timm.create_model("ride_resnet32").eval()
+def test_stages_keep_their_names_and_modes():
+    model = timm.create_model("ride_resnet32")
+    model.experts[0].stages.layer2[1].eval()
+    frozen = model.experts[1].stages.layer2[1].bn2.eval()
+    names = [name for name, _ in model.named_parameters()]
     model.fuse_training()
+    assert names == [name for name, _ in model.named_parameters()]
     stage = model.experts[0].stages.layer2
     assert type(stage) is FusedStage and type(stage[4]) is FusedBlock
-    assert not any(module.training for module in model.modules())
+    assert stage.training and not stage[1].training and not frozen.training
+    model.eval()
     x = channels_last(2, 16, 8, 8)
     torch.testing.assert_close(forward_blocks([stage], [x])[0], stage[4](stage[3](stage[2](stage[1](stage[0](x))))))
 
