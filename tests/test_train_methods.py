@@ -212,3 +212,14 @@ def test_a_teacher_in_train_mode_teaches_two_processes_as_one_with_ghost_batches
         for a, b in ((one, two), (one, other))
     )
     assert apart < 0.01 and by_mode > 1
+
+
+@pytest.mark.parametrize("model", [["test_ride_resnet"], ["ride", "--backbone", "test_resnet"]])
+def test_fused_norms_learn_as_the_modules_do(train, uncompiled, colours, tmp_path, model):
+    more = ["--stage", "experts", "--model", *model, "--epochs", "2", "--lr", "0.0002"]
+    more += ["--drop-rate", "0", "--mixed-precision", "no"]
+    losses = {}
+    for flag in ("--fused-norm", "--no-fused-norm"):
+        assert train(flags_of(colours, tmp_path / flag, *more, flag)) == 0
+        losses[flag] = [float(row["loss"]) for row in rows_of(tmp_path / flag)]
+    assert losses["--fused-norm"] == pytest.approx(losses["--no-fused-norm"], rel=1e-3)
