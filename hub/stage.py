@@ -2,8 +2,9 @@
 
 python hub/stage.py SOURCE NAME.TAG [--seeds RUN …] [--recipe NAME|FILE] [--data-dir DIR] [--no-measure]
 
-SOURCE is a finished run folder of train_accelerate.py or an authors' .pth file. The model is measured on the test set
-where the data are at hand, which gives the router's curve and, for a checkpoint, its results.
+SOURCE is a finished run folder of train_accelerate.py, a release staged from one, to which --seeds adds further runs,
+or an authors' .pth file. The model is measured on the test set where the data are at hand, which gives the router's
+curve and, for a checkpoint, its results.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def stage(
 ) -> Staged:
     """Stage a release; what stood in its folder gives way at the end, but for a hand-edited section of its card.
 
-    seeds: runs of the same recipe with other seeds, for the spread; recipe: of a checkpoint's data; data_dir: where
-    the data lie; measured: look at the test set, if it is at hand; facts: further entries of results.json;
-    files: further texts, by name.
+    seeds: runs of the same recipe with other seeds, for the spread, beside those that a staged release has already;
+    recipe: of a checkpoint's data; data_dir: where the data lie; measured: look at the test set, if it is at hand;
+    facts: further entries of results.json; files: further texts, by name.
     InputError for a source that is none, or of another network, or whose data are asked for and not there.
     """
     network, tag = parse_name(name)
@@ -129,28 +130,32 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
             raise InputError(f"the run in {source} is not finished: its router is half trained (--resume).")
     if "source" in results:
         results["source"] = _public_name(results["source"])
-    runs = [results]
+    staged = "seeds" in results
+    runs = results["seeds"] if staged else [_of_a_seed(results)]
     for path in seeds:
         other = RunFolder(path)
         if not (path / RESULTS).is_file():
             raise InputError(f"{path} holds no {RESULTS}: not a finished run.")
-        if keys := [key for key in recipe.differing(other.recipe()) if key != "seed"]:
+        theirs = _public(other.recipe()) if staged else other.recipe()  # a release names no place on a disk
+        if keys := [key for key in recipe.differing(theirs) if key != "seed"]:
             raise InputError(f"the run in {path} is of another recipe ({', '.join(keys)}), not of another seed alone.")
         if ("source" in results) != ("source" in other.results()):
             raise InputError(f"{source} and {path}: one began from trained weights (--from), the other did not.")
-        runs.append(other.results())
+        runs.append(_of_a_seed(other.results()))
     numbers = [run["seed"] for run in runs]
     if len(set(numbers)) < len(numbers):
         raise InputError(f"--seeds: runs of the seeds {numbers}, expected every seed once.")
-    results["seeds"] = [
-        {key: run[key] for key in _OF_A_SEED if key in run}
-        | dict(stages={s: {k: m[k] for k in _SHOWN} for s, m in run["stages"].items()})
-        for run in runs
-    ]
+    results["seeds"] = runs
     for file in (CONFIG, WEIGHTS, "curves.png"):
         if (source / file).is_file():
             shutil.copyfile(source / file, new / file)
     return results, recipe, json.loads((source / CONFIG).read_text(encoding="utf-8")).get("label_names")
+
+
+def _of_a_seed(results: dict[str, Any]) -> dict[str, Any]:
+    """What a release says of each of its seeds."""
+    stages = {name: {key: figures[key] for key in _SHOWN} for name, figures in results["stages"].items()}
+    return {key: results[key] for key in _OF_A_SEED if key in results} | dict(stages=stages)
 
 
 def _public_name(source: str) -> str | None:

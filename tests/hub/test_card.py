@@ -1,5 +1,6 @@
 """The card of a release says what its data say, and keeps what is written by hand."""
 
+import json
 import re
 
 import pytest
@@ -44,6 +45,20 @@ def test_seeds_give_a_spread(make_run, run, tmp_path):
     set_json(other / "results.json", source="/home/somebody/run")
     with pytest.raises(InputError, match="one began from trained weights"):
         stage(run, TAG, tmp_path, seeds=(other,))
+
+
+def test_a_staged_release_takes_further_seeds(make_run, run, tmp_path):
+    def seeds_of(staged):
+        return [facts["seed"] for facts in json.loads((staged.path / "results.json").read_text("utf-8"))["seeds"]]
+
+    staged = stage(run, TAG, tmp_path, seeds=(make_run(seed=1, accuracy=52.0),))
+    before, weights = seeds_of(staged), (staged.path / "model.safetensors").read_bytes()
+    again = stage(staged.path, TAG, tmp_path, seeds=(make_run(seed=2, accuracy=54.0),))
+    assert seeds_of(again) == [*before, 2] and (again.path / "model.safetensors").read_bytes() == weights
+    assert "| ensemble | 52.0 ± 2.0 |" in (again.path / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match="every seed once"):
+        stage(again.path, TAG, tmp_path, seeds=(make_run(seed=1),))
+    assert seeds_of(again) == [*before, 2]
 
 
 def test_what_is_written_by_hand_is_kept(staged, run):
