@@ -103,7 +103,8 @@ def stage(
             (new / RECIPE).write_text(_public(recipe).to_yaml(), encoding="utf-8")
         for file, text in (files or {}).items():
             (new / file).write_text(text, encoding="utf-8")
-        safetensors.torch.save_file(golden_pair(model), new / GOLDEN)
+        if not (new / GOLDEN).is_file():
+            safetensors.torch.save_file(golden_pair(model), new / GOLDEN)
         (new / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if "per_class" in results["stages"].get("experts", {}):
             draw_classes(new / "classes.png", results, names or list(map(str, range(model.num_classes))))
@@ -128,10 +129,11 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
         state = folder.state()
         if state and state["stage"] == "router" and state["epoch"]:
             raise InputError(f"the run in {source} is not finished: its router is half trained (--resume).")
-    if "source" in results:
+    if results.get("source") is not None:  # None: a release that began from somebody's own weights
         results["source"] = _public_name(results["source"])
     staged = "seeds" in results
-    runs = results["seeds"] if staged else [_of_a_seed(results)]
+    own = _of_a_seed(results)
+    runs = [own if run["seed"] == own["seed"] else run for run in results["seeds"]] if staged else [own]
     for path in seeds:
         other = RunFolder(path)
         if not (path / RESULTS).is_file():
@@ -146,7 +148,7 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
     if len(set(numbers)) < len(numbers):
         raise InputError(f"--seeds: runs of the seeds {numbers}, expected every seed once.")
     results["seeds"] = runs
-    for file in (CONFIG, WEIGHTS, "curves.png"):
+    for file in (CONFIG, WEIGHTS, "curves.png", GOLDEN, "LICENSE"):  # a staged release keeps what it answered at first
         if (source / file).is_file():
             shutil.copyfile(source / file, new / file)
     return results, recipe, json.loads((source / CONFIG).read_text(encoding="utf-8")).get("label_names")
@@ -255,8 +257,12 @@ def _finish_folder(new: Path, final: Path) -> None:
         away = final.with_name(f".{final.name}.old")
         shutil.rmtree(away, ignore_errors=True)
         os.replace(final, away)
-        os.replace(new, final)
-        shutil.rmtree(away)
+        try:
+            os.replace(new, final)
+        except BaseException:
+            os.replace(away, final)
+            raise
+        shutil.rmtree(away, ignore_errors=True)
     else:
         os.replace(new, final)
 
@@ -279,9 +285,13 @@ def _write_down(name: str, path: Path) -> None:
 
 def main(argv: list[str] | None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a finished run folder, or an authors' .pth")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a finished run folder, a staged release, an authors' .pth"
+    )
     parser.add_argument("name", metavar="NAME.TAG", help="such as ride_resnet32.cifar100_lt100")
-    parser.add_argument("--seeds", type=Path, nargs="+", default=[], metavar="RUN", help="the recipe's other seeds")
+    parser.add_argument(
+        "--seeds", type=Path, nargs="+", default=[], metavar="RUN", help="runs of the recipe's other seeds"
+    )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="of a checkpoint: the recipe with its data")
     parser.add_argument("--data-dir", metavar="DIR", help="read the data from this folder instead of the Hub")
     parser.add_argument("--no-measure", dest="measured", action="store_false", help="do not look at the test set")

@@ -249,8 +249,9 @@ def norm_relu(
 ) -> list[Tensor]:
     """relu(norm(x) + shortcut) of each map, x and shortcut [B, C, H, W]; twice: of each, then of each once more.
 
-    In training on a CPU it takes one pass for all maps, if these and their norms are alike, and with shortcuts the
-    gradients of two uses of an output are summed in it if each use has its own copy; otherwise it goes step by step.
+    In training on a CPU it takes one pass for all maps, if each fits (`_fits`) and they and their norms are alike, and
+    with shortcuts the gradients of two uses of an output are summed in it if each use has its own copy (without, the
+    second copies are the first); otherwise it goes step by step.
     The sums are in float32. In bfloat16 the result is rounded once, where the steps round it twice.
     """
     added = [None] * len(xs) if shortcuts is None else shortcuts
@@ -322,7 +323,7 @@ def forward_blocks(
     for i, blocks in enumerate(zip(*stages, strict=True)):
         direct, beside = copies[: len(blocks)], copies[len(blocks) :]
         if i == 0 and enter is not None:
-            firsts, shortcuts = enter(blocks, xs[0])
+            firsts, shortcuts = enter(blocks, xs)
         else:
             firsts = [block.conv1(x) for block, x in zip(blocks, direct, strict=True)]
             shortcuts = [block.shortcut(x) for block, x in zip(blocks, beside, strict=True)]
@@ -338,29 +339,32 @@ def can_go_together(experts: Sequence[nn.Module]) -> bool:
     if not all(isinstance(stage, FusedStage) for of_one in stages for stage in of_one):
         return False
     conv = stages[0][0][0].conv1
-    if type(conv) is not nn.Conv2d or conv.groups > 1 or conv.bias is not None:
+    if type(conv) is not nn.Conv2d or conv.groups > 1 or conv.bias is not None or conv.padding_mode != "zeros":
         return False
     # what modules say of themselves: shapes, strides, eps and momentum
     return len({tuple((type(module), module.extra_repr()) for module in of_one.modules()) for of_one in stages}) == 1
 
 
-def _enter_together(blocks: Sequence[FusedBlock], x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """One map through the first convolutions of all blocks, as one with all their filters; and their shortcuts.
+def _enter_together(blocks: Sequence[FusedBlock], xs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The first convolutions of all blocks, of a map that all `xs` are, as one with all filters; and their shortcuts.
 
     That map is the largest that experts see, and is read once, forward and backward; the same numbers as one by one,
     in another order of summation.
     """
-    conv = blocks[0].conv1
+    x, conv = xs[0], blocks[0].conv1
     filters = torch.cat([block.conv1.weight for block in blocks])
     maps = F.conv2d(x, filters, None, conv.stride, conv.padding, conv.dilation).chunk(len(blocks), 1)
     maps = [part.contiguous(memory_format=torch.channels_last) for part in maps]
-    if blocks[0].downsample is None or list(blocks[0].downsample.parameters()):
+    if blocks[0].downsample is None or blocks[0].downsample.state_dict():
         return maps, [block.shortcut(x) for block in blocks]
     return maps, [blocks[0].shortcut(x)] * len(blocks)
 
 
 def forward_together(experts: Sequence[nn.Module], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The trunk's map [B, C, H, W] -> each expert's (features [B, D], logits [B, C]), all experts in step."""
+    """The trunk's map [B, C, H, W] -> each expert's (features [B, D], logits [B, C]), all experts in step.
+
+    An expert that the loss leaves out gets gradients of zero, where one by one it gets none.
+    """
     enter, maps = _enter_together, [x] * len(experts)
     for stages in zip(*(expert.stages for expert in experts), strict=True):
         enter, maps = None, forward_blocks(stages, maps, enter)
@@ -385,8 +389,9 @@ def _fusable(block: nn.Module) -> bool:
 def fuse_norm_relu(model: nn.Module) -> int:
     """Put a `FusedBlock` in the place of every plain ResNet block, in place; returns how many there were.
 
-    A Sequential of nothing else becomes a `FusedStage`, which calls its blocks' parts and not the blocks: hooks belong
-    on the stage. Parameters, buffers, their names and what eval mode computes stay. Needs a C++ compiler when training.
+    A Sequential of nothing else becomes a `FusedStage`, which calls its blocks' parts and not the blocks; and experts
+    in step are not called as modules in training either: hooks on them see nothing. Parameters, buffers, their names
+    and what eval mode computes stay. Needs a C++ compiler when training.
     """
     blocks = [
         (parent, name, child)

@@ -1,7 +1,9 @@
 """The card of a release says what its data say, and keeps what is written by hand."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 from card import describe_data, hand_edited
@@ -52,13 +54,35 @@ def test_a_staged_release_takes_further_seeds(make_run, run, tmp_path):
         return [facts["seed"] for facts in json.loads((staged.path / "results.json").read_text("utf-8"))["seeds"]]
 
     staged = stage(run, TAG, tmp_path, seeds=(make_run(seed=1, accuracy=52.0),))
-    before, weights = seeds_of(staged), (staged.path / "model.safetensors").read_bytes()
-    again = stage(staged.path, TAG, tmp_path, seeds=(make_run(seed=2, accuracy=54.0),))
-    assert seeds_of(again) == [*before, 2] and (again.path / "model.safetensors").read_bytes() == weights
-    assert "| ensemble | 52.0 ± 2.0 |" in (again.path / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(InputError, match="every seed once"):
-        stage(again.path, TAG, tmp_path, seeds=(make_run(seed=1),))
+    set_json(staged.path / "results.json", source=None)  # it began from somebody's own weights
+    third = make_run(seed=2, accuracy=54.0)
+    set_json(third / "results.json", source="/home/somebody/run")
+    before = seeds_of(staged)
+    kept = {path.name: path.read_bytes() for path in staged.path.iterdir() if path.suffix in (".safetensors", ".png")}
+    again = stage(staged.path, TAG, tmp_path, seeds=(third,))
     assert seeds_of(again) == [*before, 2]
+    assert {name: (again.path / name).read_bytes() for name in kept} == kept
+    assert "| ensemble | 52.0 ± 2.0 |" in (again.path / "README.md").read_text(encoding="utf-8")
+    again_one = make_run(seed=1)
+    set_json(again_one / "results.json", source="/home/somebody/run")
+    with pytest.raises(InputError, match="every seed once"):
+        stage(again.path, TAG, tmp_path, seeds=(again_one,))
+    assert seeds_of(again) == [*before, 2]
+
+
+def test_a_staged_release_stands_when_its_new_folder_cannot_take_its_place(make_run, run, tmp_path, monkeypatch):
+    staged = stage(run, TAG, tmp_path)
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target) == staged.path and not str(source).endswith(".old"):
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no"):
+        stage(staged.path, TAG, tmp_path, seeds=(make_run(seed=1),))
+    assert (staged.path / "model.safetensors").is_file() and (staged.path / "README.md").is_file()
 
 
 def test_what_is_written_by_hand_is_kept(staged, run):
