@@ -92,26 +92,26 @@ def test_sides_that_the_input_or_the_network_forbids():
 
 def test_a_run_resizes_and_resumes_alike(train, script, colours, tmp_path, monkeypatch):
     """The sides that the network meets, epoch by epoch; stopped and resumed, it ends with the same weights."""
-    sides = []
+    sides = []  # at no side does a strided convolution meet one pixel: in bf16 on AMX torch gets its gradient wrong
 
     def seen(images, size):
         sides.append(size)
         return shrink(images, size)
 
     monkeypatch.setattr(script, "shrink", seen)
-    early = ["--stage", "experts", "--progressive-sizes", "8", "16", "--progressive-epochs", "1", "2", "--epochs", "3"]
+    early = ["--stage", "experts", "--progressive-sizes", "20", "24", "--progressive-epochs", "1", "2", "--epochs", "3"]
     early += ["--eval-every", "1"]
     whole = tmp_path / "whole"
     assert train(flags_of(colours, whole, *early)) == 0
     steps = len(sides) // 2
-    assert steps > 0 and sides == [8] * steps + [16] * steps
-    assert len(rows_of(whole)) == 3 and RunFolder(whole).recipe().progressive_sizes == (8, 16)
+    assert steps > 0 and sides == [20] * steps + [24] * steps
+    assert len(rows_of(whole)) == 3 and RunFolder(whole).recipe().progressive_sizes == (20, 24)
     torn = tmp_path / "torn"
     with monkeypatch.context() as patched:
         stop_after_epoch(patched, script)
         assert train(flags_of(colours, torn, *early)) == 143
     assert train(["--output", torn, "--resume", "--stage", "experts", "--threads", "1"]) == 0
-    assert sides == ([8] * steps + [16] * steps) * 2
+    assert sides == ([20] * steps + [24] * steps) * 2
     assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
