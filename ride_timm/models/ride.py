@@ -10,7 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .fused_norm import can_go_together, forward_together, fuse_norm_relu
+from .fused_blocks import can_go_together, forward_together, fuse_norm_relu
 from .router import Router
 
 
@@ -223,7 +223,7 @@ class Ride(nn.Module):
 
     @torch.jit.ignore
     def fuse_training(self) -> int:
-        """Train faster on a CPU: see `fused_norm`. In place; the number of blocks that changed, 0 without ResNet's.
+        """Train faster on a CPU: see `fused_blocks`. In place; the number of blocks that changed, 0 without ResNet's.
 
         Parameters, buffers and their names stay, and so does what eval mode computes.
         """
