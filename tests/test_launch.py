@@ -1,7 +1,10 @@
 """Exit codes, signals and threads."""
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -106,11 +109,14 @@ def test_without_a_compiler_norms_stay_plain(script, monkeypatch, capsys, recipe
         script.parse_arguments(["--recipe", recipe, "--fused-norm"])
 
 
+MALLOC_CHOICES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
 @pytest.mark.parametrize("chosen", [None, "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"])
 def test_memory_is_kept_unless_its_settings_are_chosen(monkeypatch, chosen):
     settings = {}
     libc = SimpleNamespace(mallopt=settings.__setitem__)
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
+    for name in MALLOC_CHOICES:
         monkeypatch.delenv(name, raising=False)
     if chosen:
         monkeypatch.setenv(chosen, "1")
@@ -118,3 +124,22 @@ def test_memory_is_kept_unless_its_settings_are_chosen(monkeypatch, chosen):
     monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: libc)
     keep_memory()
     assert set(settings) == (set() if chosen else {-1, -2, -3})
+
+
+FREED = """
+import ctypes, torch
+from ride_timm.launch import keep_memory
+end_of_heap = ctypes.CDLL(None).sbrk
+end_of_heap.restype = ctypes.c_void_p
+keep_memory()
+maps = [torch.empty(600 * 2**20, dtype=torch.uint8) for _ in range(4)]  # never touched: no memory is used
+held = end_of_heap(0)
+del maps
+assert end_of_heap(0) == held, held - end_of_heap(0)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_more_than_two_gigabytes_of_maps_are_kept():
+    env = {name: value for name, value in os.environ.items() if name not in MALLOC_CHOICES}
+    subprocess.run([sys.executable, "-c", FREED], env=env, check=True)
