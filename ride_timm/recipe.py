@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from textwrap import indent
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
 from . import methods
 from .errors import InputError
+from .keys import coerce, key
 from .losses import LOSSES
 from .schedule import SCHEDULES, lr_factor
 
 DEFAULT_RECIPE = "fashion_lt"
 _PUBLIC_DATA = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
-
-
-def key(group: str, help: str, default: Any = None, low: float | None = None, high: float | None = None,
-        above: float | None = None, choices: tuple = ()) -> Any:  # fmt: skip
-    """A recipe key: its group and text in --help, its default, and what values it takes."""
-    return field(
-        default=default, metadata=dict(group=group, help=help, low=low, high=high, above=above, choices=choices)
-    )
 
 
 @dataclass(frozen=True)
@@ -165,7 +158,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            object.__setattr__(self, item.name, _coerce(item, getattr(self, item.name)))
+            object.__setattr__(self, item.name, coerce(item, _types()[item.name], getattr(self, item.name)))
         if self.holdout == 0 and not self.use_val and (self.select == "best" or self.patience is not None):
             raise InputError("select=best and patience judge on held-out training images: set --holdout, say 0.1 "
                              "(or --use-val, where the data set has a validation split).")  # fmt: skip
@@ -264,7 +257,7 @@ class Recipe:
         values = dict(values)
         if "epochs" in values:
             item = next(f for f in dataclasses.fields(self) if f.name == "epochs")
-            epochs = _coerce(item, values["epochs"])
+            epochs = coerce(item, int, values["epochs"])
             scale = epochs / self.epochs
             if "decay_epochs" not in values:
                 values["decay_epochs"] = tuple(round(epoch * scale) for epoch in self.decay_epochs)
@@ -294,58 +287,9 @@ class Recipe:
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _coerce(item: dataclasses.Field, value: Any) -> Any:
-    """The value of a key in its type and range, from YAML or from the command line's text."""
-    hint = _HINTS[item.name] if _HINTS else get_type_hints(Recipe)[item.name]
-    kinds = get_args(hint) or (hint,)
-    flag = f"{item.name}={value!r}"
-    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in kinds):
-        if type(None) in kinds:
-            return None
-        raise InputError(f"{flag}: a value is needed.")
-    meta = item.metadata
-    if get_origin(hint) is tuple:
-        values = value if isinstance(value, list | tuple) else [value]
-        return tuple(_number(kinds[0], v, flag, meta) for v in values)
-    if bool in kinds:
-        if not isinstance(value, bool):
-            raise InputError(f"{flag}: expected true or false.")
-        return value
-    for kind in (int, float):
-        if kind in kinds:
-            return _number(kind, value, flag, meta)
-    if not isinstance(value, str):
-        raise InputError(f"{flag}: expected a text.")
-    if meta["choices"] and value not in meta["choices"]:
-        raise InputError(f"{flag}: expected one of {', '.join(meta['choices'])}.")
-    return value
-
-
-def _number(kind: type, value: Any, flag: str, meta: Any) -> int | float:
-    noun = "a whole number" if kind is int else "a number"
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if not math.isfinite(number) or (kind is int and number != int(number)):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise InputError(f"{flag}: expected {noun}.") from None
-    bounds = [f"above {meta['above']:g}"] if meta["above"] is not None else []
-    bounds += [f"{meta['low']:g} or more"] if meta["low"] is not None else []
-    bounds += [f"at most {meta['high']:g}"] if meta["high"] is not None else []
-    inside = (
-        (meta["above"] is None or number > meta["above"])
-        and (meta["low"] is None or number >= meta["low"])
-        and (meta["high"] is None or number <= meta["high"])
-    )
-    if not inside:
-        raise InputError(f"{flag}: expected {noun}, {' and '.join(bounds)}; it is: {meta['help']}.")
-    return kind(number)
-
-
-_HINTS: dict[str, Any] = {}
-_HINTS.update(get_type_hints(Recipe))
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(Recipe)
 
 
 def available() -> list[str]:
@@ -415,4 +359,4 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = N
 
 def flags_given(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe keys that were given on the command line."""
-    return {name: value for name, value in vars(args).items() if name in _HINTS}
+    return {name: value for name, value in vars(args).items() if name in _types()}
