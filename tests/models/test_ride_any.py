@@ -2,120 +2,23 @@
 
 import contextlib
 import os
-import pickle
 import re
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from small_backbones import BACKBONES, FEW, build, count, images, lively, native, weights_of
 from timm.models._manipulate import group_parameters
-from torch import nn
 
 import ride_timm  # noqa: F401  (registers the models)
 from ride_timm.checkpoint import RunFolder
 from ride_timm.models import CosineClassifier, Ride
 from ride_timm.models.cuts import CUTS, find_cut
 
-TINY_SWIN = dict(img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
-TINY_VIT = dict(img_size=64, embed_dim=48, depth=4, num_heads=2)
-# backbone: (input size, what makes it small)
-BACKBONES = {
-    "test_resnet": (64, {}),
-    "resnext50_32x4d": (64, dict(layers=(1, 1, 1, 1))),
-    "resnetv2_50": (64, dict(layers=(1, 1, 1, 1), channels=(32, 32, 64, 64))),
-    "test_convnext": (64, {}),
-    "test_convnext2": (64, {}),
-    "convnextv2_atto": (64, dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))),
-    "swin_tiny_patch4_window7_224": (64, TINY_SWIN),
-    "swinv2_tiny_window8_256": (64, TINY_SWIN),
-    "swinv2_cr_tiny_ns_224": (64, TINY_SWIN),
-    "test_vit": (160, {}),
-    "test_vit3": (160, {}),
-    "deit_tiny_patch16_224": (64, TINY_VIT),
-    "vit_base_patch16_siglip_gap_224": (64, TINY_VIT),
-    "vit_small_patch14_reg4_dinov2": (64, dict(TINY_VIT, patch_size=16)),
-    "deit3_small_patch16_224": (64, dict(TINY_VIT, dynamic_img_size=True)),
-    "eva02_tiny_patch14_224": (56, dict(img_size=56, embed_dim=48, depth=4, num_heads=2)),
-    "vit_small_patch16_rope_mixed_224": (64, TINY_VIT),
-    "vit_tiny_patch16_dinov3_qkvb": (64, dict(TINY_VIT, dynamic_img_size=False)),
-    "beit_base_patch16_224": (64, TINY_VIT),
-    "test_efficientnet": (64, {}),
-    "mobilenetv2_035": (64, {}),
-    "mobilenetv3_small_050": (64, {}),
-    "mobilenetv4_conv_small_035": (64, {}),
-    "regnetx_002": (64, {}),
-    "regnety_002": (64, {}),
-    "test_maxvit": (160, {}),
-    "test_coatnet": (160, {}),
-    "densenet121": (64, dict(block_config=(2, 2, 2, 2))),
-    "test_byobnet": (64, {}),
-    "test_mambaout": (64, {}),
-    "test_nfnet": (64, {}),
-    "cs3darknet_s": (64, {}),
-    "davit_tiny": (64, dict(embed_dims=(16, 32, 64, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))),
-    "edgenext_xx_small": (64, {}),
-    "focalnet_tiny_srf": (64, {}),
-    "ghostnet_050": (64, {}),
-    "hgnetv2_b0": (64, {}),
-    "inception_next_atto": (64, {}),
-    "nextvit_small": (64, dict(depths=(1, 1, 5, 1))),
-    "poolformerv2_s12": (64, {}),
-    "pvt_v2_b0": (64, {}),
-    "rdnet_tiny": (64, dict(num_init_features=16, growth_rates=(16,) * 7, num_blocks_list=(1,) * 7)),
-    "starnet_s050": (64, {}),
-    "tiny_vit_5m_224": (64, {}),
-    "ese_vovnet19b_dw": (64, {}),
-}
-FEW = ["test_resnet", "resnetv2_50", "swin_tiny_patch4_window7_224", "test_vit", "eva02_tiny_patch14_224"]
-FEW += ["beit_base_patch16_224", "mobilenetv3_small_050", "test_convnext", "densenet121"]
-# bit for bit every family is tried; the longer checks take these few, or all with RIDE_TIMM_ALL_BACKBONES=1
+# bit for bit every family is tried; the longer checks take a few, or all with RIDE_TIMM_ALL_BACKBONES=1
 SEVERAL = list(BACKBONES) if os.environ.get("RIDE_TIMM_ALL_BACKBONES") else FEW
-
-
-def build(backbone, seed=0, **kwargs) -> Ride:
-    torch.manual_seed(seed)
-    return timm.create_model("ride", **dict(dict(backbone=backbone, num_classes=7), **BACKBONES[backbone][1], **kwargs))
-
-
-def images(backbone, B=2, seed=1):
-    side = BACKBONES[backbone][0]
-    return torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-def lively(backbone) -> nn.Module:
-    """The backbone with weights that let no part of it go unseen: layer scales near 1, BatchNorm of a real batch."""
-    torch.manual_seed(3)
-    net = timm.create_model(backbone, num_classes=7, **BACKBONES[backbone][1])
-    with torch.no_grad():
-        for p in net.parameters():
-            nn.init.normal_(p, std=p[0].numel() ** -0.5) if p.ndim > 1 else nn.init.normal_(p, 1.0, 0.1)
-        for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = 1.0
-        net.train()(images(backbone, 4, seed=9))
-    return net.eval()
-
-
-def native(key: str) -> str:
-    """The backbone's own name of one of our parameters."""
-    return re.sub(r"^(trunk|experts\.\d+\.stages)\.net\.", "", key)
-
-
-def weights_of(net: nn.Module, model: Ride) -> dict:
-    """The backbone's weights under the names of `model`, the same for every expert."""
-    head = next(name for name, module in net.named_modules() if module is net.get_classifier())
-    theirs, ours = net.state_dict(), {}
-    for key in model.state_dict():
-        ours[key] = theirs[re.sub(r"^experts\.\d+\.fc\.", f"{head}.", native(key))]
-    return ours
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def test_every_family_of_the_table_is_tried():
@@ -223,49 +126,6 @@ def test_groups_and_decay_are_the_backbones(backbone):
     assert {native(key) for key in model.no_weight_decay()} == exempt
 
 
-# Weights of the backbone
-
-
-@pytest.mark.parametrize("backbone", FEW)
-def test_experts_start_from_the_backbone_and_differ_by_their_heads(backbone, tmp_path):
-    net, file = lively(backbone), tmp_path / "backbone.safetensors"
-    safetensors.torch.save_file({k: v.contiguous() for k, v in net.state_dict().items()}, file)
-    model = build(backbone, backbone_pretrained=str(file))
-    expected = weights_of(net, model)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, expected[key]) is (".fc." not in key or ("bias" in key and not value.any())), key
-    first, *rest = model.get_classifier()
-    assert all(not torch.equal(first.weight, other.weight) for other in rest)
-    assert model._model_args["backbone"] == backbone
-
-
-def test_without_weights_experts_start_apart():
-    model = build("test_vit")
-    for key, first in model.experts[0].named_parameters():
-        if first.ndim > 1:
-            assert all(not torch.equal(first, dict(e.named_parameters())[key]) for e in model.experts[1:]), key
-
-
-def test_weights_for_other_channels_are_adapted(tmp_path):
-    net, file = lively("test_resnet"), tmp_path / "backbone.safetensors"
-    safetensors.torch.save_file(net.state_dict(), file)
-    model = build("test_resnet", backbone_pretrained=str(file), in_chans=1)
-    torch.testing.assert_close(model.trunk.net.conv1[0].weight, net.conv1[0].weight.sum(1, keepdim=True))
-
-
-def test_a_saved_network_needs_no_backbone_weights(tmp_path):
-    net, file = lively("test_resnet"), tmp_path / "backbone.safetensors"
-    safetensors.torch.save_file(net.state_dict(), file)
-    model = build("test_resnet", backbone_pretrained=str(file), split="layer4").eval()
-    cfg = model.pretrained_cfg
-    RunFolder(tmp_path / "run").path.mkdir()
-    RunFolder(tmp_path / "run").export(model, dict(input_size=cfg["input_size"]), ())
-    Path(file).unlink()
-    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
-    x = images("test_resnet")
-    assert torch.equal(again(x), model(x)) and not isinstance(again.experts[0].stages.net.layer4, nn.Identity)
-
-
 # Arguments
 
 
@@ -317,38 +177,6 @@ def test_bad_arguments_are_named(kwargs, error, message):
 def test_positions_that_experts_cannot_know_are_refused():
     with pytest.raises(ValueError, match=r"dynamic_img_size cannot be cut: .* Create it with dynamic_img_size=0"):
         build("eva02_tiny_patch14_224", dynamic_img_size=True)
-
-
-def test_weights_of_another_width_are_refused(tmp_path):
-    file = tmp_path / "narrow.safetensors"
-    safetensors.torch.save_file(lively("test_vit").state_dict(), file)
-    with pytest.raises(
-        ValueError, match=r"backbone='test_vit': its weights in .*narrow.* do not fit it: size mismatch"
-    ):
-        timm.create_model("ride", backbone="test_vit", embed_dim=96, backbone_pretrained=str(file))
-
-
-class Evil:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-@pytest.mark.parametrize("name", ["empty.pth", "evil.pth", "evil_checkpoint.pth", "noise.safetensors"])
-def test_files_that_hold_no_weights_are_refused(name, tmp_path):
-    file, marker = tmp_path / name, tmp_path / "executed"
-    if name == "evil_checkpoint.pth":
-        torch.save(dict(state_dict={}, args=Evil(marker)), file)
-    else:
-        file.write_bytes(dict(empty=b"", evil=pickle.dumps(Evil(marker)), noise=b"noise")[file.stem])
-    marker.unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=rf"backbone='test_vit': its weights in .*{name} could not be loaded"):
-        timm.create_model("ride", backbone="test_vit", backbone_pretrained=str(file))
-    assert not marker.exists()
 
 
 # Named networks, and what timm offers
