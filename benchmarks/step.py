@@ -1,4 +1,4 @@
-"""Training step (forward, loss, backward, optimizer) on images in memory: baseline, ours in fp32, ours in bf16."""
+"""Training step (forward, loss, backward, optimizer) on images in memory: baseline, and ours in fp32 and bf16."""
 
 from __future__ import annotations
 

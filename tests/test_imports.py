@@ -69,6 +69,7 @@ def test_models_losses_metrics_and_data_do_not_know_each_other(island):
         "checkpoint",
         "evaluation",
         "recipe",
+        "keys",
         "flops",
         "launch",
         "__main__",

@@ -15,6 +15,7 @@ class Keys:
     count: int = key("run", "how many", 1, low=1, high=9)
     rate: float | None = key("run", "how fast", above=0)
     sides: tuple[int, ...] = key("run", "how large", (), low=8)
+    taus: tuple[float, ...] = key("run", "how strong", ())
     on: bool = key("run", "whether", False)
     way: str = key("run", "which", "up", choices=("up", "down"))
     place: str | None = key("run", "where")
@@ -36,6 +37,7 @@ def value_of(name, value):
         ("sides", [16, "24"], (16, 24)),
         ("sides", "16", (16,)),
         ("sides", (), ()),
+        ("taus", [0, "1.5"], (0.0, 1.5)),
         ("on", True, True),
         ("way", "down", "down"),
         ("place", "none", None),
@@ -57,6 +59,7 @@ def test_values_in_their_type(name, given, value):
         ("rate", 0, "rate=0: expected a number, above 0; it is: how fast."),
         ("rate", "nan", "rate='nan': expected a number."),
         ("sides", [16, 4], "sides=[16, 4]: expected a whole number, 8 or more; it is: how large."),
+        ("taus", ["x"], "taus=['x']: expected a number."),
         ("on", "yes", "on='yes': expected true or false."),
         ("way", "left", "way='left': expected one of up, down."),
         ("place", 3, "place=3: expected a text."),

@@ -109,13 +109,19 @@ def test_without_a_compiler_norms_stay_plain(script, monkeypatch, capsys, recipe
         script.parse_arguments(["--recipe", recipe, "--fused-norm"])
 
 
-MALLOC_CHOICES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+MALLOC_CHOICES = (
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+)
 
 
-@pytest.mark.parametrize("chosen", [None, "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"])
+@pytest.mark.parametrize("chosen", [None, *MALLOC_CHOICES])
 def test_memory_is_kept_unless_its_settings_are_chosen(monkeypatch, chosen):
     settings = {}
-    libc = SimpleNamespace(mallopt=settings.__setitem__)
+    libc = SimpleNamespace(mallopt=settings.__setitem__)  # M_MMAP_MAX -4, M_TRIM_THRESHOLD -1, M_TOP_PAD -2
     for name in MALLOC_CHOICES:
         monkeypatch.delenv(name, raising=False)
     if chosen:
@@ -123,7 +129,7 @@ def test_memory_is_kept_unless_its_settings_are_chosen(monkeypatch, chosen):
     monkeypatch.setattr(launch.sys, "platform", "linux")
     monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: libc)
     keep_memory()
-    assert set(settings) == (set() if chosen else {-1, -2, -3})
+    assert settings == ({} if chosen else {-4: 0, -1: -1, -2: 2**26})
 
 
 FREED = """
@@ -132,8 +138,10 @@ from ride_timm.launch import keep_memory
 end_of_heap = ctypes.CDLL(None).sbrk
 end_of_heap.restype = ctypes.c_void_p
 keep_memory()
-maps = [torch.empty(600 * 2**20, dtype=torch.uint8) for _ in range(4)]  # never touched: no memory is used
+start = end_of_heap(0)
+maps = [torch.empty(side * 2**20, dtype=torch.uint8) for side in (1, 64, 1200, 1200)]  # never touched: none is used
 held = end_of_heap(0)
+assert held - start > 2400 * 2**20, held - start
 del maps
 assert end_of_heap(0) == held, held - end_of_heap(0)
 """
