@@ -344,7 +344,8 @@ class Run:
         losses = accelerator.reduce(losses, "mean")
         bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
         if bad:
-            raise RunError(f"the loss is not finite at epoch {epoch + 1}, step {bad[0] + 1}: try a lower --lr.")
+            ways = "a lower --lr" + (" or --mixed-precision no" if self.recipe.mixed_precision != "no" else "")
+            raise RunError(f"the loss is not finite at epoch {epoch + 1}, step {bad[0] + 1}: try {ways}.")
         return losses.mean().item()
 
     def finish(self, stage: Stage, metrics: dict[str, Any], epochs: int) -> None:

@@ -59,7 +59,7 @@ def test_an_existing_run_is_left_alone(tmp_path):
     with pytest.raises(InputError, match=r"already holds a run: .*--resume.*--output"):
         folder.claim(TINY, "both", resume=False, from_here=False)
     assert folder.claim(TINY, "both", resume=True, from_here=False)["epoch"] == 1
-    with pytest.raises(InputError, match=r"disagrees .*: lr \(0\.1 there\), seed \(0 there\)"):
+    with pytest.raises(InputError, match=r"disagrees .*: lr \(0\.1 there\), seed \(0 there\)\. Leave --recipe"):
         folder.claim(TINY.override({"lr": 0.2, "seed": 3}), "both", resume=True, from_here=False)
 
 

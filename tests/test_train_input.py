@@ -74,11 +74,14 @@ def test_what_only_shows_with_the_data_is_found_before_anything_is_written(train
     assert "has 3 classes" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_names_epoch_and_step_and_keeps_the_checkpoint(train, colours, tmp_path, capsys):
+@pytest.mark.parametrize("precision, ways", [("no", "a lower --lr"), ("bf16", "a lower --lr or --mixed-precision no")])
+def test_a_loss_that_is_not_finite_names_epoch_and_step_and_keeps_the_checkpoint(
+    train, colours, tmp_path, capsys, precision, ways
+):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts", "--warmup-epochs", "0", "--schedule", "constant")
-    assert train([*flags, "--lr", "1e30", "--epochs", "50"]) == 1
-    assert re.search(r"error: the loss is not finite at epoch \d+, step \d+", capsys.readouterr().err)
+    assert train([*flags, "--lr", "1e30", "--epochs", "50", "--mixed-precision", precision]) == 1
+    assert re.search(rf"error: the loss is not finite at epoch \d+, step \d+: try {ways}\.", capsys.readouterr().err)
     state = RunFolder(output).state()
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
