@@ -110,8 +110,8 @@ class RunFolder:
             if keys:
                 differences = ", ".join(f"{key} ({getattr(theirs, key)!r} there)" for key in keys)
                 raise InputError(
-                    f"the recipe disagrees with the run in {self.path}: {differences}. Leave --recipe and these keys out "
-                    "to go on as the run began, or choose another --output."
+                    f"the recipe disagrees with the run in {self.path}: {differences}. Leave --recipe and these keys "
+                    "out to go on as the run began, or choose another --output."
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")

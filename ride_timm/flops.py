@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import InputError
 from .models import CosineClassifier, Expert, Ride, Router
@@ -62,6 +65,50 @@ class _Whole(nn.Module):
 _RULES = {CosineClassifier: _count_cosine, nn.AdaptiveAvgPool2d: _count_pooling}
 
 
+class _Profile(TorchFunctionMode):
+    """thop, and what it overlooks: it has rules for exact types, and sees a layer only where the layer is called.
+
+    So subclasses of convolutions and linear layers get the rules of their base, and linear layers that a network
+    multiplies with by hand (attention that takes `qkv.weight`) are counted at the multiplication.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        from thop.profile import register_hooks
+
+        super().__init__()
+        self.by_hand: dict[int, int] = {}
+        self.module = module
+        self.rules: dict[type, Any] = dict(_RULES)
+        self.weights = set()
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                self.weights.add(id(part.weight))
+                self.rules.setdefault(type(part), self._count_linear)
+            elif isinstance(part, nn.Conv2d):
+                self.rules.setdefault(type(part), register_hooks[nn.Conv2d])
+
+    def _count_linear(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        module.total_ops += torch.DoubleTensor([output.numel() * module.in_features])
+        self.by_hand.pop(id(module.weight), None)  # not by hand: counted a moment ago, when the layer multiplied
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is F.linear:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if id(weight) in self.weights:
+                self.by_hand[id(weight)] = self.by_hand.get(id(weight), 0) + output.numel() * weight.shape[1]
+        return output
+
+    def count(self, *inputs: Tensor) -> float:
+        """Multiply-accumulates of the module with these inputs."""
+        from thop import profile
+
+        with self:
+            counted = profile(self.module, inputs, custom_ops=self.rules, verbose=False)[0]
+        return float(counted) + sum(self.by_hand.values())
+
+
 class _Gate(nn.Module):
     """One gate as a module, which is what thop can count."""
 
@@ -76,24 +123,19 @@ class _Gate(nn.Module):
 @torch.no_grad()
 def count_macs(model: Ride, input_size: tuple[int, int, int]) -> Macs:
     """Count by thop with one zero image of `input_size` (channels, height, width); the model is left as it was."""
-    from thop import profile
-
-    def count(module: nn.Module, *inputs: Tensor) -> float:
-        return float(profile(module, inputs, custom_ops=_RULES, verbose=False)[0])
-
     copy = deepcopy(model).float().eval()
     device = next(copy.parameters()).device
     if device.type != "meta":  # on meta only shapes are computed, which is all that counting needs
         device = torch.device("cpu")
         copy = copy.to(device, memory_format=torch.contiguous_format)
     image = torch.zeros(1, *input_size, device=device)
-    trunk = count(copy.trunk, image)
+    trunk = _Profile(copy.trunk).count(image)
     shared = copy.trunk(image)
     experts, gates = [], []
     for i, expert in enumerate(copy.experts):
         features, logits = expert.forward_both(shared)
-        experts.append(count(_Whole(expert), shared))
+        experts.append(_Profile(_Whole(expert)).count(shared))
         if copy.router is not None and i + 1 < copy.num_experts:
-            gates.append(count(_Gate(copy.router, i), features, logits))
+            gates.append(_Profile(_Gate(copy.router, i)).count(features, logits))
     params = sum(parameter.numel() for parameter in model.parameters())
     return Macs(trunk, tuple(experts), tuple(gates), params)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from small_backbones import build, images
+from torch.utils.flop_counter import FlopCounterMode
 
 import ride_timm  # noqa: F401  (registers the models)
 from ride_timm.errors import InputError
@@ -122,3 +124,31 @@ def test_a_network_without_classes_can_be_counted():
     with_head, without = (timm.create_model("test_ride_resnet", num_classes=n) for n in (9, 0))
     difference = count_macs(with_head, (3, 32, 32)).ensemble - count_macs(without, (3, 32, 32)).ensemble
     assert difference == 3 * 32 * 9
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    ["test_nfnet", "beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256", "test_vit",
+     "resnetv2_50", "test_efficientnet", "regnety_002"],
+)  # fmt: skip
+def test_no_layer_of_a_backbone_is_overlooked(backbone):
+    model = build(backbone, num_experts=2)
+    check_against_torch(model, images(backbone, 1))
+
+
+@pytest.mark.parametrize("backbone", ["resnetv2_50x1_bit", "tf_mobilenetv3_small_minimal_100"])
+def test_convolutions_of_timm_count_as_convolutions(backbone):
+    with torch.device("meta"):
+        model = timm.create_model("ride", backbone=backbone, num_classes=7, num_experts=1)
+    check_against_torch(model, torch.zeros(1, 3, 64, 64, device="meta"))
+
+
+def check_against_torch(model, x):
+    """All products with weights as torch itself counts them; thop adds norms and pooling, a few percent at most."""
+    model = model.eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    aten = torch.ops.aten
+    found = counter.get_flop_counts()["Global"]
+    theirs = sum(found.get(op, 0) for op in (aten.convolution, aten.addmm, aten.mm)) / 2
+    assert 0.9999 * theirs <= count_macs(model, x.shape[1:]).ensemble <= 1.05 * theirs
