@@ -157,19 +157,11 @@ class RunFolder:
     def export(self, model: Ride, data_config: dict[str, Any], class_names: tuple[str, ...]) -> None:
         """Plain weights and timm's config.json; `data_config`: input_size, mean, std, crop_pct of the test images."""
         tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        router = {}
-        if model.router is not None:
-            router = dict(
-                router=True,
-                top_choices_num=model.router.top_choices_num,
-                share_expert_help_pred_fc=model.router.share_expert_help_pred_fc,
-            )
-        heads = dict(class_affine=True) if has_class_affine(model) else {}
         # the weights beside it are whole: loading them again needs no others
         backbone = dict(backbone_pretrained=False) if "backbone" in model._model_args else {}
         config = dict(
             model_config=dict(label_names=list(class_names)),
-            model_args=dict(num_experts=model.num_experts) | router | heads | backbone,
+            model_args=dict(num_experts=model.num_experts) | backbone,
             data_config=data_config,
         )
         write_atomically(

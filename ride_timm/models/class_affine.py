@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .ride import Ride
@@ -32,6 +33,7 @@ def add_class_affine(model: Ride) -> None:
     for expert in model.experts:
         if not isinstance(expert.fc, ClassAffine) and model.num_classes > 0:
             expert.fc = ClassAffine(expert.fc, model.num_classes).train(expert.training)
+            update_model_args(model, class_affine=True)
 
 
 def has_class_affine(model: Ride) -> bool:

@@ -66,16 +66,18 @@ def create_ride(
     pretrained: bool,
     /,  # a release's arguments of these names are refused below
     *,
-    num_levels: int,
+    levels: int | tuple[int, ...],
     defaults: dict[str, Any] | None = None,
+    classifier_layer: str = "",
     **kwargs: Any,
 ) -> Ride:
     """Build through timm's factory, with the weights of a release where `pretrained` asks for them.
 
     What depends on the classes goes with the cfg by name, so timm can swap it: all experts' heads, and the router's
     layers, which read the logits. The network's `defaults` give way to what a release was made with, and that to
-    `kwargs`. class_affine, for every network: heads with a scale and an offset a class, as re-balancing and alignment
-    leave them.
+    `kwargs`. levels: those of `features_only`, the last so many where it is a number; classifier_layer: where in
+    a native classifier of several layers the classes are, such as ".fc2"; class_affine, for every network: heads with a
+    scale and an offset a class, as re-balancing and alignment leave them.
     """
     named, overlay = kwargs.get("pretrained_cfg"), dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     check_arguments(build, kwargs.get("pretrained_model_args") or {}, "the release", _EVERY_NETWORK)
@@ -85,12 +87,13 @@ def create_ride(
     kwargs = dict(num_experts=3) | (defaults or {}) | released | kwargs
     if release:
         kwargs["pretrained_cfg"] = release.pretrained_cfg
-        if kwargs.get("num_classes") == 0:
-            kwargs["router"] = False  # no logits, no gates
+    if kwargs.get("num_classes") == 0 and (release or kwargs.get("pretrained_model_args")):
+        kwargs["router"] = kwargs["routed"] = False  # of a saved network: no logits, no gates
     num_experts = kwargs["num_experts"]
     if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
-    heads = ("fc.head", "fc.affine") if kwargs.get("class_affine") else ("fc",)
+    layer = "" if kwargs.get("use_norm") else classifier_layer  # a cosine head is one layer
+    heads = (f"fc.head{layer}", "fc.affine") if kwargs.get("class_affine") else (f"fc{layer}",)
     classifier = [f"experts.{i}.{head}" for i in range(num_experts) for head in heads]
     if kwargs.get("router"):
         num_last = 1 if kwargs.get("share_expert_help_pred_fc", True) else num_experts - 1
@@ -112,6 +115,6 @@ def create_ride(
         variant,
         pretrained and release is None,
         pretrained_cfg_overlay=overlay,
-        feature_cfg=dict(feature_cls="getter", out_indices=tuple(range(num_levels))),
+        feature_cfg=dict(feature_cls="getter", out_indices=levels),
         **kwargs,
     )

@@ -31,7 +31,16 @@ NAMESPACE = "ride-timm"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _BY_CALLER = ("file", "url", "state_dict", "hf_hub_id")  # where a caller's overlay may place the weights itself
 _BY_NAME = ("block", "layers", "cardinality", "base_width")  # what the network's name decides
-_BY_FACTORY = ("build", "num_levels", "defaults", "pruned", "features_only", "out_indices", "feature_cls")
+_BY_FACTORY = (
+    "build",
+    "levels",
+    "defaults",
+    "classifier_layer",
+    "pruned",
+    "features_only",
+    "out_indices",
+    "feature_cls",
+)
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -225,8 +234,6 @@ def check_arguments(
         plain = all(isinstance(item, _SCALARS) for item in (value if isinstance(value, list | tuple) else [value]))
         if key in reserved or not (key in known or key in also or takes_any) or not plain:
             raise InputError(f"{where}: {CONFIG} states model_args that the network does not take: {key}={value!r}.")
-    if args.get("backbone_pretrained"):
-        raise InputError(f"{where}: {CONFIG} names other weights (backbone_pretrained); only {WEIGHTS} is read.")
 
 
 def read_folder(folder: Path, variant: str | None = None) -> Release:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .fused_blocks import can_go_together, forward_together, fuse_norm_relu
@@ -136,9 +137,12 @@ class Expert(nn.Module):
 
     @torch.jit.ignore
     def prune(self, num_levels: int, prune_norm: bool = False, prune_head: bool = True) -> None:
-        """Keep the first levels of the stages; where that drops some, the classifier is to be reset afterwards."""
+        """Keep the first levels of the stages; where that drops some, classifier and pooling go as well."""
+        pruned = num_levels < len(self.stages.feature_info)
         self.stages.prune(num_levels)
         self.num_features = self.stages.feature_info[-1]["num_chs"]
+        if prune_head or pruned:
+            self.reset_classifier(0, "")
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.stages(x)
@@ -220,6 +224,8 @@ class Ride(nn.Module):
     def add_router(self, router: Router) -> None:
         """Attach a router for stage two, on the device and in the dtype of the model."""
         self.router = router.to(**get_device_dtype(self))
+        choices = dict(top_choices_num=router.top_choices_num)
+        update_model_args(self, router=True, share_expert_help_pred_fc=router.share_expert_help_pred_fc, **choices)
 
     @torch.jit.ignore
     def fuse_training(self) -> int:
@@ -265,9 +271,11 @@ class Ride(nn.Module):
             expert.reset_classifier(num_classes, global_pool)
         self.num_classes = num_classes
         self._set_feature_sizes()
+        update_model_args(self, class_affine=False)
         if self.router is not None:
             remake = self.router.resized
             self.router = None
+            update_model_args(self, router=False)
             if num_classes > 0:
                 self.add_router(remake(self.experts[0].head_hidden_size, num_classes).train(self.training))
 
@@ -307,8 +315,7 @@ class Ride(nn.Module):
             for expert in self.experts:
                 expert.prune(max_index + 1 - in_trunk, prune_norm, prune_head)
         if prune_head or pruned:
-            self.router = None
-            self.reset_classifier(0, "")
+            self.router, self.routed, self.num_classes = None, False, 0
         self._set_feature_sizes()
         return take_indices
 
@@ -336,7 +343,10 @@ class Ride(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> ensemble logits [B, C] (routed ones in eval mode if built with routed=True)."""
         if self.routed and not self.training:
-            return self.forward_routed(x)[0]
+            if torch.jit.is_scripting():
+                raise RuntimeError("TorchScript cannot route: create the network with routed=False, or export it.")
+            else:  # which TorchScript leaves out
+                return self.forward_routed(x)[0]
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore

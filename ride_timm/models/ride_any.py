@@ -325,11 +325,20 @@ def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any
     with torch.device("meta"):
         probe = timm.create_model(backbone)
     kwargs["pretrained_filter_fn"] = fit_to_size
-    num_levels = 3 if find_cut(probe, backbone).tokens else len(probe.feature_info)
-    if pretrained:
-        kwargs["backbone_pretrained"] = False  # the whole network's weights follow
-    given = dict(num_levels=num_levels, defaults=defaults, backbone=backbone)
-    return create_ride(build_ride_any, variant, pretrained, **given, **kwargs)
+    levels = 3 if find_cut(probe, backbone).tokens else tuple(range(len(probe.feature_info)))  # as timm's own
+    saved = kwargs.get("pretrained_model_args") or {}
+    if pretrained or kwargs.get("backbone_pretrained") == saved.get("backbone_pretrained"):
+        kwargs["backbone_pretrained"] = False  # what a saved network began with: its own weights follow
+    given = dict(levels=levels, classifier_layer=_layer_of_classes(probe), defaults=defaults)
+    return create_ride(build_ride_any, variant, pretrained, backbone=backbone, **given, **kwargs)
+
+
+def _layer_of_classes(net: nn.Module) -> str:
+    """Where in a classifier of several layers the classes are, such as ".fc2"; "" for one layer."""
+    head = net.get_classifier()
+    name = next(name for name, module in net.named_modules() if module is head)
+    layer = net.pretrained_cfg["classifier"]
+    return layer.removeprefix(name) if isinstance(layer, str) and layer.startswith(f"{name}.") else ""
 
 
 _NAMED = {

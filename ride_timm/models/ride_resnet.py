@@ -123,7 +123,7 @@ def build_ride_resnet(
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Ride:
-    return create_ride(build_ride_resnet, variant, pretrained, num_levels=5, defaults=defaults, **kwargs)
+    return create_ride(build_ride_resnet, variant, pretrained, levels=(0, 1, 2, 3, 4), defaults=defaults, **kwargs)
 
 
 _INAT = dict(num_classes=8142, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))

@@ -144,4 +144,4 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def ride_resnet32(pretrained: bool = False, **kwargs: Any) -> Ride:
     """The CIFAR ResNet-32 (as many classes as its tag's data, 100 without one), stem and stage 1 shared."""
-    return create_ride(build_ride_resnet_cifar, "ride_resnet32", pretrained, num_levels=4, **kwargs)
+    return create_ride(build_ride_resnet_cifar, "ride_resnet32", pretrained, levels=(0, 1, 2, 3), **kwargs)

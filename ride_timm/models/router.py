@@ -60,6 +60,7 @@ class Router(nn.Module):
         hidden = F.relu(self.hidden[i](F.normalize(features, dim=1)))
         return self.fc[0 if self.share_expert_help_pred_fc else i](torch.cat([choices, hidden], 1)).squeeze(1)
 
+    @torch.jit.ignore  # which a scripted ensemble, that never asks the gates, can do without
     def forward(self, features: Tensor, expert_logits: Tensor) -> Tensor:
         """features [B, E, D], expert_logits [B, E, C] -> gate logits [B, E-1]"""
         gates = []

@@ -213,7 +213,7 @@ def test_features_only(backbone):
     first = build(backbone, features_only=True, out_indices=(1,)).eval()
     assert [m.shape[1] for m in first(x)] == first.feature_info.channels()
     if len(build(backbone).trunk.feature_info) > 1:
-        assert not any(key.startswith("experts") for key in first.state_dict())
+        assert not any(key.startswith("model.experts") for key in first.state_dict())
 
 
 @torch.no_grad()

@@ -1,0 +1,105 @@
+"""What timm's own `save_for_hf` writes is whole: it can be loaded again, whatever was done to the network before."""
+
+import pytest
+import timm
+import torch
+from small_backbones import build, lively
+from timm.models import save_for_hf
+
+from ride_timm.models import Ride, Router, add_class_affine
+
+SMALL = dict(num_classes=7, num_experts=2)
+
+
+def plain(tmp_path) -> Ride:
+    return timm.create_model("test_ride_resnet", **SMALL)
+
+
+def from_a_backbones_weights(tmp_path) -> Ride:
+    torch.save(lively("test_resnet").state_dict(), tmp_path / "backbone.pth")
+    model = timm.create_model(
+        "ride", backbone="test_resnet", backbone_pretrained=str(tmp_path / "backbone.pth"), **SMALL
+    )
+    (tmp_path / "backbone.pth").unlink()
+    return model
+
+
+def with_a_router(tmp_path) -> Ride:
+    model = plain(tmp_path)
+    model.add_router(Router(2, 32, 7, 3, share_expert_help_pred_fc=False))
+    return model
+
+
+def with_class_affine(tmp_path) -> Ride:
+    model = plain(tmp_path)
+    add_class_affine(model)
+    return model
+
+
+def with_other_classes(tmp_path) -> Ride:
+    model = timm.create_model("test_ride_resnet", class_affine=True, router=True, **SMALL)
+    model.reset_classifier(4)
+    return model
+
+
+def without_classes(tmp_path) -> Ride:
+    model = with_a_router(tmp_path)
+    model.reset_classifier(0)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make",
+    [plain, from_a_backbones_weights, with_a_router, with_class_affine, with_other_classes, without_classes],
+    ids=lambda make: make.__name__,
+)
+def test_saved_by_timm_and_loaded_again(make, tmp_path):
+    model, x = make(tmp_path).eval(), torch.randn(2, 3, 64, 64)
+    save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x)) and (again.router is None) == (model.router is None)
+    if model.router is not None:
+        assert torch.equal(again.forward_routed(x)[1], model.forward_routed(x)[1])
+    timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=False)  # asks for no other weights either
+
+
+@torch.no_grad()
+def test_a_routed_network_serves_for_features(tmp_path):
+    model = timm.create_model("test_ride_resnet", router=True, routed=True, **SMALL).eval()
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    x = torch.randn(2, 3, 64, 64)
+    pooled = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    assert torch.equal(pooled(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    maps = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()(x)
+    assert torch.equal(maps[-1], model.forward_features(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [{}, dict(class_affine=True)], ids=str)
+def test_classifiers_of_several_layers_are_adapted_to_other_classes(heads, tmp_path):
+    given = dict(backbone="caformer_s18", num_classes=7, num_experts=1)
+    model, x = timm.create_model("ride", **given, **heads).eval(), torch.randn(2, 3, 64, 64)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4).eval()
+    assert again(x).shape == (2, 4) and torch.equal(again.forward_features(x), model.forward_features(x))
+
+
+def test_features_of_tokens_are_the_last_levels_as_timm_has_them():
+    ours, theirs = build("test_vit", features_only=True), timm.create_model("test_vit", features_only=True)
+    assert ours.feature_info.out_indices == theirs.feature_info.out_indices
+    assert any(key.startswith("model.experts") for key in ours.state_dict())
+
+
+def test_features_of_a_head_that_needs_its_pooling():
+    assert len(build("inception_next_atto", features_only=True).eval()(torch.randn(1, 3, 64, 64))) == 4
+
+
+@torch.no_grad()
+def test_a_network_with_a_router_can_be_scripted_and_does_not_pretend_to_route():
+    model = timm.create_model("test_ride_resnet", router=True, **SMALL).eval()
+    x = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    routed = timm.create_model("test_ride_resnet", router=True, routed=True, **SMALL).eval()
+    with pytest.raises(torch.jit.Error, match="TorchScript cannot route: create the network with routed=False"):
+        torch.jit.script(routed)(x)
