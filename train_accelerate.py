@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ride_timm.data.sources import hold_out, load_longtail
 from ride_timm.data.transforms import Policy, get_policy
 from ride_timm.data.views import TwoViews
 from ride_timm.decoupling import align_experts, decouple
+from ride_timm.errors import first_line
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_compiler, keep_memory, set_threads
 from ride_timm.losses import OffsetExpertsLoss, make_loss
@@ -72,6 +74,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         default = flags.setdefault("name", f"{theirs.path.resolve().name}_{flags['decouple']}")
     args.output = args.output or os.path.join("runs", default)
     folder = RunFolder(args.output)
+    if args.resume and args.recipe is None and not folder.occupied:
+        raise InputError(
+            f"nothing to go on with: {args.output} holds no run. Name the run's folder by --output, or what to train by "
+            "--recipe."
+        )
     continues = folder.occupied and (args.resume or args.from_here)
     goes_on = continues and args.recipe is None
     own = theirs or (folder if goes_on else None)
@@ -93,9 +100,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     if args.teacher:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
-    for name in (recipe.optimizer, recipe.router_optimizer):
-        if name not in list_optimizers():
-            raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
+    for name in {recipe.optimizer, recipe.router_optimizer}:
+        check_optimizer(name)
     if args.stage == "router" and recipe.num_experts == 1:
         raise InputError("num_experts=1: a router chooses among experts, so it needs at least 2.")
     if args.tracker and args.tracker not in (trackers := [str(name) for name in get_available_trackers()]):
@@ -114,6 +120,19 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     return args, recipe
 
 
+def check_optimizer(name: str) -> None:
+    """InputError for an optimizer that timm does not know, or that does not work here as it is used."""
+    if name not in list_optimizers():
+        raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
+    weight = torch.nn.Parameter(torch.ones(2, 2, device="cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        optimizer = create_optimizer_v2([weight], opt=name, lr=0.1, weight_decay=0.1, momentum=0.9)
+        weight.square().sum().backward()
+        optimizer.step()
+    except Exception as error:  # missing packages, missing devices, second derivatives: each has its own
+        raise InputError(f"optimizer={name!r} does not work here ({first_line(error)}): choose another.") from error
+
+
 class Run:
     """What both stages share: data, model, folder, and what has been reached so far."""
 
@@ -123,6 +142,9 @@ class Run:
         self.folder = RunFolder(args.output)
         self.state = self.folder.claim(recipe, args.stage, args.resume, args.from_here)
         self.source = self.state.get("source") if self.state else args.source
+        if args.source and args.source != self.source:
+            began = f"from {self.source}" if self.source else "without --from"
+            raise InputError(f"from={args.source}: the run in {args.output} began {began}; leave --from out to go on.")
         self.policy = self.train_policy = get_policy(recipe.augment)
         if recipe.auto_augment is not None and recipe.decouple == "none":
             self.train_policy = self.policy.with_auto_augment(recipe.auto_augment)
@@ -157,9 +179,26 @@ class Run:
             self.teacher = load_teacher(args.teacher, self.data.num_classes, image)
         for name in args.stages:  # a batch that cannot be shared out is found now, not after stage one
             size = recipe.stage(name).batch_size
-            Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
+            shares = Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
+            if name == "experts" and not self.decoupling and not recipe.sync_bn:
+                self.check_norms(recipe.stage(name), shares)
         self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+
+    def check_norms(self, stage: Stage, shares: Shares) -> None:
+        """InputError where a step or a ghost batch of one image leaves BatchNorm nothing to take statistics from."""
+        shared = {shares.fewest, shares.batch_size // shares.num_processes}
+        if min(n // -(-n // (self.recipe.ghost_batch or n)) for n in shared) > 1:
+            return
+        side = min([self.size, *(size for size, _ in stage.sizes)])
+        try:
+            deepcopy(self.model).train()(torch.zeros(1, self.model.in_chans, side, side))
+        except ValueError as error:
+            raise InputError(
+                f"{shares.num_draws} images in batches of {shares.batch_size} over {shares.num_processes} processes leave "
+                f"one image to a process or a ghost batch, which BatchNorm cannot learn from ({first_line(error)}): "
+                "choose another --batch-size, or --ghost-batch where it is set."
+            ) from error
 
     def training_loader(self, stage: Stage) -> Any:
         """Training batches of a stage, of two views of the images where the loss compares them."""
@@ -338,7 +377,7 @@ class Run:
                 optimizer.step()
                 optimizer.zero_grad()
                 if ema is not None:
-                    ema.update(self.model, epoch * len(loader) + step)
+                    ema.update(self.model, epoch * -(-len(loader) // accumulation) + step // accumulation)
             bar.update()
             self.signals.check()
         losses = accelerator.reduce(losses, "mean")
@@ -386,10 +425,10 @@ def train(argv: list[str] | None) -> None:
     if recipe.sync_bn and accelerator.device.type == "cpu":
         raise InputError("sync_bn needs GPUs: leave it out on CPUs.")
     run = Run(args, recipe, accelerator)
-    if accelerator.is_main_process and (run.state is None or not args.resume):
-        run.folder.start(recipe)
     if run.state is None:
         run.save(args.stages[0], 0)
+    if accelerator.is_main_process and (run.state is None or not args.resume):
+        run.folder.start(recipe)
     if args.tracker:
         accelerator.init_trackers("ride_timm", {key: str(value) for key, value in vars(recipe).items()})
     for name in args.stages:

@@ -113,7 +113,12 @@ class RunFolder:
                     f"the recipe disagrees with the run in {self.path}: {differences}. Leave --recipe and these keys "
                     "out to go on as the run began, or choose another --output."
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            if resume and state is None:
+                raise InputError(
+                    f"{self.path} holds a run without its state.pt, so there is nothing to go on from: choose another "
+                    "--output, or delete the folder to begin again."
+                )
+        elif self.path.is_dir() and any(path.name != "state.pt" for path in self.path.iterdir()):
             raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")
         routing = resume and state is not None and state["stage"] == "router"
         if state is not None and state["stage"] != "experts" and not finished and stage != "router":
@@ -123,15 +128,15 @@ class RunFolder:
         return state
 
     def start(self, recipe: Recipe) -> None:
-        """Make the folder and write down the recipe."""
+        """Write down the recipe, after a first state: where a recipe stands there is something to go on from."""
+        _write_text(self.path / "recipe.yaml", recipe.to_yaml())
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write the resumable state and the epochs' figures; makes the folder."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output {self.path} cannot be made ({error.strerror}).") from error
-        _write_text(self.path / "recipe.yaml", recipe.to_yaml())
-
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Write the resumable state and the epochs' figures."""
         write_atomically(self.path / "state.pt", lambda partial: torch.save(state, partial))
         if state["history"]:
             text = io.StringIO()
@@ -271,7 +276,9 @@ def create_model(recipe: Recipe, num_classes: int, source: str | None = None, si
 
 def provenance() -> dict[str, Any]:
     """Commit of the checkout that runs (None outside one) and versions of what the numbers depend on."""
-    packages = ("torch", "timm", "accelerate", "datasets", "numpy", "ride-timm")
+    from . import __version__  # not of a distribution: a clone runs without being installed
+
+    packages = ("torch", "timm", "accelerate", "datasets", "numpy")
     here = Path(__file__).parent
     try:
         inside = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True)
@@ -279,7 +286,5 @@ def provenance() -> dict[str, Any]:
         known = inside.returncode == 0 and commit.returncode == 0
     except OSError:
         known = False
-    return {
-        "commit": commit.stdout.strip() if known else None,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-    }
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"commit": commit.stdout.strip() if known else None, "versions": versions | {"ride-timm": __version__}}

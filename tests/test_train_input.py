@@ -6,6 +6,7 @@ import pytest
 import torch
 from journeys import flags_of
 
+from ride_timm import RunError
 from ride_timm.checkpoint import RunFolder
 
 
@@ -24,6 +25,17 @@ from ride_timm.checkpoint import RunFolder
         (["--label-column", "genus"], r"no column 'genus'"),
         (["--augment", "sepia"], r"unknown augmentation 'sepia'"),
         (["--optimizer", "hope"], r"optimizer='hope'"),
+        (["--optimizer", "adahessian"], r"optimizer='adahessian' does not work here"),
+        (["--router-optimizer", "bnbadamw"], r"optimizer='bnbadamw' does not work here"),
+        (["--resume"], r"nothing to go on with: .*run holds no run\. Name .* or what to train by --recipe\.$"),
+        (
+            ["--model", "test_ride_resnet", "--batch-size", "2477"],
+            r"2478 images in batches of 2477 over 1 processes? leave one image",
+        ),
+        (
+            ["--model", "test_ride_resnet", "--batch-size", "3", "--ghost-batch", "2"],
+            r"leave one image to a process or a ghost batch",
+        ),
         (["--tracker", "hope"], r"tracker='hope'"),
         (["--mixed-precision", "fp16"], r"fp16 needs a GPU"),
         (["--stage", "router"], r"no stage one to start from"),
@@ -65,6 +77,29 @@ def test_a_checkpoint_of_another_model_is_refused(train, finished, colours, tmp_
     flags[flags.index("--num-experts") + 1] = "3"
     assert train(flags) == 2
     assert "holds another model than the recipe's" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_going_on_needs_the_state_and_the_weights_it_began_with(train, finished, colours, tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = flags_of(colours, output, "--stage", "experts", "--epochs", "1")
+    assert train([*flags, "--from", finished[0]]) == 0
+    assert train([*flags, "--from", tmp_path, "--resume", "--stage", "router"]) == 2
+    assert f"the run in {output} began from {finished[0]}; leave --from out" in capsys.readouterr().err
+    (output / "state.pt").unlink()
+    weights = (output / "model.safetensors").read_bytes()
+    assert train([*flags, "--resume", "--stage", "both"]) == 2
+    assert "holds a run without its state.pt" in capsys.readouterr().err
+    assert (output / "model.safetensors").read_bytes() == weights
+
+
+def test_what_a_full_disk_left_of_a_beginning_is_no_run(train, colours, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    flags = flags_of(colours, output, "--stage", "experts", "--epochs", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "start", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
+        assert train(flags) == 1
+    assert [path.name for path in output.iterdir()] == ["state.pt"]
+    assert train(flags) == 0
 
 
 def test_what_only_shows_with_the_data_is_found_before_anything_is_written(train, finished, colours, tmp_path, capsys):

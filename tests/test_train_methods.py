@@ -169,6 +169,19 @@ def test_only_an_average_from_scratch_warms_up(train, script, finished, colours,
     assert all(decay == 0.9 for decay in decays[2:]) == begun  # timm's first two steps take the weights as they are
 
 
+def test_an_average_follows_the_optimizers_steps(train, script, colours, tmp_path, monkeypatch):
+    steps = []
+
+    class Watched(script.ModelEmaV3):
+        def update(self, model, step=None):
+            steps.append(step)
+
+    monkeypatch.setattr(script, "ModelEmaV3", Watched)
+    flags = ["--stage", "experts", "--ema-decay", "0.9", "--epochs", "3", "--batch-size", "8"]  # 7 batches an epoch
+    assert train(flags_of(colours, tmp_path / "run", *flags, "--gradient-accumulation", "3")) == 0
+    assert steps == list(range(3 * 3))
+
+
 def test_a_teacher_is_any_network_of_timm(train, colours, tmp_path, capsys):
     import timm
     from timm.models._hub import save_for_hf

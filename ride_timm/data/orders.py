@@ -153,6 +153,12 @@ class Shares:
             )
             raise InputError(f"{what} cannot serve {self.num_processes} processes: each needs a sample in every step")
 
+    @property
+    def fewest(self) -> int:
+        """The fewest samples that a rank takes in a training step, which are those of the last batch if it is kept."""
+        rest = self.num_draws % self.batch_size
+        return (rest if rest >= self.num_processes else self.batch_size) // self.num_processes
+
     def __iter__(self) -> Iterator[Share]:
         for step, start in enumerate(range(0, self.num_draws, self.batch_size)):
             stop = min(start + self.batch_size, self.num_draws)
