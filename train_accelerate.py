@@ -46,6 +46,7 @@ from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_giv
 from ride_timm.selection import Selection
 from ride_timm.sharding import hook_experts, is_sharded, make_plugin, shardable, share_out, whole
 
+BALANCED = ("cifar10", "cifar100")  # of which long-tailed subsets are made
 FUSED = ("sgd", "momentum", "adam", "adamw")  # torch's own, which update all parameters in one pass where told to
 
 
@@ -76,8 +77,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     folder = RunFolder(args.output)
     if args.resume and args.recipe is None and not folder.occupied:
         raise InputError(
-            f"nothing to go on with: {args.output} holds no run. Name the run's folder by --output, or what to train by "
-            "--recipe."
+            f"nothing to go on with: {args.output} holds no run. Name the run's folder by --output, or what to train "
+            "by --recipe."
         )
     continues = folder.occupied and (args.resume or args.from_here)
     goes_on = continues and args.recipe is None
@@ -152,6 +153,8 @@ class Run:
         with accelerator.local_main_process_first():  # the others find the first one's cache
             self.data = load_longtail(**recipe.data_args)
         self.train_set, self.held_out = self.data.train, self.data.val
+        if accelerator.is_main_process and recipe.imb_type != "none" and recipe.dataset not in BALANCED:
+            self.tell_what_is_left_out()
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.decoupling = recipe.decouple != "none" and "experts" in args.stages
@@ -185,6 +188,16 @@ class Run:
         self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
+    def tell_what_is_left_out(self) -> None:
+        """A profile is the default, and right for balanced data; data of one's own are rarely that."""
+        kept, all_rows = len(self.train_set), len(self.train_set if self.recipe.streaming else self.train_set.images)
+        if kept < all_rows:
+            print(
+                f"notice: imb_type={self.recipe.imb_type} keeps {kept:,} of {all_rows:,} training images; "
+                "--imb-type none takes all",
+                file=sys.stderr,
+            )
+
     def check_norms(self, stage: Stage, shares: Shares) -> None:
         """InputError where a step or a ghost batch of one image leaves BatchNorm nothing to take statistics from."""
         shared = {shares.fewest, shares.batch_size // shares.num_processes}
@@ -194,10 +207,11 @@ class Run:
         try:
             deepcopy(self.model).train()(torch.zeros(1, self.model.in_chans, side, side))
         except ValueError as error:
+            over = f"{shares.num_processes} process" + "es" * (shares.num_processes > 1)
             raise InputError(
-                f"{shares.num_draws} images in batches of {shares.batch_size} over {shares.num_processes} processes leave "
-                f"one image to a process or a ghost batch, which BatchNorm cannot learn from ({first_line(error)}): "
-                "choose another --batch-size, or --ghost-batch where it is set."
+                f"{shares.num_draws} images in batches of {shares.batch_size} over {over} leave one image to a step or "
+                f"a ghost batch, which BatchNorm cannot learn from ({first_line(error)}): choose another --batch-size, "
+                "or --ghost-batch where it is set."
             ) from error
 
     def training_loader(self, stage: Stage) -> Any:

@@ -9,6 +9,8 @@ from journeys import flags_of
 from ride_timm import RunError
 from ride_timm.checkpoint import RunFolder
 
+SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -28,14 +30,8 @@ from ride_timm.checkpoint import RunFolder
         (["--optimizer", "adahessian"], r"optimizer='adahessian' does not work here"),
         (["--router-optimizer", "bnbadamw"], r"optimizer='bnbadamw' does not work here"),
         (["--resume"], r"nothing to go on with: .*run holds no run\. Name .* or what to train by --recipe\.$"),
-        (
-            ["--model", "test_ride_resnet", "--batch-size", "2477"],
-            r"2478 images in batches of 2477 over 1 processes? leave one image",
-        ),
-        (
-            ["--model", "test_ride_resnet", "--batch-size", "3", "--ghost-batch", "2"],
-            r"leave one image to a process or a ghost batch",
-        ),
+        ([*SMALL, "--batch-size", "2477"], r"2478 images in batches of 2477 over 1 process leave one image to a step"),
+        ([*SMALL, "--batch-size", "3", "--ghost-batch", "2"], r"leave one image to a step or a ghost batch"),
         (["--tracker", "hope"], r"tracker='hope'"),
         (["--mixed-precision", "fp16"], r"fp16 needs a GPU"),
         (["--stage", "router"], r"no stage one to start from"),
@@ -90,6 +86,14 @@ def test_going_on_needs_the_state_and_the_weights_it_began_with(train, finished,
     assert train([*flags, "--resume", "--stage", "both"]) == 2
     assert "holds a run without its state.pt" in capsys.readouterr().err
     assert (output / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(("imb_type", "told"), [("none", False), ("exp", True)])
+def test_data_that_a_profile_leaves_out_are_told(train, colours, tmp_path, capsys, imb_type, told):
+    flags = flags_of(colours, tmp_path / "run", "--stage", "experts", "--epochs", "1", "--imb-factor", "0.5")
+    assert train([*flags, "--imb-type", imb_type]) == 0
+    notice = "notice: imb_type=exp keeps 38 of 54 training images; --imb-type none takes all"
+    assert (notice in capsys.readouterr().err) == told
 
 
 def test_what_a_full_disk_left_of_a_beginning_is_no_run(train, colours, tmp_path, monkeypatch):

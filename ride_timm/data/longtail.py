@@ -60,7 +60,7 @@ def class_sizes(num_images: int, num_classes: int, imb_type: str, imb_factor: fl
             way_out = f"use a factor of at least {math.ceil(10**digits / n_max) / 10**digits:g}, or more images"
         raise InputError(
             f"imbalance factor {imb_factor:g} leaves no image for {sizes.count(0)} of {num_classes} classes "
-            f"({n_max:g} images a class on average); {way_out}"
+            f"({n_max:g} images a class on average); {way_out}, or take the data as they are: imb_type none"
         )
     return sizes
 
