@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -209,35 +210,62 @@ def files_as_dataset(annotations: AnnotationList, root: Path) -> Dataset:
 class NameKeys:
     """What a listed file and a row of a Hub data set have in common: the end of the path, without the extension.
 
-    That is the file's name, or as many folders before it as make the listed files differ. The Hub's ImageNet adds the
-    class to a name (`n01440764_10026_n01440764.JPEG`); this is taken off.
+    That is the file's name, or as many folders before it as make the listed files differ and no two rows answer to one
+    of them; with the extension, which the Hub may have changed, only where nothing less tells them apart. The Hub's
+    ImageNet adds the class to a name (`n01440764_10026_n01440764.JPEG`); this is taken off.
+
+    rows: the rows' paths where they are known beforehand, None for a row without one. Then `row_of` gives the row of a
+    key, and `clash` is (file, row, row), by position: the last that were told apart late or, if they still share a key
+    or the file has no row now, not at all.
     """
 
-    def __init__(self, files: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[str], rows: Sequence[str | None] = ()) -> None:
+        self.row_of: dict[str, int] = {}
+        self.clash: tuple[int, int, int] | None = None
         deepest = max(file.count("/") for file in files) + 1
-        for self.parts in range(1, deepest + 1):
+        for self.extension, self.parts in product((False, True), range(1, deepest + 1)):
             self.keys = [self(file) for file in files]
-            if len(set(self.keys)) == len(self.keys):
+            if len(set(self.keys)) == len(set(files)) and not self._match(rows):
                 break
 
     def __call__(self, path: str) -> str:
         key = "/".join(path.rsplit("/", self.parts)[-self.parts :])
         stem, dot, extension = key.rpartition(".")
-        return re.sub(r"(_\d+)_n\d{8}$", r"\1", stem if dot and "/" not in extension else key)
+        if not dot or "/" in extension:
+            stem, dot, extension = key, "", ""
+        stem = re.sub(r"(_\d+)_n\d{8}$", r"\1", stem)
+        return stem + dot + extension if self.extension else stem
+
+    def _match(self, rows: Sequence[str | None]) -> bool:
+        """Find the rows of the keys, as far as no two rows have the same; whether two do."""
+        wanted, self.row_of = {key: i for i, key in enumerate(self.keys)}, {}
+        for row, path in enumerate(rows):
+            key = None if path is None else self(path)
+            if key in wanted and self.row_of.setdefault(key, row) != row:
+                self.clash = wanted[key], self.row_of[key], row
+                return True
+        return False
 
 
 def rows_of(annotations: AnnotationList, split: Dataset, image_column: str, split_name: str) -> np.ndarray:
     """The row of a Hub data set's split that each listed file names, int64 [n], from the stored file names alone.
 
-    Raises `InputError`, naming the first line, where a file has no row.
+    Raises `InputError`, naming the first line, where a file has no row, or may be either of two.
     """
     import pyarrow.compute as pc
 
     stored = split.select_columns([image_column]).with_format("arrow")[:].column(image_column)
     paths = pc.struct_field(stored, "path").to_pylist()
-    keys = NameKeys(annotations.files)
-    row_of = {keys(path): row for row, path in enumerate(paths) if path is not None}
-    rows = np.array([row_of.get(key, -1) for key in keys.keys], dtype=np.int64)
+    keys = NameKeys(annotations.files, paths)
+    rows = np.array([keys.row_of.get(key, -1) for key in keys.keys], dtype=np.int64)
+    if keys.clash is not None:
+        line, *two = keys.clash
+        if rows[line] < 0 or keys(paths[two[0]]) == keys(paths[two[1]]):
+            raise InputError(
+                f"annotation list {annotations.path}: line {line + 1}, {annotations.files[line]}, may be row {two[0]} "
+                f"of split {split_name!r}, {paths[two[0]]}, or row {two[1]}, {paths[two[1]]}: expected one row of that "
+                "name; list the paths that the rows carry, or give the image files' root with --data-dir"
+            )
     missing = np.flatnonzero(rows < 0)
     if len(missing):
         line = int(missing[0])

@@ -3,10 +3,10 @@
 import datasets
 import numpy as np
 import pytest
-from listed import CLASSES, LISTS, shade, write_images, write_lists, write_rows
+from listed import CLASSES, LISTS, jpeg, shade, write_images, write_lists, write_rows
 
 from ride_timm.data import annotations
-from ride_timm.data.annotations import NameKeys, Published, SplitFacts, check_classes, read_list
+from ride_timm.data.annotations import NameKeys, Published, SplitFacts, check_classes, read_list, rows_of
 from ride_timm.data.sources import hold_out, load_longtail
 from ride_timm.errors import InputError, RunError
 
@@ -195,3 +195,50 @@ def test_as_much_of_a_path_counts_as_tells_files_apart():
     keys = NameKeys(["train/n01440764/n01440764_3129.JPEG", "val/n01440764/ILSVRC2012_val_00029930.JPEG"])
     assert keys("n01440764_3129_n01440764.JPEG") == keys.keys[0] == "n01440764_3129"
     assert keys("ILSVRC2012_val_00029930_n01440764.JPEG") == keys.keys[1]
+
+
+def named(*paths):
+    """Rows that carry these paths, each with a grey of its own."""
+    images = [path and {"bytes": jpeg(path), "path": path} for path in paths]
+    return datasets.Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image()))
+
+
+def matched(tmp_path, files, paths):
+    """The paths of the rows that these listed files are found in."""
+    annotations = read_list(written(tmp_path, "".join(f"{file} 0\n" for file in files)))
+    return [paths[row] for row in rows_of(annotations, named(*paths), "image", "train")]
+
+
+@pytest.mark.parametrize(
+    ("files", "paths", "expected"),
+    [
+        # every class numbers its own images, and the list holds so few that their names alone differ
+        (["train/dog/1.png"], ["train/cat/1.png", "train/dog/1.png", "train/fox/1.png"], [1]),
+        (["dog/1.png", "fox/2.png"], ["a/b/fox/2.jpg", "a/b/dog/1.jpg", "a/b/dog/2.jpg", "a/b/fox/1.jpg"], [1, 0]),
+        (["train/a/dog/1.png"], ["train/a/dog/1.png", "train/b/dog/1.png", None], [0]),
+        (["dog/1.jpg", "dog/1.png"], ["dog/1.png", "cat/1.png", "dog/1.jpg"], [2, 0]),
+        # an image that stands in the list twice is one image
+        (["train/dog/1.png", "train/dog/1.png"], ["1.png", "2.png", "2.png"], [0, 0]),
+    ],
+)
+def test_rows_of_the_same_name_are_told_apart_by_their_folders(tmp_path, files, paths, expected):
+    assert matched(tmp_path, files, paths) == [paths[row] for row in expected]
+
+
+@pytest.mark.parametrize(
+    ("files", "paths", "message"),
+    [
+        (["c/2.png", "dog/1.png"], ["dog/1.png", "c/2.png", "dog/1.png"], "row 0 of .* dog/1.png, or row 2, dog/1.png"),
+        (["c/2.png", "dog/1.png"], ["1.png", "2.png", "1.png"], "row 0 of split 'train', 1.png, or row 2, 1.png"),
+        (["c/2.png", "dog/1.png"], ["x/dog/1.png", "c/2.png", "y/dog/1.png"], "row 0 .* x/dog/1.png, or row 2, y/dog"),
+        (["train/c/2.png", "train/dog/1.png"], ["x/dog/1.png", "c/2.png", "y/dog/1.png"], "row 0 .*, or row 2, y/dog"),
+    ],
+)
+def test_rows_that_cannot_be_told_apart_are_named(tmp_path, files, paths, message):
+    with pytest.raises(InputError, match=rf"list_train.txt: line 2, {files[1]}, may be {message}.*: expected one row"):
+        matched(tmp_path, files, paths)
+
+
+def test_rows_without_the_folders_that_the_list_needs_are_not_taken_for_both(tmp_path):
+    with pytest.raises(InputError, match=r"2 of 2 images have no row of that name .* line 1: cat/1.png"):
+        matched(tmp_path, ["cat/1.png", "dog/1.png"], ["1.png"])
