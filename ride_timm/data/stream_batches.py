@@ -19,7 +19,7 @@ from .transforms import Policy, build_augment, build_crop, get_policy
 
 
 class _StreamSamples(IterableDataset):
-    """A part of a stream, decoded and augmented where it is read: (image [3, H, W], label), as `_Samples` gives them.
+    """A part of a stream, decoded and augmented where it is read: (key, (image [3, H, W], label)), see `_Samples`.
 
     Random choices depend on the seed, the epoch and the image alone, whichever process and worker meets it.
     """
@@ -32,10 +32,10 @@ class _StreamSamples(IterableDataset):
         self.augment = build_augment(policy, train, input_size)
         self.epoch = 0  # the workers are started anew for every pass, so they see it
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int] | RunError]:
+    def __iter__(self) -> Iterator[tuple[str, tuple[Tensor, int] | RunError]]:
         for stored, key, label in self.part:
             with generator_of(self.seed, SAMPLE, self.epoch, zlib.crc32(key.encode())):
-                yield self._sample(stored, key, label)
+                yield key, self._sample(stored, key, label)
 
     def _sample(self, stored: dict, key: str, label: int) -> tuple[Tensor, int] | RunError:
         try:
@@ -45,6 +45,11 @@ class _StreamSamples(IterableDataset):
             failed = RunError(f"the image {key} of the stream cannot be read ({first_line(error)})")
             failed.__cause__ = error
             return failed
+
+
+def _collate(samples: list) -> tuple[tuple[str, ...], tuple[Tensor, Tensor] | RunError]:
+    keys, images = zip(*samples, strict=True)
+    return keys, collate(images)
 
 
 class StreamBatches(Batches):
@@ -77,7 +82,7 @@ class StreamBatches(Batches):
             self.samples,
             batch_size=max(1, shares.batch_size // shares.num_processes),
             num_workers=min(check_integer(num_workers, "number of workers", 0), part.rows.num_shards),
-            collate_fn=collate,
+            collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
         )
@@ -90,12 +95,21 @@ class StreamBatches(Batches):
 
     def _pass(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.samples.part.set_pass(number)
-        for batch in self.loader:
+        met: set[str] = set()
+        for keys, batch in self.loader:
             if isinstance(batch, RunError):
                 try:
                     raise batch
                 finally:  # frame and error would hold each other, and workers found by the garbage collector stop late
                     del batch
+            for key in keys:
+                if key in met:  # here, not in a worker: each reads shards of its own
+                    raise RunError(
+                        f"two rows of split {self.images.split!r} have the name of one listed image, {key}, and a "
+                        "stream cannot tell which is meant: leave --streaming out, which compares folders as well, or "
+                        "list paths that tell them apart"
+                    )
+                met.add(key)
             yield batch
 
     def _once(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -113,7 +127,8 @@ class StreamBatches(Batches):
         for again in count():
             empty = True
             # further passes are numbered beyond all epochs: their order is none that an epoch has
-            for more_images, more_labels in self._pass(self.epoch + again * 1_000_000):
+            batches = self._pass(self.epoch + again * 1_000_000)
+            for more_images, more_labels in batches:
                 empty = False
                 images.append(more_images)
                 labels.append(more_labels)
@@ -125,6 +140,8 @@ class StreamBatches(Batches):
                     held -= size
                     share = next(wanted, None)
                     if share is None:
+                        if self.shares.num_processes == 1 and not again:
+                            next(batches, None)  # a pass has as many images as the list, unless a name comes twice
                         return
             if empty:
                 raise RunError(

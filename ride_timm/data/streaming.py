@@ -7,6 +7,8 @@ What holds for a `StreamedSet`, on `datasets`' shards, its seeded shuffle buffer
   takes every n-th image. One process sees every image exactly once an epoch, in evaluation any number of processes do.
 - The order follows from seed, epoch, shards, and the numbers of processes and workers: the same run repeats exactly,
   and resumes exactly at an epoch's start. Other numbers of processes or workers give another order.
+- A stream cannot be looked through beforehand. Where two rows answer to one listed image, as numbers that start anew in
+  every folder do, `StreamBatches` ends with an error at the second that a process meets.
 - Shuffling is of shards, then within a buffer of images: coarser than a permutation. Images of one class that lie
   together in the shards stay near each other.
 """
@@ -56,8 +58,9 @@ class StreamedSet:
         return dict(zip(self.keys.tolist(), self.labels.tolist(), strict=True))
 
     def lists(self, row: dict[str, Any]) -> bool:
-        """Whether a row is one of the listed images."""
-        return self.name_keys(row[self.image_column]["path"]) in self.label_of
+        """Whether a row is one of the listed images; one without an image or without a name is none, as unstreamed."""
+        stored = row[self.image_column]
+        return stored is not None and stored["path"] is not None and self.name_keys(stored["path"]) in self.label_of
 
     def part(self, rank: int, num_processes: int, shuffle_buffer: int = 0, seed: int = 0) -> Part:
         """One process' part of the stream; a shuffle buffer of 0 keeps the order of the rows."""
@@ -92,8 +95,8 @@ def streamed(annotations: AnnotationList, source: IterableDataset, image_column:
     from datasets import Image
 
     source = source.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-    first = next(iter(source), None)
-    if first is None or first[image_column] is None or not first[image_column]["path"]:
+    first = next((row[image_column] for row in source if row[image_column] is not None), None)
+    if first is None or not first["path"]:
         raise InputError(
             f"split {split!r} cannot be streamed for {annotations.path}: its rows carry no file names to match the list"
         )

@@ -5,7 +5,7 @@ from itertools import chain
 import datasets
 import pytest
 import torch
-from listed import LISTS, shade, write_lists, write_rows
+from listed import LISTS, jpeg, shade, write_lists, write_rows
 from torch.utils.data import DataLoader, IterableDataset
 
 from ride_timm.checkpoint import RunFolder
@@ -176,6 +176,48 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     data = load_longtail("imagenet_lt", rows, annotations=lists, streaming=True)
     with pytest.raises(RunError, match=r"image ILSVRC2012_val_00000000 of the stream cannot be read \(Unidentified"):
         list(loader(data.test, train=False))
+
+
+def write_named(root, **splits):
+    """Parquet files whose rows carry these paths; None is a row without an image."""
+    for name, paths in splits.items():
+        for shard, part in enumerate(paths):
+            images = [path and {"bytes": jpeg(path), "path": path} for path in part]
+            rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image()))
+            (root / "data").mkdir(parents=True, exist_ok=True)
+            rows.to_parquet(root / "data" / f"{name}-{shard:05d}-of-{len(paths):05d}.parquet")
+    return root
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("train", [True, False])
+def test_two_rows_of_one_name_are_refused_not_trained_on(tmp_path, train, num_workers):
+    """Every class numbers its own images, and one shard holds one class: each worker meets the name once."""
+    shards = [[f"train/{c}/{i}.png" for i in range(4)] for c in ("cat", "dog")]
+    rows = write_named(tmp_path / "hub", train=shards, test=shards)
+    lines = ["train/cat/1.png 0", "train/cat/3.png 0", "train/dog/0.png 1"]
+    lists = write_lists(tmp_path / "lists", "mine", dict(train=lines, test=lines))
+    data = load_longtail("mine", rows, annotations=lists, streaming=True, imb_type="none")
+    with pytest.raises(RunError, match=r"two rows of split 'train' have the name of .* image, [013], .* --streaming"):
+        list(loader(data.train, train, batch_size=1, num_workers=num_workers))
+    plain = load_longtail("mine", rows, annotations=lists, imb_type="none")
+    assert plain.train.rows.tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_rows_without_an_image_are_none_of_the_listed(tmp_path, streaming):
+    rows = write_named(tmp_path / "hub", train=[[None, "a/1.png", None, "b/2.png"]], test=[["b/2.png", None]])
+    lists = write_lists(tmp_path / "lists", "mine", dict(train=["a/1.png 0", "b/2.png 1"], test=["b/2.png 1"]))
+    data = load_longtail("mine", rows, annotations=lists, streaming=streaming, imb_type="none")
+    assert sorted(torch.cat([labels for _, labels in loader(data.train)]).tolist()) == [0, 1]
+    assert [labels.tolist() for _, labels in loader(data.test, train=False)] == [[1]]
+
+
+def test_a_stream_without_an_image_or_without_names_is_refused(tmp_path):
+    lists = write_lists(tmp_path / "lists", "mine", dict(train=["a/1.png 0"], test=["a/1.png 0"]))
+    rows = write_named(tmp_path / "hub", train=[[None, None]], test=[[None]])
+    with pytest.raises(InputError, match=r"split 'train' cannot be streamed .* carry no file names"):
+        load_longtail("mine", rows, annotations=lists, streaming=True, imb_type="none")
 
 
 def test_both_stages_train_on_a_stream(train, tmp_path):
