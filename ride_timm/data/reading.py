@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 EMBEDDED = "fashion_lt"
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+# the words by which `datasets` knows the folder of a split, and what may stand around them
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+_BETWEEN_WORDS = r"[-._ 0-9]+"
 
 
 def read_splits(dataset: str, data_dir: str | Path | None) -> dict[str, Dataset]:
@@ -84,13 +92,36 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
             elif path.is_file():
                 splits = datasets.load_dataset("parquet", data_files=str(path), **how)
             else:
-                splits = datasets.load_dataset(str(path), **how)
+                splits = datasets.load_dataset(str(path), **how | _split_folders(path))
         except Exception as error:  # empty or mixed folders, broken parquet, …: datasets has no common error
             raise InputError(
                 f"cannot read a data set from {str(path)!r}: {first_line(error)}; it should hold parquet files, "
                 "folders of images by class under train/ and test/, or what save_to_disk wrote, and no empty split"
             ) from error
     return dict(splits) if isinstance(splits, dict) else {"train": splits}
+
+
+def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
+    """The `data_files` of a folder with train/ in it: each split's files are those in the top folders of its name.
+
+    Left to itself, `datasets` looks for the names of splits in every folder, and puts the test images of a class called
+    "train" or "train station" into the training set as well. Nothing where rows or the card say what the splits are.
+    """
+    cards = (path / "README.md", path / ".huggingface.yaml")
+    if holds_rows(path) or any(re.search(r"^configs:", c.read_text("utf-8"), re.M) for c in cards if c.is_file()):
+        return {}
+    folders = [
+        folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith((".", "__"))
+    ]
+    if not any(folder.name in _SPLIT_WORDS["train"] for folder in folders):
+        return {}
+    data_files = {}
+    for split, words in _SPLIT_WORDS.items():
+        named = [folder for folder in folders if not words.isdisjoint(re.split(_BETWEEN_WORDS, folder.name))]
+        filled = [f"{escape(folder.name)}/**" for folder in named if any(p.is_file() for p in folder.rglob("[!.]*"))]
+        if filled:
+            data_files[split] = filled
+    return dict(data_files=data_files) if data_files else {}
 
 
 @contextmanager
