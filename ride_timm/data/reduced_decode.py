@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import ceil, floor
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -17,16 +18,37 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 Plan = Callable[[int, int], tuple[Box, tuple[int, int]]]  # width, height -> box, (width, height) of the result
 
 _FACTORS = (8, 4, 2)  # what libjpeg decodes to at less cost, by leaving out frequencies
+_SIXTEEN_BITS = (
+    "PNG",
+    "PPM",
+)  # formats whose mode "I", 32 bits wide, is Pillow's way to hold 16; none of them has more
 # EXIF orientations that exchange width and height, and those that mirror the upright image's x or y
 _SIDEWAYS, _X_MIRRORED, _Y_MIRRORED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image decoded, turned as its EXIF orientation says, and in RGB: what `datasets` makes of it, in RGB."""
+    """The image decoded, turned as its EXIF orientation says, and in RGB: what `datasets` makes of it, in RGB.
+
+    Grey of 16 bits is scaled to 8, where Pillow would cut it off at 255 and so make it white. Raises `OSError`, as for
+    what cannot be decoded, for wider pixels, whose black and white nothing in the file tells.
+    """
     image.load()
+    kind = image.format  # the turned image has none
     if ExifTags.Base.Orientation in image.getexif():
         image = ImageOps.exif_transpose(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == "RGB" else _eight_bits(image, kind).convert("RGB")
+
+
+def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BITS):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # 65535 / 255
+    if image.mode == "I":
+        low, high = image.getextrema()  # integers of 8 bits are often stored so, as by `datasets` from int64
+        if low < 0 or high > 255:
+            raise OSError(f"pixels of mode I from {low} to {high} have no known range; save it with 8 or 16 bits")
+    if image.mode == "F":
+        raise OSError("pixels of mode F have no known range; save it with 8 or 16 bits")
+    return image
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:

@@ -208,6 +208,68 @@ def test_decoded_images_serve_as_well():
     assert upright(image) is image
 
 
+# grey of more than 8 bits
+
+
+GREY = np.array([[0, 1, 77], [128, 254, 255]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "orientation"),
+    [
+        ("PNG", "I;16", None),
+        ("PNG", "I;16", 6),
+        ("TIFF", "I;16", 6),
+        ("TIFF", "I;16B", None),
+        ("TIFF", "I;16B", 6),
+        ("PPM", "I", None),
+        ("JPEG2000", "I;16", None),
+    ],
+)
+def test_grey_of_16_bits_becomes_that_of_8(kind, mode, orientation):
+    pixels = Image.fromarray((257 * GREY).astype(np.uint16))
+    if mode == "I;16B":
+        pixels = Image.frombytes(mode, pixels.size, (257 * GREY).astype(">u2").tobytes())
+    data = encoded(pixels, kind, orientation)
+    assert opened(data).mode == mode
+    image = upright(opened(data))
+    expected = GREY if orientation is None else np.rot90(GREY, -1)
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.repeat(expected[..., None], 3, axis=2))
+    assert difference(read_resized(opened(data), lambda w, h: ((0, 0, w, h), (w, h))), image).max() == 0
+
+
+def test_a_png_that_pillow_opens_as_32_bits_has_16():
+    """As its older versions do."""
+    image = Image.fromarray((257 * GREY).astype(np.int32))
+    image.format = "PNG"
+    assert np.array_equal(np.asarray(upright(image))[..., 0], GREY)
+
+
+def test_integers_of_8_bits_in_32_stay_as_they_are():
+    data = encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF")
+    assert opened(data).mode == "I" and np.array_equal(np.asarray(upright(opened(data)))[..., 1], GREY)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (GREY.astype(np.float32) / 255, "pixels of mode F have no known range; save it with 8 or 16 bits"),
+        (GREY.astype(np.int32) + 1, "pixels of mode I from 1 to 256 have no known range"),
+        (GREY.astype(np.int32) - 1, "pixels of mode I from -1 to 254 have no known range"),
+    ],
+)
+def test_pixels_of_no_known_range_are_refused_by_their_row(pixels, message):
+    data = encoded(Image.fromarray(pixels), "TIFF")
+    with pytest.raises(OSError, match=message):
+        upright(opened(data))
+    images = image_set(encoded(smooth(4, 4)), data)
+    with pytest.raises(RunError, match=rf"row 1 of split 'train' cannot be read \(OSError: {message}"):
+        images[1]
+    for train in (True, False):
+        with pytest.raises(RunError, match=rf"row 1 of split 'train' cannot be read \(OSError: {message}"):
+            list(make_loader(images, "imagenet", train=train, batch_size=2, seed=0, input_size=8))
+
+
 # the set
 
 
