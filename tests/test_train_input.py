@@ -21,6 +21,7 @@ SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
         (["--batch-size", "many"], r"batch_size='many'"),
         (["--num-experts", "0"], r"num_experts='0'"),
         (["--lr", "-1"], r"lr='-1'"),
+        (["--seed", "4294967296"], r"seed='4294967296'"),
         (["--imb-factor", "100"], r"IF 100 for 0.01"),
         (["--model", "resnet18"], r"no network with experts"),
         (["--dataset", "/no/such/place"], r"/no/such/place"),

@@ -18,10 +18,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 Plan = Callable[[int, int], tuple[Box, tuple[int, int]]]  # width, height -> box, (width, height) of the result
 
 _FACTORS = (8, 4, 2)  # what libjpeg decodes to at less cost, by leaving out frequencies
-_SIXTEEN_BITS = (
-    "PNG",
-    "PPM",
-)  # formats whose mode "I", 32 bits wide, is Pillow's way to hold 16; none of them has more
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats of at most 16 bits, which some releases of Pillow open as 32: mode "I"
 # EXIF orientations that exchange width and height, and those that mirror the upright image's x or y
 _SIDEWAYS, _X_MIRRORED, _Y_MIRRORED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
