@@ -19,8 +19,9 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
+from . import __version__
 from .errors import InputError, RunError, first_line
 from .metrics import format_table
 from .models import Ride, add_class_affine, has_class_affine, load_legacy
@@ -127,16 +128,20 @@ class RunFolder:
             raise InputError(f"stage one in {self.path} is not finished: resume it by --resume --stage both.")
         return state
 
-    def start(self, recipe: Recipe) -> None:
-        """Write down the recipe, after a first state: where a recipe stands there is something to go on from."""
-        _write_text(self.path / "recipe.yaml", recipe.to_yaml())
-
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Write the resumable state and the epochs' figures; makes the folder."""
+    def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output {self.path} cannot be made ({error.strerror}).") from error
+
+    def start(self, recipe: Recipe) -> None:
+        """Write down the recipe, after a first state: where a recipe stands there is something to go on from."""
+        self._make()
+        _write_text(self.path / "recipe.yaml", recipe.to_yaml())
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write the resumable state and the epochs' figures."""
+        self._make()
         write_atomically(self.path / "state.pt", lambda partial: torch.save(state, partial))
         if state["history"]:
             text = io.StringIO()
@@ -181,12 +186,35 @@ _ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "t
 _HUB = "hf-hub:"
 
 
+def check_place(spec: str | Path) -> None:
+    """InputError for a path that leads nowhere, which timm would take for a name of the Hub."""
+    text = str(spec)
+    if "/" in text and ":" not in text and not Path(spec).exists():
+        raise InputError(
+            f"model {text!r}: there is no such folder or file (a repository of the Hub is {_HUB}owner/name)."
+        )
+
+
+@torch.no_grad()
+def check_images(model: nn.Module, image: tuple[int, int, int], name: str) -> Tensor:
+    """The logits of one zero image; InputError where a network does not take such images (channels and sides)."""
+    training = model.training
+    try:
+        return model.eval()(torch.zeros(1, *image))
+    except Exception as error:  # networks refuse images by whatever they like
+        size = f"{image[1]} x {image[2]} pixels in {image[0]} channels"
+        raise InputError(f"{name} does not take images of {size} ({first_line(error)}).") from error
+    finally:
+        model.train(training)
+
+
 def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
     """A network in eval mode, ours or timm's own, from a run folder, an authors' `.pth`, or what timm creates.
 
     A teacher may be any such network. InputError where nothing is found there or the weights do not fit.
     """
     path = Path(spec)
+    check_place(spec)
     try:
         if path.is_file():
             model = load_legacy(path)
@@ -216,7 +244,6 @@ def load_model(spec: str | Path, **kwargs: Any) -> Ride:
     return model
 
 
-@torch.no_grad()
 def load_teacher(spec: str | Path, num_classes: int, image: tuple[int, int, int]) -> nn.Module:
     """A network in eval mode from wherever `load_any_model` finds it, that answers to the student's images.
 
@@ -227,13 +254,9 @@ def load_teacher(spec: str | Path, num_classes: int, image: tuple[int, int, int]
     classes = getattr(teacher, "num_classes", num_classes)
     if classes != num_classes:
         raise InputError(f"the teacher {spec} has {classes} classes, the data {num_classes}.")
-    size = f"{image[1]} x {image[2]} pixels in {image[0]} channels"
-    try:
-        logits = teacher(torch.zeros(1, *image))
-    except Exception as error:  # networks refuse images by whatever they like
-        raise InputError(f"the teacher {spec} does not take images of {size} ({first_line(error)}).") from error
+    logits = check_images(teacher, image, f"the teacher {spec}")
     if getattr(logits, "shape", None) != (1, num_classes):
-        raise InputError(f"the teacher {spec} gives no logits of {num_classes} classes for an image of {size}.")
+        raise InputError(f"the teacher {spec} gives no logits of {num_classes} classes for an image.")
     return teacher
 
 
@@ -276,8 +299,6 @@ def create_model(recipe: Recipe, num_classes: int, source: str | None = None, si
 
 def provenance() -> dict[str, Any]:
     """Commit of the checkout that runs (None outside one) and versions of what the numbers depend on."""
-    from . import __version__  # not of a distribution: a clone runs without being installed
-
     packages = ("torch", "timm", "accelerate", "datasets", "numpy")
     here = Path(__file__).parent
     try:
@@ -286,5 +307,6 @@ def provenance() -> dict[str, Any]:
         known = inside.returncode == 0 and commit.returncode == 0
     except OSError:
         known = False
+    # not `version("ride-timm")`: a clone runs without being installed
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {"commit": commit.stdout.strip() if known else None, "versions": versions | {"ride-timm": __version__}}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load_model, write_atomically
+from .checkpoint import check_images, check_place, load_model, write_atomically
 from .errors import InputError
 from .inference import Timed, inference_of, prepare
 from .models import Ride
@@ -70,8 +70,16 @@ def _load(args: argparse.Namespace, needs_router: bool) -> Ride:
 
 def _threshold(args: argparse.Namespace) -> float:
     """The gate probability that was asked for, else the run's own, else 0.5."""
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise InputError(f"threshold={args.threshold}: expected a probability, 0 to 1.")
     own = _own_recipe(args.model)
     return args.threshold if args.threshold is not None else own.threshold if own else 0.5
+
+
+def _check_threshold(given: bool, routed: bool) -> None:
+    """InputError for a threshold that nothing would ask for."""
+    if given and not routed:
+        raise InputError("threshold steers the router: give --routed as well, or leave --threshold out.")
 
 
 # evaluate
@@ -86,6 +94,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
             raise InputError("macs-budget chooses a routing threshold: give --routed as well.")
         if "threshold" in flags_given(args):
             raise InputError("macs-budget chooses the threshold itself: leave --threshold out.")
+    _check_threshold("threshold" in flags_given(args), args.routed)
     _check_experts(args, args.routed or args.curve is not None)
     if args.plots is not None:
         if not Path(args.plots).is_dir():
@@ -137,6 +146,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from .routing import check_budget, collect_outcomes, prefix_points, routing_curve, thin
 
     _check_evaluate(args)
+    check_place(args.model)
     inference = inference_of(args)
     recipe = recipe_for(args)
     model = _load(args, args.routed or args.curve is not None).to(memory_format=torch.channels_last)  # as in training
@@ -146,7 +156,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = get_policy(recipe.augment).input_size(recipe.input_size)
-    macs = count_macs(model, (model.in_chans, size, size))
+    check_images(model, (3, size, size), args.model)
+    macs = count_macs(model, (3, size, size))
     if args.macs_budget is not None:
         check_budget(macs, args.macs_budget)
     model = model.to(device)
@@ -259,20 +270,23 @@ def predict_command(args: argparse.Namespace) -> None:
     images = []
     for path in args.images:
         try:
-            images.append(upright(Image.open(path)).convert("RGB"))
-        except OSError as error:
+            images.append(upright(Image.open(path)))
+        except (OSError, Image.DecompressionBombError) as error:
             raise InputError(f"image {path} cannot be read: {error}") from error
     model = _load(args, args.routed)
+    if model.in_chans not in (1, 3):
+        raise InputError(f"{args.model} takes {model.in_chans} channels, expected 1 (grey) or 3 (RGB) for image files.")
     config = resolve_model_data_config(model)
     transform = create_transform(**config, is_training=False)
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
     routed = args.routed or model.routed
     _check_experts(args, routed)
+    _check_threshold(args.threshold is not None, routed)
     experts = _experts(args, model) if args.experts is not None else None
     answer = prepare(model, inference, routed, _threshold(args), config["input_size"][-1], experts)
     predictions = []
     for path, image in zip(args.images, images, strict=True):
-        logits, used = answer(transform(image)[None])
+        logits, used = answer(transform(image if model.in_chans == 3 else image.convert("L"))[None])
         logits = logits if experts is None else logits.mean(1)
         top = logits.softmax(1)[0].topk(min(5, model.num_classes))
         choices = [
@@ -295,12 +309,13 @@ def export_command(args: argparse.Namespace) -> None:
     from .export import check_export, export
 
     check_export(args.output)
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise InputError(f"threshold={args.threshold}: expected a probability, 0 to 1.")
+    _check_threshold(args.threshold is not None, args.routed != "none")
     if args.input_size is not None and args.input_size < 8:
         raise InputError(f"input-size={args.input_size}: expected 8 or more pixels.")
     model = _load(args, args.routed != "none")
     threshold = _threshold(args)
+    side = args.input_size or model.pretrained_cfg["input_size"][-1]
+    check_images(model, (model.in_chans, side, side), args.model)
     folder = export(model, args.output, args.routed, threshold, args.input_size)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     if args.json:

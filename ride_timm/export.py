@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import __version__
 from .errors import InputError, RunError
 from .models import Expert, Ride, Router
 
@@ -117,7 +118,7 @@ def export(
         num_experts=model.num_experts,
         threshold=None if routed == "none" else threshold,
         labels=list(cfg.get("label_names") or map(str, range(model.num_classes))),
-        versions={name: version(name) for name in ("ride-timm", "torch", "onnx")},
+        versions={"ride-timm": __version__, **{name: version(name) for name in ("torch", "onnx")}},
     )
     partial = None
     try:

@@ -198,7 +198,7 @@ def test_export_on_the_command_line(capsys, monkeypatch, tmp_path, run):
     [
         (("--routed", "driver"), "no router"),
         (("--routed", "sometimes"), "sometimes"),
-        (("--threshold", "2"), "expected a probability"),
+        (("--threshold", "0.2"), "give --routed as well"),
         (("--input-size", "0"), "input-size=0"),
     ],
 )

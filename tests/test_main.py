@@ -390,3 +390,53 @@ def test_no_data_named(capsys, tmp_path, run):
 @pytest.mark.parametrize("argv", [(), ("train",), ("predict", "--model", "x"), ("evaluate",)])
 def test_incomplete_commands(capsys, argv):
     refusal(capsys, *argv)
+
+
+def test_a_place_where_nothing_is_is_named(capsys, photos, tmp_path):
+    missing = str(tmp_path / "mien")
+    for argv in (("predict", photos[0]), ("evaluate",), ("export", "--output", tmp_path / "new")):
+        told = refusal(capsys, argv[0], "--model", missing, *argv[1:])
+        assert (
+            f"model '{missing}': there is no such folder or file (a repository of the Hub is hf-hub:owner/name)" in told
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--threshold", "0.9"), "give --routed as well, or leave --threshold out"),
+        (("--routed", "--threshold", "50"), "expected a probability, 0 to 1"),
+        (("--routed", "--threshold", "nan"), "expected a probability, 0 to 1"),
+    ],
+)
+def test_a_threshold_needs_a_router_and_a_range(capsys, run, photos, flags, message):
+    assert message in refusal(capsys, "predict", "--model", run, photos[0], *flags)
+    if "--routed" in flags:
+        exported = ("export", "--model", run, "--output", run / "new", "--routed", "masked", *flags[1:])
+        assert message in refusal(capsys, *exported)
+    if "nan" not in flags:
+        told = refusal(capsys, "evaluate", "--model", run, "--dataset", "fashion_lt", *flags)
+        assert message in told or "threshold='50'" in told
+
+
+def test_images_that_a_network_does_not_take(capsys, photos, tmp_path):
+    for name, model in (
+        ("grey", timm.create_model("test_ride_resnet", num_classes=10, in_chans=1)),
+        ("patches", timm.create_model("ride", backbone="test_vit", num_classes=10, num_experts=2)),
+    ):
+        RunFolder(tmp_path / name).save_state(dict(history=[]))
+        RunFolder(tmp_path / name).export(model, dict(input_size=(model.in_chans, 160, 160)), CLASSES)
+    grey, patches = tmp_path / "grey", tmp_path / "patches"
+    found = json.loads(output(capsys, "predict", "--model", grey, *photos, "--json"))
+    assert [row["image"] for row in found] == photos
+    data = ("--dataset", "fashion_lt")
+    assert "28 x 28 pixels in 3 channels" in refusal(capsys, "evaluate", "--model", grey, *data)
+    assert "28 x 28 pixels in 3 channels" in refusal(capsys, "evaluate", "--model", patches, *data)
+    size = ("--input-size", "100")
+    told = refusal(capsys, "export", "--model", patches, "--output", tmp_path / "onnx", *size)
+    assert "100 x 100 pixels" in told and not (tmp_path / "onnx").exists()
+
+
+def test_an_image_too_large_to_be_meant_is_named(capsys, run, photos, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert f"image {photos[1]} cannot be read" in refusal(capsys, "predict", "--model", run, photos[1])
