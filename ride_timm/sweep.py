@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from .recipe import add_flags, flags_given, load_recipe
 
 MEASURES = ("all", "many", "medium", "few", "top5", "class_mean")
 _OWN = ("seed", "name")  # the sweep's to decide
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PATIENCE = 60  # seconds for a run to end after its step
 _SCRIPT_FLAGS = ("--stage", "--from", "--teacher", "--tracker", "--threads")
 
 
@@ -61,7 +66,8 @@ def run_all(
     """Every recipe with every seed in `output`, going on where a run was left; results.md and results.csv after each.
 
     config: a configuration of `accelerate launch`; None runs the script with this Python alone. A run that fails does
-    not keep the others from theirs: RunError names those that did at the end. InputError for a run that is refused.
+    not keep the others from theirs: RunError names those that did at the end. InputError for a run that is refused,
+    or that a launcher ends before it has begun.
     """
     launcher = [sys.executable]
     if config is not None:
@@ -73,7 +79,8 @@ def run_all(
             print(f"{folder}: {recipe}, seed {seed}", file=sys.stderr)
             own = ["--recipe", recipe, "--seed", str(seed), "--output", str(folder), "--resume"]
             code = _run([*launcher, str(script), *own, *flags])
-            if code == 2:
+            # launchers make a 1 of every code; a run that is not refused begins by writing down its recipe
+            if code == 2 or (code and config is not None and not RunFolder(folder).occupied):
                 raise InputError(f"{folder} was refused, for the reason above.")
             if code:
                 failed.append(folder.name)
@@ -83,23 +90,58 @@ def run_all(
 
 
 def _run(command: list[str]) -> int:
-    """The exit code of a run that is told of the signals sent to this process."""
-    caught = []
-    process = subprocess.Popen(command)
+    """The exit code of a run that is told of the signals sent to this process, and of which nothing is left then.
+
+    A run is a session of its own. Accelerate's launcher of one process dies of a signal without passing it on, and what
+    it leaves behind can be found by their group alone. So the terminal's signals come to a run only from here.
+    """
+    caught: list[int] = []
+    process: subprocess.Popen | None = None
 
     def forward(number: int, frame: Any) -> None:
         caught.append(number)
-        process.send_signal(number)
+        if process is not None:
+            process.send_signal(_told(number))
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    # nohup has SIGHUP ignored, which stays so
+    numbers = [number for number in _PASSED_ON if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+    previous = {number: signal.signal(number, forward) for number in numbers}
     try:
+        process = subprocess.Popen(command, start_new_session=True)
+        if caught:  # while it was started
+            process.send_signal(_told(caught[0]))
         code = process.wait()
+        if code or caught:
+            _end(process.pid, _told(caught[0]) if caught else signal.SIGTERM)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if caught:
         raise Interrupted(caught[0], "interrupted; the same command goes on after the last finished epoch.")
     return code
+
+
+def _told(number: int) -> int:
+    """What a run is sent for a signal: of a closed terminal's it would die within a step."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
+
+
+def _end(group: int, number: int) -> None:
+    """Pass a signal to whoever is left of a process group and wait until nobody is: two runs never share a folder.
+
+    A run ends after its step. Whoever is longer at it is killed, which the files of a run survive.
+    """
+    for sent, seconds in ((number, _PATIENCE), (signal.SIGKILL, 5)):
+        until = time.monotonic() + seconds
+        try:
+            os.killpg(group, sent)
+            while time.monotonic() < until:
+                time.sleep(0.05)
+                with suppress(ChildProcessError):
+                    os.waitpid(-group, os.WNOHANG)  # orphans are ours to bury where this is a container's first process
+                os.killpg(group, 0)
+        except OSError:  # nobody
+            return
 
 
 def collect(output: Path, recipes: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from ride_timm.sweep import collect, to_csv, to_markdown
 ROOT = Path(__file__).parent.parent
 # Takes the flags of the training script, keeps a log of calls, and writes what a run would; it fails where told to.
 SCRIPT = """
-import argparse, json, os, pathlib, sys, time
+import argparse, json, os, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
 for name in ("recipe", "seed", "output", "epochs", "stage"):
     parser.add_argument("--" + name)
@@ -28,9 +28,13 @@ with open(here / "calls", "a") as calls:
     calls.write(f"{args.recipe} {args.seed} {args.resume} {args.epochs}\\n")
 code = json.loads((here / "codes").read_text()).get(f"{args.recipe} {args.seed}", 0)
 if code == "wait":
+    def end(number, frame):
+        time.sleep(0.5)  # to the end of a step
+        (here / "ended").touch()
+        sys.exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     (here / "waiting").touch()
-    import signal
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     time.sleep(60)
 if code:
     sys.exit(code)
@@ -59,6 +63,14 @@ def sweep(tmp_path):
 
     yield run
     assert handlers == {number: signal.getsignal(number) for number in handlers}
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A configuration of `accelerate launch` whose launcher starts one process and passes no signal on."""
+    config = tmp_path / "cpu.yaml"
+    config.write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nmixed_precision: 'no'\n")
+    return config
 
 
 RECIPES = ("--recipes", "cifar100_lt_ce", "cifar100_lt", "--seeds", 0, 2)
@@ -110,22 +122,28 @@ def test_a_refused_run_stops_the_sweep(sweep, capsys):
     assert "cifar100_lt-seed0 was refused" in capsys.readouterr().err
 
 
-def test_a_signal_reaches_the_run_and_ends_the_sweep(sweep, tmp_path):
+def test_a_run_that_a_launcher_ends_before_it_begins_stops_the_sweep(sweep, one_process, capsys):
+    """The launcher makes a 1 of the script's 2."""
+    code, calls = sweep(*RECIPES, "--config", one_process, codes={"cifar100_lt_ce 0": 2})
+    assert code == 2 and len(calls) == 1
+    assert "cifar100_lt_ce-seed0 was refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("launched", "number"),
+    [(False, signal.SIGTERM), (False, signal.SIGHUP), (True, signal.SIGTERM), (True, signal.SIGINT)],
+)
+def test_a_signal_reaches_the_run_and_ends_the_sweep_after_it(sweep, one_process, tmp_path, launched, number):
     sweep("--recipes", "cifar100_lt", codes={"cifar100_lt 0": 2})  # leaves the script's files
     (tmp_path / "codes").write_text(json.dumps({"cifar100_lt 0": "wait"}))
-    command = [
-        sys.executable,
-        "-m",
-        "ride_timm",
-        "sweep",
-        "--script",
-        str(tmp_path / "fake.py"),
-        "--recipes",
-        "cifar100_lt",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "ride_timm", "sweep", "--script", str(tmp_path / "fake.py")]
+    command += ["--recipes", "cifar100_lt", "--output", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [*command, "--output", str(tmp_path / "out")], env=environment, stderr=subprocess.PIPE, text=True
+        command + ["--config", str(one_process)] * launched,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
     )
     for _ in range(1200):
         if (tmp_path / "waiting").exists() or process.poll() is not None:
@@ -134,8 +152,9 @@ def test_a_signal_reaches_the_run_and_ends_the_sweep(sweep, tmp_path):
             process.wait(0.05)
         except subprocess.TimeoutExpired:
             continue
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
+    assert (tmp_path / "ended").exists()  # nobody goes on behind the sweep's back
     assert "the same command goes on" in process.stderr.read()
 
 
