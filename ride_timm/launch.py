@@ -100,6 +100,7 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
         code, message = 1, str(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
         code, message = 1, f"out of memory: try a smaller --batch-size ({error})"
-    if code != 2 or os.environ.get("RANK", "0") == "0":  # every process finds the same bad input: one says so
+    # a machine's processes find the same bad input and one says so; another machine's may be right
+    if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: " + " ".join(message.split()), file=sys.stderr)
     return code

@@ -42,8 +42,11 @@ def test_success_is_silent(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_bad_input_is_reported_by_one_process(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+def test_bad_input_is_reported_by_one_process_of_a_machine(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "8")  # the first of a second machine, which has found it alone
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert exit_code(_raise(InputError("x")), None) == 2 and capsys.readouterr().err == "error: x\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert exit_code(_raise(InputError("x")), None) == 2 and capsys.readouterr().err == ""
     assert exit_code(_raise(RunError("x")), None) == 1 and capsys.readouterr().err != ""
 
