@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import shutil
 import signal
 import sys
 import sysconfig
@@ -80,8 +79,14 @@ def keep_memory() -> None:
 
 def has_compiler() -> bool:
     """Whether torch.compile finds a C++ compiler and Python's headers, which it needs on a CPU."""
-    found = any(shutil.which(name) is not None for name in (os.environ.get("CXX") or "g++", "clang++"))
-    return found and os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+    from torch._inductor.cpp_builder import get_cpp_compiler  # CXX, or one name by platform: whichever it will run
+
+    if not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        return False
+    try:
+        return bool(get_cpp_compiler())
+    except (RuntimeError, OSError):
+        return False
 
 
 def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:

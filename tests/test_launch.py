@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from torch._inductor import config as inductor
+from torch._inductor import cpp_builder
 from ride_timm import InputError, RunError, launch
 from ride_timm.launch import Interrupted, Parser, Signals, exit_code, has_compiler, keep_memory, set_threads
 
@@ -92,14 +94,29 @@ def test_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_a_compiler_needs_the_headers_of_python(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "there", "found"),
+    [
+        ("g++", "g++", True),
+        ("g++", "clang++", False),  # torch looks for one name only: CXX, or the platform's
+        ("clang++", "clang++", True),
+        ("icpx", "g++", False),
+        ("g++", None, False),
+    ],
+)
+def test_a_compiler_is_the_one_that_torch_will_run(monkeypatch, tmp_path, name, there, found):
     monkeypatch.setattr(launch.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    monkeypatch.setattr(launch.shutil, "which", lambda name: "/usr/bin/" + name)
-    assert not has_compiler()
     (tmp_path / "Python.h").touch()
-    assert has_compiler()
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
-    assert not has_compiler()
+    if there is not None:
+        (tmp_path / there).write_text("#!/bin/sh\n")
+        (tmp_path / there).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with inductor.patch({"cpp.cxx": (None, name)}):
+        assert has_compiler() == found
+        (tmp_path / "Python.h").unlink()
+        assert not has_compiler()
+    cpp_builder.cpp_compiler_search.cache_clear()
 
 
 @pytest.mark.parametrize(("recipe", "told"), [("cifar100_lt", True), ("fashion_lt", False)])
