@@ -90,10 +90,29 @@ def has_compiler() -> bool:
 
 
 def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Run a command: 0 done, 2 bad input, 1 failed in the run, 128 + signal interrupted; one line on stderr."""
+    """Run a command: 0 done, 2 bad input, 1 failed in the run, 128 + signal interrupted; one line on stderr.
+
+    A reader that has seen enough, like `head`, is no failure to speak of: 141, which is what SIGPIPE makes of others.
+    """
+    try:
+        code = _outcome(command, argv)
+        print(end="", flush=True)  # the reader's absence is found here, not when the interpreter ends
+        return code
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
+            return 141
+        raise  # another pipe's, such as a tracker's
+
+
+def _outcome(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     try:
         command(argv)
         return 0
+    except SystemExit as done:  # after --help and the like
+        return int(done.code or 0)
     except Interrupted as error:
         code, *more = error.args
         code, message = 128 + code, more[0] if more else "interrupted; --resume goes on after the last finished epoch."

@@ -1,5 +1,6 @@
 """Exit codes, signals and threads."""
 
+import io
 import os
 import platform
 import signal
@@ -9,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from torch._inductor import config as inductor
 from torch._inductor import cpp_builder
+
 from ride_timm import InputError, RunError, launch
 from ride_timm.launch import Interrupted, Parser, Signals, exit_code, has_compiler, keep_memory, set_threads
 
@@ -51,6 +52,33 @@ def test_bad_input_is_reported_by_one_process_of_a_machine(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert exit_code(_raise(InputError("x")), None) == 2 and capsys.readouterr().err == ""
     assert exit_code(_raise(RunError("x")), None) == 1 and capsys.readouterr().err != ""
+
+
+def _print(text):
+    return lambda argv: print(text)
+
+
+def _print_help(argv):
+    print("usage")
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("command", [_print("short"), _print("long" * 100_000), _print_help])
+def test_a_reader_that_has_seen_enough_is_no_failure_to_speak_of(monkeypatch, capsys, command, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    raw = io.FileIO(writing, "w")
+    with io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw), write_through=unbuffered) as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert exit_code(command, None) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""  # nor at the end, when the file was closed
+
+
+def test_a_broken_pipe_of_others_is_not_hidden():
+    with pytest.raises(BrokenPipeError, match="a tracker's"):
+        exit_code(_raise(BrokenPipeError("a tracker's")), None)
 
 
 def test_parser_complaints_are_input_errors():
