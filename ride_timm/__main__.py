@@ -20,10 +20,15 @@ from .sweep import sweep_command
 
 
 def _shares(text: str) -> list[float]:
+    """Percentages, rounded ones among them, as fractions that sum to 1."""
     try:
-        return [float(part) / 100 for part in text.split(",")]
+        shares = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"experts-used={text!r}: expected percentages such as 40.99,9.47,49.54.") from None
+    total = sum(shares)
+    if not (all(share >= 0 for share in shares) and abs(total - 100) <= 0.2):  # nor NaN
+        raise InputError(f"experts-used: {text} sum to {total:g}: expected percentages that sum to 100, none below 0.")
+    return [share / total for share in shares]
 
 
 def flops_command(args: argparse.Namespace) -> None:

@@ -335,15 +335,21 @@ def test_unreadable_images(capsys, tmp_path, run, photos):
         assert str(tmp_path / name) in message and "cannot be read" in message
 
 
+def test_rounded_shares(capsys):
+    assert exit_code(main, ["flops", "test_ride_resnet", "--input-size", "32", "--experts-used=33.3,33.3,33.3"]) == 0
+    assert "expected, routed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
         ("50,50", "2 shares for 3 experts"),
-        ("50,30,30", "expected fractions that sum to 1"),
-        ("120,-20,0", "expected fractions that sum to 1"),
+        ("41,9,49.54", "41,9,49.54 sum to 99.54: expected percentages that sum to 100"),
+        ("0.41,0.09,0.5", "0.41,0.09,0.5 sum to 1: expected percentages that sum to 100"),
+        ("120,-20,0", "expected percentages that sum to 100, none below 0"),
         ("a,b,c", "expected percentages"),
         ("50,,50", "expected percentages"),
-        ("nan,nan,nan", "expected fractions that sum to 1"),
+        ("nan,nan,nan", "sum to nan: expected percentages"),
     ],
 )
 def test_bad_shares(capsys, shares, message):
