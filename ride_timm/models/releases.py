@@ -41,6 +41,7 @@ _BY_FACTORY = (
     "out_indices",
     "feature_cls",
 )
+_UNTRAINED = "untrained"  # the tag of a network that has no weights
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -167,6 +168,12 @@ def find_release(variant: str, named: Any, overlay: dict[str, Any] | None, cache
     tag = named if isinstance(named, str) else (cfg or timm.get_pretrained_cfg(variant)).tag
     name = f"{variant}.{tag}"
     timm.get_pretrained_cfg(name)  # complains of an unknown tag
+    if tag == _UNTRAINED:
+        backbone = ", or start from its backbone's by backbone_pretrained=True" if variant == "ride" else ""
+        raise InputError(
+            f"{variant} has no weights of its own: leave pretrained=True out, train it, or name a folder by local-dir:"
+            f"{backbone}."
+        )
     return download(repository_of(name), variant, cache_dir, tag=name)
 
 
@@ -339,6 +346,10 @@ def hub_error(error: Exception, repo: str, file: str = CONFIG, tag: str | None =
     from huggingface_hub import constants, errors
 
     at = f"{repo} on {constants.ENDPOINT}"
+    row, clone = release_table().get(tag or "", {}), ""
+    if tag and not row.get("published"):
+        folder = tag if row.get("sha256") else "NAME.TAG"  # what is staged has its sha256 beside the cfg
+        clone = f"; in a clone of the project the staged releases are local-dir:hub/{folder}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
         return InputError(f"{repo!r} is no name of a Hub repository: expected owner/name.")
@@ -352,7 +363,7 @@ def hub_error(error: Exception, repo: str, file: str = CONFIG, tag: str | None =
             message = (
                 f"the weights {tag} are not published: looked for {at} (missing, or private without your login). Train "
                 "them (train_accelerate.py) or convert the authors' (hub/zoo.py) and load the folder by local-dir:, or "
-                "name the owner of a published copy by RIDE_TIMM_HUB."
+                f"name the owner of a published copy by RIDE_TIMM_HUB{clone}."
             )
         return InputError(message)
     if isinstance(error, errors.RevisionNotFoundError):
@@ -360,7 +371,7 @@ def hub_error(error: Exception, repo: str, file: str = CONFIG, tag: str | None =
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return InputError(
             f"{file} of {at} is not in the cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set: go online "
-            "once, or load a folder by local-dir:."
+            f"once, or load a folder by local-dir:{clone}."
         )
     if isinstance(error, errors.EntryNotFoundError):
         if file == CONFIG:

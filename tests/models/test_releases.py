@@ -66,6 +66,34 @@ def test_owners_that_are_none(monkeypatch, value):
         repository_of("ride_resnet32.fashion_lt")
 
 
+@pytest.mark.parametrize("name", ["ride_resnet101", "ride_resnet101.untrained", "test_ride_resnet", "ride"])
+def test_a_network_without_weights_is_not_looked_for(monkeypatch, name):
+    monkeypatch.setattr(releases, "download", lambda *args, **kwargs: pytest.fail("went to the Hub"))
+    variant = name.partition(".")[0]
+    with pytest.raises(InputError, match=f"^{variant} has no weights of its own: leave pretrained=True out") as refused:
+        timm.create_model(name, pretrained=True)
+    assert ("backbone_pretrained=True" in str(refused.value)) == (name == "ride")
+
+
+@pytest.mark.parametrize(
+    ("tag", "published", "clone"),
+    [
+        ("ride_resnet32.fashion_lt", False, "local-dir:hub/ride_resnet32.fashion_lt"),
+        ("ride_resnet50.inat18", False, "local-dir:hub/NAME.TAG"),  # known, not staged
+        ("ride_swin_tiny.imagenet_lt", False, "local-dir:hub/NAME.TAG"),
+        ("ride_resnet32.fashion_lt", True, None),
+    ],
+)
+def test_offline_a_clone_has_what_is_not_published(monkeypatch, tmp_path, tag, published, clone):
+    table = release_table()
+    row = table.get(tag, {}) | dict(published=published)
+    monkeypatch.setattr(releases, "release_table", lambda: table | {tag: row})
+    with pytest.raises(InputError, match=rf"{tag} .*is not in the cache.* load a folder by local-dir:") as refused:
+        timm.create_model(tag, pretrained=True, cache_dir=tmp_path)
+    message = str(refused.value)
+    assert message.endswith(f"in a clone of the project the staged releases are {clone}." if clone else "local-dir:.")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A release in a folder: its config.json states the sha256."""

@@ -183,7 +183,7 @@ def changed(files, **changes):
 def test_unpublished(tmp_path):
     with pytest.raises(InputError, match=r"not published: looked for org/ride_resnext50\.imagenet_lt on http.*zoo\.py"):
         create(tmp_path, "ride_resnext50")
-    with pytest.raises(InputError, match=r"looked for org/ride_resnet101\.untrained"):
+    with pytest.raises(InputError, match=r"ride_resnet101 has no weights of its own"):
         create(tmp_path, "ride_resnet101")
 
 
