@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import create_ride_model
+from .checkpoint import check_images, create_ride_model
 from .commands import evaluate_command, export_command, load_data, predict_command, print_json, recipe_for
 from .errors import InputError, RunError
 from .export import KINDS
@@ -42,6 +42,7 @@ def flops_command(args: argparse.Namespace) -> None:
         kwargs["router"] = True
     model = create_ride_model(args.subject, recipe.input_size, **kwargs)
     size = recipe.input_size or model.pretrained_cfg["input_size"][-1]
+    check_images(model, (model.in_chans, size, size), args.subject)
     macs: Macs = count_macs(model, (model.in_chans, size, size))
     found = dict(macs=round(macs.ensemble), params=macs.params, expert_macs=[round(m) for m in macs.experts])
     if shares:

@@ -79,13 +79,13 @@ def keep_memory() -> None:
 
 def has_compiler() -> bool:
     """Whether torch.compile finds a C++ compiler and Python's headers, which it needs on a CPU."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # CXX, or one name by platform: whichever it will run
-
     if not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
         return False
     try:
+        from torch._inductor.cpp_builder import get_cpp_compiler  # CXX, or one name by platform: whichever it will run
+
         return bool(get_cpp_compiler())
-    except (RuntimeError, OSError):
+    except (RuntimeError, OSError, ImportError):  # torch's own, and private: another release may not have it
         return False
 
 

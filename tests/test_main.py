@@ -439,6 +439,7 @@ def test_images_that_a_network_does_not_take(capsys, photos, tmp_path):
     assert "28 x 28 pixels in 3 channels" in refusal(capsys, "evaluate", "--model", grey, *data)
     assert "28 x 28 pixels in 3 channels" in refusal(capsys, "evaluate", "--model", patches, *data)
     size = ("--input-size", "100")
+    assert "100 x 100 pixels" in refusal(capsys, "flops", "ride", "--backbone", "test_vit", *size)
     told = refusal(capsys, "export", "--model", patches, "--output", tmp_path / "onnx", *size)
     assert "100 x 100 pixels" in told and not (tmp_path / "onnx").exists()
 
