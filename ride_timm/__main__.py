@@ -67,7 +67,9 @@ def datasets_command(args: argparse.Namespace) -> None:
         _check_published(args, recipe)
         if not args.decode:
             return
-    data = load_data(recipe)
+    if args.action == "check" and recipe.streaming:
+        raise InputError("check reads every image, which a stream does not hold: leave --streaming out.")
+    data = load_data(recipe, recipe.use_val)
     counts = data.class_counts
     groups = {name: int(mask.sum()) for name, mask in shot_groups(counts, *recipe.shots).items()}
     found = dict(name=data.name, classes=data.num_classes, train=len(data.train), test=len(data.test))
@@ -108,7 +110,7 @@ def _check_published(args: argparse.Namespace, recipe: Recipe) -> None:
 
 def _unreadable(data: Any) -> list[str]:
     found = []
-    for part in (data.train, data.test):
+    for part in (data.train, data.test, *([] if data.val is None else [data.val])):
         for i in range(len(part)):
             try:
                 part[i]

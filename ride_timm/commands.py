@@ -51,7 +51,10 @@ def recipe_for(args: argparse.Namespace) -> Recipe:
         recipe = Recipe(augment="inat" if flags["dataset"] == "inat18" else "imagenet", imb_type="none")
     else:
         raise InputError(f"what to read? Name --dataset or --recipe (there are {', '.join(available())}).")
-    return recipe.override(flags)
+    recipe = recipe.override(flags)
+    if "imb_factor" in flags and recipe.imb_type == "none":
+        raise InputError(f"imb_factor={recipe.imb_factor:g} is of a profile: give --imb-type exp or step as well.")
+    return recipe
 
 
 def load_data(recipe: Recipe, use_val: bool = False) -> Any:

@@ -447,3 +447,17 @@ def test_images_that_a_network_does_not_take(capsys, photos, tmp_path):
 def test_an_image_too_large_to_be_meant_is_named(capsys, run, photos, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert f"image {photos[1]} cannot be read" in refusal(capsys, "predict", "--model", run, photos[1])
+
+
+def test_a_check_reads_validation_images_too_and_no_flag_is_without_effect(capsys, colours, tmp_path):
+    shutil.copytree(colours, tmp_path / "own")
+    shutil.copytree(colours / "test", tmp_path / "own" / "val")
+    check = ("datasets", "check", tmp_path / "own", "--use-val", "--json")
+    assert json.loads(output(capsys, *check))["unreadable"] == []
+    broken = sorted((tmp_path / "own" / "val").rglob("*.png"))[0]
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert exit_code(main, [str(part) for part in check]) == 1
+    assert len(json.loads(capsys.readouterr().out)["unreadable"]) == 1
+    assert "give --imb-type exp or step" in refusal(capsys, "datasets", "show", colours, "--imb-factor", "0.5")
+    streamed = refusal(capsys, "datasets", "check", colours, "--streaming")
+    assert "leave --streaming out" in streamed
