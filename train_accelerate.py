@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
@@ -32,13 +30,13 @@ from ride_timm.data.sources import hold_out, load_longtail
 from ride_timm.data.transforms import Policy, get_policy
 from ride_timm.data.views import TwoViews
 from ride_timm.decoupling import align_experts, decouple
-from ride_timm.errors import first_line
 from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
 from ride_timm.launch import Parser, Signals, exit_code, has_compiler, keep_memory, set_threads
 from ride_timm.losses import OffsetExpertsLoss, make_loss
 from ride_timm.mixing import BatchChange, batch_changes
-from ride_timm.models import Router, add_class_affine, has_class_affine
+from ride_timm.models import Router, add_class_affine, check_parts, has_class_affine
 from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
+from ride_timm.optimizers import check_optimizer, make_optimizer
 from ride_timm.plots import plot_run
 from ride_timm.processor import bf16_pays
 from ride_timm.progressive import check_sizes, shrink
@@ -47,7 +45,6 @@ from ride_timm.selection import Selection
 from ride_timm.sharding import hook_experts, is_sharded, make_plugin, shardable, share_out, whole
 
 BALANCED = ("cifar10", "cifar100")  # of which long-tailed subsets are made
-FUSED = ("sgd", "momentum", "adam", "adamw")  # torch's own, which update all parameters in one pass where told to
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
@@ -121,19 +118,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     return args, recipe
 
 
-def check_optimizer(name: str) -> None:
-    """InputError for an optimizer that timm does not know, or that does not work here as it is used."""
-    if name not in list_optimizers():
-        raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
-    weight = torch.nn.Parameter(torch.ones(2, 2, device="cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        optimizer = create_optimizer_v2([weight], opt=name, lr=0.1, weight_decay=0.1, momentum=0.9)
-        weight.square().sum().backward()
-        optimizer.step()
-    except Exception as error:  # missing packages, missing devices, second derivatives: each has its own
-        raise InputError(f"optimizer={name!r} does not work here ({first_line(error)}): choose another.") from error
-
-
 class Run:
     """What both stages share: data, model, folder, and what has been reached so far."""
 
@@ -184,7 +168,9 @@ class Run:
             size = recipe.stage(name).batch_size
             shares = Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
             if name == "experts" and not self.decoupling and not recipe.sync_bn:
-                self.check_norms(recipe.stage(name), shares)
+                side = min([self.size, *(side for side, _ in recipe.stage(name).sizes)])
+                batches = f"{shares.num_draws} images in batches of {size} (processes: {accelerator.num_processes})"
+                check_parts(self.model, side, shares.fewest, recipe.ghost_batch, batches)
         self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
@@ -197,22 +183,6 @@ class Run:
                 "--imb-type none takes all",
                 file=sys.stderr,
             )
-
-    def check_norms(self, stage: Stage, shares: Shares) -> None:
-        """InputError where a step or a ghost batch of one image leaves BatchNorm nothing to take statistics from."""
-        shared = {shares.fewest, shares.batch_size // shares.num_processes}
-        if min(n // -(-n // (self.recipe.ghost_batch or n)) for n in shared) > 1:
-            return
-        side = min([self.size, *(size for size, _ in stage.sizes)])
-        try:
-            deepcopy(self.model).train()(torch.zeros(1, self.model.in_chans, side, side))
-        except ValueError as error:
-            over = f"{shares.num_processes} process" + "es" * (shares.num_processes > 1)
-            raise InputError(
-                f"{shares.num_draws} images in batches of {shares.batch_size} over {over} leave one image to a step or "
-                f"a ghost batch, which BatchNorm cannot learn from ({first_line(error)}): choose another --batch-size, "
-                "or --ghost-batch where it is set."
-            ) from error
 
     def training_loader(self, stage: Stage) -> Any:
         """Training batches of a stage, of two views of the images where the loss compares them."""
@@ -259,15 +229,6 @@ class Run:
         taught = (self.teacher, recipe.distill_temperature, recipe.teacher_mode)
         return DistillationObjective(self.model, loss, *taught, recipe.ghost_batch)
 
-    def optimizer(self, stage: Stage, objective: Objective) -> torch.optim.Optimizer:
-        parameters = objective.trainable_parameters()
-        if not stage.decay_norm_and_bias:
-            exempt = {f"model.{name}" for name in self.model.no_weight_decay()}
-            parameters = param_groups_weight_decay(objective, stage.weight_decay, exempt)
-        settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=self.recipe.momentum)
-        settings |= dict(fused=True) if stage.optimizer in FUSED and not self.sharded else {}
-        return create_optimizer_v2(parameters, opt=stage.optimizer, **settings)
-
     def evaluate(self, loader: Any, stage: Stage, model: Any) -> dict[str, Any]:
         """In full precision, with the buffers of the main process, which are the ones that are saved."""
         if self.accelerator.num_processes > 1:
@@ -295,7 +256,7 @@ class Run:
             self.model.load_state_dict(resumed["model"])
         if self.sharded:
             objective = shardable(objective, accelerator.device)
-        optimizer = self.optimizer(stage, objective)
+        optimizer = make_optimizer(stage, objective, recipe.momentum, self.sharded)
         if recipe.sync_bn:
             convert_sync_batchnorm(objective)
         wrapped, optimizer = accelerator.prepare(objective, optimizer)

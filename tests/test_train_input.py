@@ -31,7 +31,7 @@ SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
         (["--optimizer", "adahessian"], r"optimizer='adahessian' does not work here"),
         (["--router-optimizer", "bnbadamw"], r"optimizer='bnbadamw' does not work here"),
         (["--resume"], r"nothing to go on with: .*run holds no run\. Name .* or what to train by --recipe\.$"),
-        ([*SMALL, "--batch-size", "2477"], r"2478 images in batches of 2477 over 1 process leave one image to a step"),
+        ([*SMALL, "--batch-size", "2477"], r"2478 images in batches of 2477 .processes: 1. leave one image to a step"),
         ([*SMALL, "--batch-size", "3", "--ghost-batch", "2"], r"leave one image to a step or a ghost batch"),
         (["--tracker", "hope"], r"tracker='hope'"),
         (["--mixed-precision", "fp16"], r"fp16 needs a GPU"),

@@ -154,10 +154,11 @@ class Shares:
             raise InputError(f"{what} cannot serve {self.num_processes} processes: each needs a sample in every step")
 
     @property
-    def fewest(self) -> int:
-        """The fewest samples that a rank takes in a training step, which are those of the last batch if it is kept."""
+    def fewest(self) -> tuple[int, int]:
+        """The fewest samples that a rank takes in a training step of a whole batch, and in the last one."""
         rest = self.num_draws % self.batch_size
-        return (rest if rest >= self.num_processes else self.batch_size) // self.num_processes
+        whole = self.batch_size // self.num_processes
+        return whole, rest // self.num_processes if rest >= self.num_processes else whole
 
     def __iter__(self) -> Iterator[Share]:
         for step, start in enumerate(range(0, self.num_draws, self.batch_size)):

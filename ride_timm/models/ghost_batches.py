@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import InputError, first_line
 
 
 @contextmanager
@@ -38,3 +41,20 @@ def forward_in_parts(
     with _running_statistics_kept(model):
         outputs += [forward(part) for part in others]
     return torch.cat(outputs)
+
+
+def check_parts(model: nn.Module, side: int, shares: Iterable[int], ghost_batch: int | None, batches: str) -> None:
+    """InputError where a step or a ghost batch of one image leaves BatchNorm nothing to take statistics from.
+
+    model: on the CPU, left as it is; side: the smallest of its training images, in pixels; shares: numbers of images
+    that a process takes in a step; batches: what makes them so, for the error.
+    """
+    if min(images // -(-images // (ghost_batch or images)) for images in shares) > 1:
+        return
+    try:
+        deepcopy(model).train()(torch.zeros(1, model.in_chans, side, side))
+    except ValueError as error:
+        raise InputError(
+            f"{batches} leave one image to a step or a ghost batch, which BatchNorm cannot learn from "
+            f"({first_line(error)}): choose another --batch-size, or --ghost-batch where it is set."
+        ) from error
