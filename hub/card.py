@@ -20,6 +20,7 @@ from training import as_given, command, licence, numbers, rare_classes, settings
 
 from ride_timm.launch import Parser, exit_code
 from ride_timm.priors import shot_groups
+from ride_timm.recipe import Recipe
 
 TEMPLATE = HERE / "card.md.jinja"
 BEGIN = "<!-- hand-edited: what stands between these two lines is kept when the card is rendered again -->"
@@ -49,7 +50,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
     stages, claimed, data = results["stages"], results.get("claimed"), results.get("data", {})
     args = {**dict(num_experts=3), **config["model_args"]}
     pretty, hub_id, home = describe_data(results)
-    routed = stages.get("router")
+    routed, shots = stages.get("router"), shots_of(results, recipe)
     card_data = ModelCardData(
         license="mit",
         library_name="timm",
@@ -71,10 +72,11 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         has_router=bool(args.get("router")),
         has_routing="routing" in results,
         threshold=(routed or {}).get("threshold", 0.5),
-        facts=_facts(config, args, results),
+        facts=_facts(config, args, results, shots),
         num_classes=config["num_classes"],
         num_experts=args["num_experts"],
         counts_of_experts=" / ".join(map(str, range(1, args["num_experts"] + 1))),
+        shots=_shots(*shots),
         measured_rows=[result_row(STAGE_NAMES[stage], metrics) for stage, metrics in stages.items()],
         **seed_facts(results),
         provenance=_provenance(results),
@@ -85,7 +87,7 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         training=training(recipe, results),
         command=command(recipe, results),
         settings=settings(recipe, args, stages) if recipe else [],
-        tail=_tail(results),
+        tail=_tail(results, shots[1]),
         rare_classes=rare_classes(recipe),
         balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
         few_note=_few_note(results, config.get("label_names")),
@@ -115,6 +117,17 @@ def describe_data(results: dict[str, Any]) -> tuple[str, str | None, str | None]
     elif as_given(results) and min(counts) > 0:
         pretty += f" (ready-made, imbalance factor {round(max(counts) / min(counts))})"
     return pretty, hub_id, home
+
+
+def shots_of(results: dict[str, Any], recipe: Recipe | None) -> tuple[int, int]:
+    """Thresholds of many- and few-shot classes in the figures: the recipe's, or those of a checkpoint's measurement."""
+    many, few = recipe.shots if recipe else results.get("shots", (100, 20))
+    return many, few
+
+
+def _shots(many: int, few: int) -> str:
+    medium = f"medium {few} to {many}" if few <= many else "medium none"
+    return f"many above {many}, {medium}, few\nbelow {few}"
 
 
 def _eval_results(
@@ -167,7 +180,9 @@ def _few_points(curve: list[dict[str, Any]], most: int = 5) -> list[dict[str, An
     return [point for i, point in enumerate(picked) if point not in picked[:i]]
 
 
-def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(
+    config: dict[str, Any], args: dict[str, Any], results: dict[str, Any], shots: tuple[int, int]
+) -> list[tuple[str, str]]:
     network, size = results["network"], config["pretrained_cfg"]["input_size"]
     router = " and a router" if args.get("router") else ""
     facts = [
@@ -180,10 +195,10 @@ def _facts(config: dict[str, Any], args: dict[str, Any], results: dict[str, Any]
         ("classes", f"{config['num_classes']}" + _class_list(config)),
     ]  # fmt: skip
     if counts := results.get("class_counts"):
-        groups = {name: int(mask.sum()) for name, mask in shot_groups(counts).items()}
-        shots = ", ".join(f"{number} {name}-shot" for name, number in groups.items())
+        groups = {name: int(mask.sum()) for name, mask in shot_groups(counts, *shots).items()}
+        told = ", ".join(f"{number} {name}-shot" for name, number in groups.items())
         range_ = f"{max(counts):,} to {min(counts):,} a class"
-        facts.append(("training images", f"{sum(counts):,}, {range_} (classes: {shots})"))
+        facts.append(("training images", f"{sum(counts):,}, {range_} (classes: {told})"))
     facts.append(("sha256 of the weights", f"`{config['sha256']}`"))
     return facts
 
@@ -247,14 +262,14 @@ def _claimed_note(claimed: dict[str, Any], args: dict[str, Any]) -> str:
     return f"They were measured {'with' if claimed['routed'] else 'without'} a router."
 
 
-def _tail(results: dict[str, Any]) -> str:
+def _tail(results: dict[str, Any], few_shot: int) -> str:
     counts = results.get("class_counts")
     if not counts:
         return "a few classes have most of the images."
-    few = sum(1 for count in counts if count < 20)
+    few = sum(1 for count in counts if count < few_shot)
     return (
         f"from {max(counts):,} images of the most frequent class to {min(counts):,} of the rarest, "
-        f"{few} of {len(counts)} classes with fewer than 20."
+        f"{few} of {len(counts)} classes with fewer than {few_shot}."
     )
 
 

@@ -39,13 +39,13 @@ def measure(model: Ride, recipe: Recipe) -> dict[str, Any]:
         num_workers=recipe.workers,
         reduced_decode=recipe.reduced_decode,
     )
-    counts = data.class_counts
-    stages = dict(experts=with_macs(evaluate(model, batches, counts), model, shape))
+    counts, shots = data.class_counts, recipe.shots
+    stages = dict(experts=with_macs(evaluate(model, batches, counts, shots=shots), model, shape))
     found: dict[str, Any] = dict(class_counts=counts, class_names=list(data.class_names), stages=stages)
     if model.router is not None:
-        routed = evaluate(model, batches, counts, routed=True, threshold=recipe.threshold)
+        routed = evaluate(model, batches, counts, routed=True, threshold=recipe.threshold, shots=shots)
         stages["router"] = with_macs(routed, model, shape) | dict(threshold=recipe.threshold)
         outcomes, macs = collect_outcomes(model, batches), count_macs(model, shape)
-        curve = thin(routing_curve(outcomes, macs, counts), 60)
-        found["routing"] = dict(curve=curve, prefixes=prefix_points(outcomes, macs, counts))
+        curve = thin(routing_curve(outcomes, macs, counts, shots=shots), 60)
+        found["routing"] = dict(curve=curve, prefixes=prefix_points(outcomes, macs, counts, shots))
     return found

@@ -20,11 +20,14 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw_classes(path: Path, results: dict[str, Any], class_names: list[str]) -> None:
-    """Test accuracy by class, from most to fewest training images, which stand above as a curve of their own."""
+def draw_classes(path: Path, results: dict[str, Any], class_names: list[str], shots: tuple[int, int]) -> None:
+    """Test accuracy by class, from most to fewest training images, which stand above as a curve of their own.
+
+    shots: thresholds of `priors.shot_groups`, those of the figures in results.
+    """
     counts, per_class = results["class_counts"], results["stages"]["experts"]["per_class"]
     order = sorted(range(len(counts)), key=lambda c: (-counts[c], c))
-    group = {c: name for name, mask in shot_groups(counts).items() for c in mask.nonzero().flatten().tolist()}
+    group = {c: name for name, mask in shot_groups(counts, *shots).items() for c in mask.nonzero().flatten().tolist()}
     figure = _figure(8, 4.6)
     images, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.4))
     places = range(len(order))

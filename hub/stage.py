@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from card import hand_edited, write_card
+from card import hand_edited, shots_of, write_card
 from measure import measure
 from pictures import draw_classes, draw_routing
 from staged import CARD, GOLDEN, HERE, RECIPE, RESULTS, Staged, is_registered, parse_name, read_table, write_table
@@ -96,6 +96,7 @@ def stage(
                 found = {key: value for key, value in found.items() if key == "routing"}
             else:
                 facts = dict(facts or {}, measured_with=recipe.augment, device=device_name(torch.device("cpu")))
+                facts["shots"] = list(recipe.shots)  # its recipe, which says so for a run, does not go along
                 _name_classes(new / CONFIG, names)
             results |= found
         results |= dict(network=_network_facts(model), data=_data_facts(recipe, results)) | (facts or {})
@@ -107,7 +108,8 @@ def stage(
             safetensors.torch.save_file(golden_pair(model), new / GOLDEN)
         (new / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if "per_class" in results["stages"].get("experts", {}):
-            draw_classes(new / "classes.png", results, names or list(map(str, range(model.num_classes))))
+            names = names or list(map(str, range(model.num_classes)))
+            draw_classes(new / "classes.png", results, names, shots_of(results, recipe))
         if "routing" in results:
             draw_routing(new / "routing.png", results["routing"], results["stages"]["router"])
         _finish_folder(new, root / name)

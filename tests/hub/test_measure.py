@@ -1,0 +1,86 @@
+"""The figures of a release by shot group: the recipe's thresholds decide in all that is measured, drawn and said."""
+
+import pictures
+import pytest
+import stage as staging
+import timm
+import torch
+from card import render, shots_of
+from measure import measure
+from release_files import SIZE, TAG
+from stage import stage
+from verify import check_accuracy, verify
+
+from ride_timm import InputError
+from ride_timm.checkpoint import RunFolder
+from ride_timm.recipe import Recipe
+
+COUNTS = [30, 16, 8]
+
+
+@pytest.fixture(scope="module")
+def recipe(colours):
+    args = dict(dataset=str(colours), imb_type="none", many_shot=20, few_shot=10)
+    return Recipe(**args, model="test_ride_resnet", name="colours", workers=0)
+
+
+@pytest.fixture(scope="module")
+def measured_run(recipe, tmp_path_factory):
+    """A run of an untrained network, whose figures are measured; its model."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_ride_resnet", num_classes=3, router=True, top_choices_num=3).eval()
+    folder = RunFolder(tmp_path_factory.mktemp("measured"))
+    folder.start(recipe)
+    folder.export(model, dict(input_size=(3, SIZE, SIZE), crop_pct=1.0), ("red", "green", "blue"))
+    stages = {name: dict(figures, epochs=3) for name, figures in measure(model, recipe)["stages"].items()}
+    folder.write_results(recipe, torch.device("cpu"), stages, class_counts=COUNTS)
+    return folder.path, model
+
+
+def test_every_figure_is_by_the_thresholds_of_the_recipe(measured_run, recipe):
+    found = measure(measured_run[1], recipe)
+    points = [*found["stages"].values(), *found["routing"]["curve"], *found["routing"]["prefixes"]]
+    assert len(points) > 3 and all(None not in (p["many"], p["medium"], p["few"]) for p in points)
+
+
+def test_a_release_of_other_thresholds_says_so_and_is_verified(measured_run, recipe, colours, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(staging, "draw_classes", lambda *args: drawn.append(args[-1]) or pictures.draw_classes(*args))
+    staged = stage(measured_run[0], TAG, tmp_path, data_dir=str(colours))
+    assert drawn == [(20, 10)]
+    text = (staged.path / "README.md").read_text(encoding="utf-8")
+    assert "class: many above 20, medium 10 to 20, few\nbelow 10. MACs" in text
+    assert "(classes: 1 many-shot, 1 medium-shot, 1 few-shot)" in text and "1 of 3 classes with fewer than 10." in text
+    found = verify(staged, recipe)
+    assert set(found["measured"]) == {"experts", "router"}
+
+
+def test_without_a_medium_group(measured_run, recipe, tmp_path):
+    staged = stage(measured_run[0], TAG, tmp_path, measured=False)
+    changed = recipe.override(dict(many_shot=9, few_shot=10))
+    (staged.path / "recipe.yaml").write_text(changed.to_yaml(), encoding="utf-8")
+    assert "many above 9, medium none, few\nbelow 10. MACs" in render(staged)
+
+
+def test_the_thresholds_of_a_checkpoint(recipe):
+    """Its release holds no recipe."""
+    assert shots_of({}, None) == (100, 20)
+    assert shots_of(dict(shots=[40, 10]), None) == (40, 10) and shots_of(dict(shots=[40, 10]), recipe) == (20, 10)
+
+
+@pytest.mark.parametrize(
+    ("few", "message"),
+    [(None, r"few: measured \d+\.\d\d %, results\.json says no images\."), (-1.0, r"results\.json says -1\.00")],
+)
+def test_a_group_that_is_stated_otherwise_is_a_difference(measured_run, recipe, few, message):
+    results = RunFolder(measured_run[0]).results()
+    results["stages"]["experts"]["few"] = few
+    with pytest.raises(InputError, match=message):
+        check_accuracy(measured_run[1], recipe, results)
+
+
+def test_a_group_without_images_is_a_difference_to_a_stated_one(measured_run, recipe):
+    """The thresholds decide which groups there are: others measure other figures."""
+    other = recipe.override(dict(many_shot=100, few_shot=20))
+    with pytest.raises(InputError, match=r"experts, many: measured no images, results\.json says \d"):
+        check_accuracy(measured_run[1], other, RunFolder(measured_run[0]).results())
