@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import sys
 import tempfile
@@ -152,11 +151,10 @@ def print_changes(changes: dict[str, str], folder: Path) -> None:
 
 def check_stamp(staged: Staged) -> None:
     """InputError unless verify.py has seen these very files."""
-    path = staged.path / STAMP
-    try:
-        seen = json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{staged.path} is not verified: python hub/verify.py {staged.name}") from None
+    seen = staged.stamp().get("files")
+    if seen is None:
+        raise InputError(f"{staged.path / STAMP} is missing or damaged, so the release is not verified: "
+                         f"python hub/verify.py {staged.name}")  # fmt: skip
     hashes = staged.hashes()
     if changed := sorted(name for name in seen.keys() | hashes.keys() if seen.get(name) != hashes.get(name)):
         raise InputError(f"{staged.path} was changed after it was verified ({', '.join(changed)}): verify it again.")

@@ -94,6 +94,14 @@ class Staged:
         """The recipe it was trained by; None for a checkpoint."""
         return load_recipe(self.path / RECIPE) if (self.path / RECIPE).is_file() else None
 
+    def stamp(self) -> dict[str, Any]:
+        """What verify.py found at last; {} where it has not looked, or where its file does not say at which files."""
+        try:
+            found = json.loads((self.path / STAMP).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+
     def hashes(self) -> dict[str, str]:
         """sha256 by file, of all that will be published.
 

@@ -90,8 +90,10 @@ def _percent(accuracy: float | None) -> str:
 def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
     """All checks; what they found, which is also written into the folder. InputError at the first that fails.
 
-    data: the recipe of the test set to measure on; None: no accuracy is measured.
+    data: the recipe of the test set to measure on; None: no accuracy is measured, and what was measured before of the
+    very same files stays.
     """
+    before = staged.stamp()
     (staged.path / STAMP).unlink(missing_ok=True)
     hashes = staged.hashes()
     config, results = staged.json(CONFIG), staged.json(RESULTS)
@@ -115,12 +117,13 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
     if card != render(staged, hand_edited(card)):
         raise InputError(f"{staged.path / CARD} says something else than its data, outside the section for editing: "
                          f"python hub/card.py {staged.name}")  # fmt: skip
-    found = dict(
-        files=hashes,
-        golden=float(f"{difference:.2g}"),
-        measured=check_accuracy(model, data, results) if data is not None else None,
-        versions=provenance()["versions"],
-    )
+    found = dict(files=hashes, golden=float(f"{difference:.2g}"), measured=None, versions=provenance()["versions"])
+    if data is not None:
+        found["measured"] = check_accuracy(model, data, results)
+    elif before.get("files") == hashes and before.get("measured"):
+        found["measured"] = before["measured"]
+        then = before.get("measured_with", before.get("versions"))
+        found |= dict(measured_with=then) if then != found["versions"] else {}
     (staged.path / STAMP).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -161,10 +164,12 @@ def main(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     set_threads(None)
     staged = Staged.find(args.name, args.root)
-    found = verify(staged, data_of(staged, args.data_dir, args.measure, args.recipe))
+    data = data_of(staged, args.data_dir, args.measure, args.recipe)
+    found = verify(staged, data)
+    when = "measured" if data is not None else "measured before, of the same files"
     print(f"{staged.path}: {len(found['files'])} files, golden output within {found['golden']:g}")
     for stage, numbers in (found["measured"] or {}).items():
-        print(f"{stage}: {numbers['all']:.2f} % measured, {numbers['stated']:.2f} % stated")
+        print(f"{stage}: {numbers['all']:.2f} % {when}, {numbers['stated']:.2f} % stated")
     if found["measured"] is None:
         print("accuracy not measured: give --data-dir, or --measure to read the data from the Hub")
     print("verified")

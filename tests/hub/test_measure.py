@@ -7,12 +7,14 @@ import timm
 import torch
 from card import render, shots_of
 from measure import measure
-from release_files import SIZE, TAG
+from release_files import SIZE, TAG, set_json
 from stage import stage
 from verify import check_accuracy, verify
+from verify import main as verify_main
 
 from ride_timm import InputError
 from ride_timm.checkpoint import RunFolder
+from ride_timm.launch import exit_code
 from ride_timm.recipe import Recipe
 
 COUNTS = [30, 16, 8]
@@ -51,8 +53,7 @@ def test_a_release_of_other_thresholds_says_so_and_is_verified(measured_run, rec
     text = (staged.path / "README.md").read_text(encoding="utf-8")
     assert "class: many above 20, medium 10 to 20, few\nbelow 10. MACs" in text
     assert "(classes: 1 many-shot, 1 medium-shot, 1 few-shot)" in text and "1 of 3 classes with fewer than 10." in text
-    found = verify(staged, recipe)
-    assert set(found["measured"]) == {"experts", "router"}
+    assert set(verify(staged, recipe)["measured"]) == {"experts", "router"}
 
 
 def test_without_a_medium_group(measured_run, recipe, tmp_path):
@@ -84,3 +85,28 @@ def test_a_group_without_images_is_a_difference_to_a_stated_one(measured_run, re
     other = recipe.override(dict(many_shot=100, few_shot=20))
     with pytest.raises(InputError, match=r"experts, many: measured no images, results\.json says \d"):
         check_accuracy(measured_run[1], other, RunFolder(measured_run[0]).results())
+
+
+def test_verifying_without_data_keeps_the_accuracy_of_the_same_files(measured_run, recipe, colours, tmp_path, capsys):
+    staged = stage(measured_run[0], TAG, tmp_path, measured=False)
+    command = [TAG, "--root", str(tmp_path)]
+
+    def told(*flags):
+        assert exit_code(verify_main, [*command, *flags]) == 0
+        return staged.json("verified.json")["measured"], capsys.readouterr().out
+
+    assert told()[0] is None
+    measured, text = told("--data-dir", str(colours))
+    assert set(measured) == {"experts", "router"} and " % measured, " in text
+    before = staged.json("verified.json")
+    assert told()[0] == measured and staged.json("verified.json") == before
+    set_json(staged.path / "verified.json", versions=dict(torch="1.0"))
+    for _ in range(2):
+        again, text = told()
+        assert again == measured and " % measured before, of the same files, " in text and "not measured" not in text
+        assert staged.json("verified.json")["measured_with"] == dict(torch="1.0")
+        assert staged.json("verified.json")["versions"] != dict(torch="1.0")
+    card = staged.path / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace("None.", "By hand."), encoding="utf-8")
+    again, text = told()
+    assert again is None and "accuracy not measured" in text

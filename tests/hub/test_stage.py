@@ -107,6 +107,16 @@ def test_verify_notices(staged, damage, message, capsys):
         check_stamp(staged)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"files": []}', '{"files": null}', '{"golden": 0}'])
+def test_a_damaged_stamp_is_none(staged, text):
+    verify(staged)
+    (staged.path / "verified.json").write_text(text)
+    with pytest.raises(InputError, match=r"verified\.json is missing or damaged, so the release is not verified: py"):
+        check_stamp(staged)
+    verify(staged)
+    check_stamp(staged)
+
+
 def test_a_recipe_is_data(staged):
     """YAML that would build objects is refused, and so is every key that is none of a recipe."""
     from ride_timm.recipe import load_recipe
