@@ -113,7 +113,7 @@ def describe_data(results: dict[str, Any]) -> tuple[str, str | None, str | None]
         pretty, hub_id, home = dataset or "data that are not named", None, None
     if data.get("imb_type") in ("exp", "step"):
         kind = "" if data["imb_type"] == "exp" else "step, "
-        pretty += f" ({kind}imbalance factor {round(1 / data['imb_factor'])})"
+        pretty += f" ({kind}imbalance factor {1 / data['imb_factor']:g})"
     elif as_given(results) and min(counts) > 0:
         pretty += f" (ready-made, imbalance factor {round(max(counts) / min(counts))})"
     return pretty, hub_id, home

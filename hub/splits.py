@@ -9,6 +9,8 @@ says what would change on the Hub; after a push the split is read back by `datas
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -34,9 +36,25 @@ KEYS = ("data_dir", "imb_type", "imb_factor", "split_seed", "image_column", "lab
 
 def split_name(recipe: Recipe) -> str:
     """cifar100_lt100: the data set, the imbalance factor as papers write it, and what is not usual."""
-    name = f"{recipe.dataset.rpartition('/')[2].lower()}_lt{round(1 / recipe.imb_factor)}"
+    factor = _factor(recipe).replace(".", "p").replace("+", "")  # 2.5 is 2p5, and 1e+06 no name of the Hub
+    name = f"{recipe.dataset.rpartition('/')[2].lower()}_lt{factor}"
     name += "_step" if recipe.imb_type == "step" else ""
-    return name + (f"_seed{recipe.split_seed}" if recipe.split_seed else "")
+    name += f"_seed{recipe.split_seed}" if recipe.split_seed else ""
+    return name + ("_" + re.sub(r"\W+", "_", recipe.label_column, flags=re.ASCII) if recipe.label_column else "")
+
+
+def _factor(recipe: Recipe) -> str:
+    """The imbalance factor as papers write it: 100 for 0.01."""
+    return f"{1 / recipe.imb_factor:g}"
+
+
+def _call(recipe: Recipe) -> str:
+    """What computes the same rows in Python, the data set read from the Hub."""
+    args = dict(imb_type=recipe.imb_type, imb_factor=recipe.imb_factor, seed=recipe.split_seed)
+    given = {name: getattr(recipe, name) for name in ("image_column", "label_column", "test_split")}
+    args |= {name: value for name, value in given.items() if value is not None}
+    told = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in args.items())
+    return f"load_longtail({', '.join([json.dumps(recipe.dataset, ensure_ascii=False), *told])})"
 
 
 def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
@@ -74,15 +92,15 @@ def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
         name=folder.name,
         repo=repo,
         source=source,
-        dataset=recipe.dataset,
+        call=_call(recipe),
+        test_split=data.test.split,
         label_column=recipe.label_column or "the label column",
         num_images=f"{len(data.train):,}",
         num_classes=data.num_classes,
         most=f"{max(counts):,}",
         least=f"{min(counts):,}",
-        factor=round(1 / recipe.imb_factor),
+        factor=_factor(recipe),
         imb_type=recipe.imb_type,
-        imb_factor=recipe.imb_factor,
         seed=recipe.split_seed,
         class_counts=counts,
     )

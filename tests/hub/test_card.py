@@ -104,15 +104,16 @@ def test_plain_networks_without_a_router(make_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "imb_type", "counts", "name"),
+    ("dataset", "imb_type", "imb_factor", "counts", "name"),
     [
-        ("cifar10", "exp", (500, 10), "CIFAR10-LT (imbalance factor 50)"),
-        ("cifar10", "step", (500, 10), "CIFAR10-LT (step, imbalance factor 50)"),
-        ("cifar10", "none", (5000, 644, 50), "CIFAR10-LT (ready-made, imbalance factor 100)"),
-        ("cifar10", "none", (5000, 0), "CIFAR10-LT"),  # no factor divides by an empty class
-        ("imagenet_lt", "none", (1280, 5), "ImageNet-LT"),  # its lists are what the name stands for
+        ("cifar10", "exp", 0.02, (500, 10), "CIFAR10-LT (imbalance factor 50)"),
+        ("cifar10", "exp", 0.4, (500, 200), "CIFAR10-LT (imbalance factor 2.5)"),
+        ("cifar10", "step", 0.02, (500, 10), "CIFAR10-LT (step, imbalance factor 50)"),
+        ("cifar10", "none", 0.02, (5000, 644, 50), "CIFAR10-LT (ready-made, imbalance factor 100)"),
+        ("cifar10", "none", 0.02, (5000, 0), "CIFAR10-LT"),  # no factor divides by an empty class
+        ("imagenet_lt", "none", 0.02, (1280, 5), "ImageNet-LT"),  # its lists are what the name stands for
     ],
 )
-def test_training_images_are_named_with_their_imbalance(dataset, imb_type, counts, name):
-    data = dict(dataset=dataset, imb_type=imb_type, imb_factor=0.02)
+def test_training_images_are_named_with_their_imbalance(dataset, imb_type, imb_factor, counts, name):
+    data = dict(dataset=dataset, imb_type=imb_type, imb_factor=imb_factor)
     assert describe_data(dict(data=data, class_counts=counts))[0] == name
