@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -218,9 +219,10 @@ def _with_data(recipe: Recipe | None, data_dir: str | None) -> Recipe | None:
 
 
 def _public(recipe: Recipe) -> Recipe:
-    """The recipe without places on this machine."""
-    private = os.path.isabs(recipe.dataset) or recipe.dataset.startswith((".", "~")) or os.path.isdir(recipe.dataset)
-    dataset = Path(recipe.dataset).name if private else recipe.dataset
+    """The recipe without places on this machine: of a folder of images, the name as a data set may be called."""
+    dataset = recipe.dataset
+    if "dataset" in recipe.on_disk or os.path.isdir(dataset):
+        dataset = re.sub(r"[^\w.-]+", "_", Path(dataset).name).strip("._-") or "local_images"
     return dataclasses.replace(recipe, data_dir=None, annotations=None, dataset=dataset)
 
 

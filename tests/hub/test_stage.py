@@ -1,5 +1,6 @@
 """Staging and verifying, without a Hub."""
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from verify import verify
 from ride_timm import InputError
 from ride_timm.__main__ import main as evaluate_main
 from ride_timm.launch import exit_code
+from ride_timm.recipe import load_recipe
 
 
 def test_a_run_becomes_a_release(staged, run):
@@ -74,6 +76,29 @@ def test_a_registered_tag_has_its_own_classes(run, tmp_path):
         stage(run, "test_ride_resnet.untrained", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "public"),
+    [
+        ("/home/somebody/my images (é) v2", "my_images_é_v2"),
+        ("my images [new]+more", "my_images_new_more"),  # from another folder than the one where it was trained
+        ("data/own/beetles/", "beetles"),
+        ("~/.beetles-", "beetles"),
+        ("/home/somebody/(+)", "local_images"),
+        (".", "local_images"),
+        ("owner/beetles.v2", "owner/beetles.v2"),
+        ("cifar100", "cifar100"),
+    ],
+)
+def test_a_folder_of_any_name_can_be_released(run, tmp_path, dataset, public):
+    source = Path(shutil.copytree(run, tmp_path / "run"))
+    recipe = dataclasses.replace(load_recipe(source / "recipe.yaml"), dataset=dataset)
+    (source / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    staged = stage(source, TAG, tmp_path / "hub")
+    assert staged.recipe().dataset == staged.json("results.json")["data"]["dataset"] == public
+    verify(staged)
+    check_stamp(staged)
+
+
 def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -119,8 +144,6 @@ def test_a_damaged_stamp_is_none(staged, text):
 
 def test_a_recipe_is_data(staged):
     """YAML that would build objects is refused, and so is every key that is none of a recipe."""
-    from ride_timm.recipe import load_recipe
-
     for text in ("name: !!python/object/apply:os.system ['true']\n", "model: !!python/name:os.system\n"):
         (staged.path / "recipe.yaml").write_text(text)
         with pytest.raises(InputError, match="not YAML"):
