@@ -296,9 +296,8 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--root", type=Path, default=HERE, metavar="DIR", help="folder of the staged releases")
     args = parser.parse_args(argv)
     staged = Staged.find(args.name, args.root)
-    path = staged.path / CARD
-    write_card(staged, hand_edited(path.read_text(encoding="utf-8") if path.is_file() else ""))
-    print(f"rendered {path}")
+    write_card(staged, hand_edited(staged.card()))
+    print(f"rendered {staged.path / CARD}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,19 @@ import torch
 from card import hand_edited, shots_of, write_card
 from measure import measure
 from pictures import draw_classes, draw_routing
-from staged import CARD, GOLDEN, HERE, RECIPE, RESULTS, Staged, is_registered, parse_name, read_table, write_table
+from staged import (
+    GOLDEN,
+    HERE,
+    RECIPE,
+    RESULTS,
+    Staged,
+    is_registered,
+    parse_name,
+    read_json,
+    read_recipe,
+    read_table,
+    write_table,
+)
 
 from ride_timm import InputError, RunError, load_legacy
 from ride_timm.checkpoint import RunFolder, provenance
@@ -38,6 +50,7 @@ from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of
 from ride_timm.processor import device_name
 from ride_timm.recipe import Recipe, load_recipe
 
+_DAMAGED = "take it anew from where the run was made"
 _SHOWN = ("all", "many", "medium", "few")
 _OF_A_SEED = ("seed", "commit", "precision", "device", "num_processes", "seconds")
 _OF_THE_DATA = ("num_classes", "in_chans", "global_pool", "img_size", "backbone_pretrained")
@@ -75,6 +88,7 @@ def stage(
     InputError for a source that is none, or of another network, or whose data are asked for and not there.
     """
     network, tag = parse_name(name)
+    by_hand = hand_edited(Staged(name, root / name).card())
     root.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
     try:
@@ -113,7 +127,7 @@ def stage(
             draw_classes(new / "classes.png", results, names, shots_of(results, recipe))
         if "routing" in results:
             draw_routing(new / "routing.png", results["routing"], results["stages"]["router"])
-        _finish_folder(new, root / name)
+        _finish_folder(new, root / name, by_hand)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     if root == HERE and is_registered(name):
@@ -127,7 +141,8 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
         if not (source / file).is_file():
             raise InputError(f"{source} holds no {file}: not a run folder, or its run is not finished.")
     folder = RunFolder(source)
-    results, recipe = folder.results(), folder.recipe()
+    names = read_json(source / CONFIG, _DAMAGED).get("label_names")
+    results, recipe = read_json(source / RESULTS, _DAMAGED), read_recipe(source / RECIPE, _DAMAGED)
     if len(results["stages"]) == 1 and recipe.num_experts > 1 and (source / "state.pt").is_file():
         state = folder.state()
         if state and state["stage"] == "router" and state["epoch"]:
@@ -138,15 +153,16 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
     own = _of_a_seed(results)
     runs = [own if run["seed"] == own["seed"] else run for run in results["seeds"]] if staged else [own]
     for path in seeds:
-        other = RunFolder(path)
-        if not (path / RESULTS).is_file():
-            raise InputError(f"{path} holds no {RESULTS}: not a finished run.")
-        theirs = _public(other.recipe()) if staged else other.recipe()  # a release names no place on a disk
+        for file in (RESULTS, RECIPE):
+            if not (path / file).is_file():
+                raise InputError(f"{path} holds no {file}: not a finished run.")
+        other, theirs = read_json(path / RESULTS, _DAMAGED), read_recipe(path / RECIPE, _DAMAGED)
+        theirs = _public(theirs) if staged else theirs  # a release names no place on a disk
         if keys := [key for key in recipe.differing(theirs) if key != "seed"]:
             raise InputError(f"the run in {path} is of another recipe ({', '.join(keys)}), not of another seed alone.")
-        if ("source" in results) != ("source" in other.results()):
+        if ("source" in results) != ("source" in other):
             raise InputError(f"{source} and {path}: one began from trained weights (--from), the other did not.")
-        runs.append(_of_a_seed(other.results()))
+        runs.append(_of_a_seed(other))
     numbers = [run["seed"] for run in runs]
     if len(set(numbers)) < len(numbers):
         raise InputError(f"--seeds: runs of the seeds {numbers}, expected every seed once.")
@@ -154,7 +170,7 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
     for file in (CONFIG, WEIGHTS, "curves.png", GOLDEN, "LICENSE"):  # a staged release keeps what it answered at first
         if (source / file).is_file():
             shutil.copyfile(source / file, new / file)
-    return results, recipe, json.loads((source / CONFIG).read_text(encoding="utf-8")).get("label_names")
+    return results, recipe, names
 
 
 def _of_a_seed(results: dict[str, Any]) -> dict[str, Any]:
@@ -250,10 +266,9 @@ def _data_facts(recipe: Recipe | None, results: dict[str, Any]) -> dict[str, Any
     return {key: getattr(recipe, key) for key in keys} | (dict(train_images=sum(counts)) if counts else {})
 
 
-def _finish_folder(new: Path, final: Path) -> None:
-    """Render the card and put the folder in place of the old one, whose hand-edited section is kept."""
-    old = (final / CARD).read_text(encoding="utf-8") if (final / CARD).is_file() else ""
-    write_card(Staged(final.name, new), hand_edited(old))
+def _finish_folder(new: Path, final: Path, by_hand: str) -> None:
+    """Render the card, with the old one's hand-edited section, and put the folder in place of the old one."""
+    write_card(Staged(final.name, new), by_hand)
     for path in new.iterdir():
         path.chmod(0o644)
     new.chmod(0o755)

@@ -12,6 +12,7 @@ import timm
 
 import ride_timm
 from ride_timm import InputError
+from ride_timm.errors import listed
 from ride_timm.models.releases import CONFIG, WEIGHTS, sha256_of
 from ride_timm.recipe import Recipe, load_recipe
 
@@ -22,6 +23,18 @@ CARD, RESULTS, RECIPE, GOLDEN = "README.md", "results.json", "recipe.yaml", "gol
 LICENCE = "LICENSE"
 PICTURES = ("curves.png", "classes.png", "routing.png")
 PUBLISHED_FILES = (CONFIG, WEIGHTS, CARD, RESULTS, RECIPE, GOLDEN, LICENCE, *PICTURES)
+_NEEDED: dict[str, dict[str, Any]] = {  # what cards, checks and tables read of a file, and of which type
+    CONFIG: {
+        "architecture": str,
+        "num_classes": int,
+        "model_args": dict,
+        "pretrained_cfg.input_size": list,
+        "pretrained_cfg.mean": list,
+        "pretrained_cfg.std": list,
+    },
+    RESULTS: {"recipe": str | None, "commit": str | None, "precision": str, "versions": dict, "stages": dict},
+}
+_OF_A_STAGE = {"macs": int | float, **dict.fromkeys(("all", "many", "medium", "few"), int | float | None)}
 STAMP = "verified.json"  # stays here: what verify.py found, for which files
 
 
@@ -67,6 +80,41 @@ def fill_file(path: Path, begin: str, end: str, body: str) -> None:
     print(body)
 
 
+def read_json(path: Path, way_out: str = "stage it again", **needed: Any) -> dict[str, Any]:
+    """A JSON file of a run or a release; InputError where it is missing or none, or lacks what a release tells.
+
+    needed: further keys it must have, each with its type.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}): {way_out}.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, expected an object of keys: {way_out}.")
+    needed |= _NEEDED.get(path.name, {})
+    if path.name == RESULTS and isinstance(found.get("stages"), dict):
+        needed |= {f"stages.{name}.{key}": kind for name in found["stages"] for key, kind in _OF_A_STAGE.items()}
+    if lacking := [key for key, kind in needed.items() if not _holds(found, key, kind)]:
+        raise InputError(f"{path} does not say {listed(lacking)}: {way_out}.")
+    return found
+
+
+def _holds(found: Any, key: str, kind: Any) -> bool:
+    for part in key.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return False
+        found = found[part]
+    return isinstance(found, kind)
+
+
+def read_recipe(path: Path, way_out: str = "stage it again") -> Recipe:
+    """The recipe of a run or a release; InputError where it is none."""
+    try:
+        return load_recipe(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {way_out}.") from error
+
+
 @dataclass(frozen=True)
 class Staged:
     """The folder `root/NAME.TAG`."""
@@ -84,15 +132,21 @@ class Staged:
         return cls(name, path)
 
     def json(self, file: str) -> dict[str, Any]:
-        """A JSON file of the folder; InputError where it is missing or none."""
+        """A JSON file of the folder; InputError where it is missing or damaged."""
+        return read_json(self.path / file, **(dict(network=dict) if file == RESULTS else {}))
+
+    def card(self) -> str:
+        """The card as it stands; "" where there is none, InputError where it is no text."""
+        path = self.path / CARD
         try:
-            return json.loads((self.path / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path / file} cannot be read ({type(error).__name__}): stage it again.") from error
+            return path.read_text(encoding="utf-8") if path.is_file() else ""
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text: mend it, or delete it and what was written by hand in it, "
+                             f"then python hub/card.py {self.name}") from error  # fmt: skip
 
     def recipe(self) -> Recipe | None:
         """The recipe it was trained by; None for a checkpoint."""
-        return load_recipe(self.path / RECIPE) if (self.path / RECIPE).is_file() else None
+        return read_recipe(self.path / RECIPE) if (self.path / RECIPE).is_file() else None
 
     def stamp(self) -> dict[str, Any]:
         """What verify.py found at last; {} where it has not looked, or where its file does not say at which files."""

@@ -113,7 +113,7 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
         check_recipe(recipe, staged.path / RECIPE)
     check_source(results.get("source"), staged.path / RESULTS)
     difference = check_golden(model, staged.path / GOLDEN)
-    card = (staged.path / CARD).read_text(encoding="utf-8")
+    card = staged.card()
     if card != render(staged, hand_edited(card)):
         raise InputError(f"{staged.path / CARD} says something else than its data, outside the section for editing: "
                          f"python hub/card.py {staged.name}")  # fmt: skip
@@ -143,12 +143,11 @@ def check_source(source: str | None, where: Path) -> None:
 
 def data_of(staged: Staged, data_dir: str | None, measured: bool, recipe: str | None = None) -> Recipe | None:
     """The recipe whose test set is to be looked at: where the data are at hand, or were asked for."""
-    path = staged.path / RECIPE
-    if recipe is None and not path.is_file():
+    found = load_recipe(recipe) if recipe is not None else staged.recipe()
+    if found is None:
         if data_dir or measured:
             raise InputError(f"{staged.path} has no {RECIPE}: name the --recipe of the data, such as cifar100_lt.")
         return None
-    found = load_recipe(recipe or path)
     if not (data_dir or measured or found.dataset == EMBEDDED):
         return None
     return dataclasses.replace(found, data_dir=data_dir)

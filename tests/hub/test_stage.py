@@ -1,6 +1,7 @@
 """Staging and verifying, without a Hub."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from card import main as card_main
 from publish import check_stamp
 from release_files import TAG, set_json
 from stage import stage
@@ -56,11 +58,31 @@ def test_names(name, message):
         parse_name(name)
 
 
+def halve(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def drop(path, key):
+    """Write a JSON file without a key, which may be one within another: a.b."""
+    found = whole = json.loads(path.read_text())
+    *parents, key = key.split(".")
+    for parent in parents:
+        found = found[parent]
+    del found[key]
+    path.write_text(json.dumps(whole))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda path: (path / "results.json").unlink(), r"holds no results\.json: not a run folder"),
         (lambda path: set_json(path / "config.json", architecture="ride_resnet50"), "holds a ride_resnet50, not a"),
+        (lambda path: halve(path / "results.json"), r"run/results\.json cannot be read \(JSON.*: take it anew"),
+        (lambda path: halve(path / "config.json"), r"run/config\.json cannot be read \(JSON.*: take it anew"),
+        (lambda path: (path / "results.json").write_text("[]"), r"results\.json holds a list, expected an object"),
+        (lambda path: drop(path / "results.json", "stages"), r"results\.json does not say stages: take it anew"),
+        (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), r"recipe\.yaml is not UTF-8 text: take it anew"),
     ],
 )  # fmt: skip
 def test_sources_that_are_none(run, tmp_path, damage, message):
@@ -69,6 +91,34 @@ def test_sources_that_are_none(run, tmp_path, damage, message):
     with pytest.raises(InputError, match=message):
         stage(source, TAG, tmp_path / "hub")
     assert not list((tmp_path / "hub").iterdir())  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: halve(path / "results.json"), r"results\.json cannot be read \(JSON.*: take it anew"),
+        (lambda path: (path / "results.json").unlink(), r"holds no results\.json: not a finished run"),
+        (lambda path: (path / "recipe.yaml").unlink(), r"holds no recipe\.yaml: not a finished run"),
+        (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), r"recipe\.yaml is not UTF-8 text: take it anew"),
+    ],
+)
+def test_seeds_that_are_none(run, make_run, tmp_path, damage, message):
+    other = Path(shutil.copytree(make_run(seed=1), tmp_path / "other"))
+    damage(other)
+    with pytest.raises(InputError, match=message):
+        stage(run, TAG, tmp_path / "hub", seeds=(other,))
+
+
+def test_a_card_that_is_no_text_is_not_staged_over(staged, run):
+    """It may hold what somebody wrote; without it the way is free."""
+    (staged.path / "README.md").write_bytes(b"\xff")
+    root = staged.path.parent
+    for again in (lambda: stage(run, TAG, root), lambda: card_main([TAG, "--root", str(root)])):
+        with pytest.raises(InputError, match=r"README\.md is not UTF-8 text: mend it, or delete it"):
+            again()
+    (staged.path / "README.md").unlink()
+    card_main([TAG, "--root", str(root)])
+    verify(staged)
 
 
 def test_a_registered_tag_has_its_own_classes(run, tmp_path):
@@ -113,6 +163,34 @@ def flip_a_bit(path):
         (lambda path: (path / "golden.safetensors").write_bytes(b"x"), "is no golden pair"),
         (lambda path: set_json(path / "results.json", seconds=1), "says something else than its data"),
         (lambda path: set_json(path / "results.json", source="/home/somebody/run"), "expected a release"),
+        (
+            lambda path: (path / "results.json").write_text("{}"),
+            r"results\.json does not say .*stages: stage it",
+        ),
+        (lambda path: (path / "results.json").write_text("[]"), r"results\.json holds a list, expected an object of"),
+        (
+            lambda path: halve(path / "results.json"),
+            r"results\.json cannot be read \(JSON.*: stage it again",
+        ),
+        (lambda path: drop(path / "results.json", "network"), r"results\.json does not say network: stage it again"),
+        (
+            lambda path: drop(path / "results.json", "stages.router.macs"),
+            r"not say stages\.router\.macs: stage it",
+        ),
+        (lambda path: drop(path / "config.json", "architecture"), r"config\.json does not say architecture: stage it"),
+        (
+            lambda path: drop(path / "config.json", "pretrained_cfg"),
+            r"not say pretrained_cfg\.input_size, pretr",
+        ),
+        (
+            lambda path: drop(path / "config.json", "pretrained_cfg.mean"),
+            r"not say pretrained_cfg\.mean: stage it",
+        ),
+        (
+            lambda path: (path / "README.md").write_bytes(b"\xff"),
+            r"README\.md is not UTF-8 text: mend it, or delete it",
+        ),
+        (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), r"recipe\.yaml is not UTF-8 text: stage it again"),
         (lambda path: (path / "model.pth").write_bytes(b"x"), r"model\.pth does not belong to a release"),
         (lambda path: (path / "curves.png").symlink_to("/etc/passwd"), r"curves\.png does not belong"),
         (lambda path: (path / "more").mkdir(), "more does not belong"),
