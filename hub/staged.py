@@ -145,8 +145,14 @@ class Staged:
                              f"then python hub/card.py {self.name}") from error  # fmt: skip
 
     def recipe(self) -> Recipe | None:
-        """The recipe it was trained by; None for a checkpoint."""
-        return read_recipe(self.path / RECIPE) if (self.path / RECIPE).is_file() else None
+        """The recipe it was trained by; None for a checkpoint. InputError where a run's is lost."""
+        path = self.path / RECIPE
+        if path.is_file():
+            return read_recipe(path)
+        if (name := self.json(RESULTS)["recipe"]) is not None:
+            raise InputError(f"{path} is missing, and {RESULTS} says that recipe {name!r} trained this release: "
+                             "stage it again.")  # fmt: skip
+        return None
 
     def stamp(self) -> dict[str, Any]:
         """What verify.py found at last; {} where it has not looked, or where its file does not say at which files."""

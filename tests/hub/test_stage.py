@@ -220,6 +220,18 @@ def test_a_damaged_stamp_is_none(staged, text):
     check_stamp(staged)
 
 
+@pytest.mark.parametrize("flags", [[], ["--measure"], ["--recipe", "cifar100_lt"]])
+def test_a_run_is_not_passed_for_a_checkpoint_when_its_recipe_is_lost(staged, flags, capsys):
+    """Rendered without the recipe, its card said that it came from the authors' code."""
+    (staged.path / "recipe.yaml").unlink()
+    before = (staged.path / "README.md").read_bytes()
+    command = [TAG, "--root", str(staged.path.parent)]
+    for tried in (lambda: exit_code(verify_main, [*command, *flags]), lambda: exit_code(card_main, command)):
+        assert tried() == 2
+        assert "recipe.yaml is missing, and results.json says that recipe 'beetles' trained" in capsys.readouterr().err
+    assert (staged.path / "README.md").read_bytes() == before
+
+
 def test_a_recipe_is_data(staged):
     """YAML that would build objects is refused, and so is every key that is none of a recipe."""
     for text in ("name: !!python/object/apply:os.system ['true']\n", "model: !!python/name:os.system\n"):
