@@ -72,7 +72,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         default = flags.setdefault("name", f"{theirs.path.resolve().name}_{flags['decouple']}")
     args.output = args.output or os.path.join("runs", default)
     folder = RunFolder(args.output)
-    if args.resume and args.recipe is None and not folder.occupied:
+    if args.resume and args.recipe is None and not flags and not folder.occupied:
         raise InputError(
             f"nothing to go on with: {args.output} holds no run. Name the run's folder by --output, or what to train "
             "by --recipe."
@@ -98,8 +98,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     if args.teacher:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
-    for name in {recipe.optimizer, recipe.router_optimizer}:
-        check_optimizer(name)
     if args.stage == "router" and recipe.num_experts == 1:
         raise InputError("num_experts=1: a router chooses among experts, so it needs at least 2.")
     if args.tracker and args.tracker not in (trackers := [str(name) for name in get_available_trackers()]):
@@ -127,9 +125,9 @@ class Run:
         self.folder = RunFolder(args.output)
         self.state = self.folder.claim(recipe, args.stage, args.resume, args.from_here)
         self.source = self.state.get("source") if self.state else args.source
-        if args.source and args.source != self.source:
-            began = f"from {self.source}" if self.source else "without --from"
-            raise InputError(f"from={args.source}: the run in {args.output} began {began}; leave --from out to go on.")
+        self.folder.check_state(self.state)
+        if self.state and args.source:
+            self.check_source(args.source)
         self.policy = self.train_policy = get_policy(recipe.augment)
         if recipe.auto_augment is not None and recipe.decouple == "none":
             self.train_policy = self.policy.with_auto_augment(recipe.auto_augment)
@@ -137,8 +135,11 @@ class Run:
         with accelerator.local_main_process_first():  # the others find the first one's cache
             self.data = load_longtail(**recipe.data_args)
         self.train_set, self.held_out = self.data.train, self.data.val
-        if accelerator.is_main_process and recipe.imb_type != "none" and recipe.dataset not in BALANCED:
-            self.tell_what_is_left_out()
+        kept, available = len(self.data.train), self.data.available
+        if accelerator.is_main_process and kept < available and recipe.dataset not in BALANCED:
+            # the default profile is right for balanced data, and data of one's own are rarely that
+            left_out = f"imb_type={recipe.imb_type} keeps {kept:,} of {available:,} training images"
+            print(f"notice: {left_out}; --imb-type none takes all", file=sys.stderr)
         if recipe.holdout:
             self.train_set, self.held_out = hold_out(self.data.train, recipe.holdout, recipe.split_seed)
         self.decoupling = recipe.decouple != "none" and "experts" in args.stages
@@ -167,22 +168,23 @@ class Run:
         for name in args.stages:  # a batch that cannot be shared out is found now, not after stage one
             size = recipe.stage(name).batch_size
             shares = Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
-            if name == "experts" and not self.decoupling and not recipe.sync_bn:
+            if name == "experts" and name not in self.reached and not (self.decoupling or recipe.sync_bn):
                 side = min([self.size, *(side for side, _ in recipe.stage(name).sizes)])
+                views = 2 if recipe.loss == "mdcs" and self.train_policy != self.policy else 1
                 batches = f"{shares.num_draws} images in batches of {size} (processes: {accelerator.num_processes})"
-                check_parts(self.model, side, shares.fewest, recipe.ghost_batch, batches)
+                check_parts(self.model, side, [views * n for n in shares.fewest], recipe.ghost_batch, batches)
         self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
-    def tell_what_is_left_out(self) -> None:
-        """A profile is the default, and right for balanced data; data of one's own are rarely that."""
-        kept, all_rows = len(self.train_set), len(self.train_set if self.recipe.streaming else self.train_set.images)
-        if kept < all_rows:
-            print(
-                f"notice: imb_type={self.recipe.imb_type} keeps {kept:,} of {all_rows:,} training images; "
-                "--imb-type none takes all",
-                file=sys.stderr,
-            )
+    def check_source(self, source: str) -> None:
+        """InputError for other weights than those that the run to go on with began from, or is itself."""
+        places = [Path(place).resolve() for place in (self.args.output, self.source) if place]
+        if Path(source).resolve() in places:
+            return
+        if self.source is None or Path(self.source).exists():
+            began = f"from {self.source}" if self.source else "without --from"
+            raise InputError(f"from={source}: the run in {self.args.output} began {began}; leave --from out to go on.")
+        print(f"notice: the run goes on with its own weights, {source} is not read", file=sys.stderr)
 
     def training_loader(self, stage: Stage) -> Any:
         """Training batches of a stage, of two views of the images where the loss compares them."""
@@ -271,7 +273,13 @@ class Run:
         selection, metrics, done = Selection(recipe.patience, recipe.eval_every), None, 0
         if resumed:
             done, selection.best = resumed["epoch"], resumed["best"]
-            optimizer.load_state_dict(share_out(resumed["optimizer"], optimizer))
+            try:
+                optimizer.load_state_dict(share_out(resumed["optimizer"], optimizer))
+            except ValueError as error:
+                raise InputError(
+                    f"{self.folder.path} holds the state of an optimizer of other parameter groups, as versions wrote "
+                    f"that decayed norms and biases against the recipe ({error}): begin again in another --output."
+                ) from error
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(resumed["scaler"])
             if ema is not None:
@@ -395,6 +403,8 @@ def train(argv: list[str] | None) -> None:
         log_with=args.tracker,
         project_dir=args.output if args.tracker else None,
     )
+    for name in {recipe.optimizer, recipe.router_optimizer}:
+        check_optimizer(name, accelerator.device)
     if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision=fp16 needs a GPU: use bf16 or no on a CPU.")
     if recipe.sync_bn and accelerator.device.type == "cpu":

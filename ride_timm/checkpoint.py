@@ -84,6 +84,21 @@ class RunFolder:
         except Exception as error:
             raise InputError(f"{path} is not a readable state ({str(error).splitlines()[0]}).") from error
 
+    def _only_begun(self) -> bool:
+        """Whether all that stands in the folder, which has no recipe, is what a run writes before its first step."""
+        if {path.name for path in self.path.iterdir()} - {"state.pt", ".state.pt.partial", ".recipe.yaml.partial"}:
+            return False
+        state = self.state()
+        return state is None or not (state["epoch"] or state["stages"])
+
+    def check_state(self, state: dict[str, Any] | None) -> None:
+        """InputError where a run that has weights already would begin again, as its state is gone."""
+        if state is None and (self.path / "model.safetensors").exists():
+            raise InputError(
+                f"{self.path} holds a run without its state.pt, so there is nothing to go on from: choose another "
+                "--output, or delete the folder to begin again."
+            )
+
     def claim(self, recipe: Recipe, stage: str, resume: bool, from_here: bool) -> dict[str, Any] | None:
         """Check that this run may be made here, without writing; gives the state to go on from, if any.
 
@@ -114,12 +129,7 @@ class RunFolder:
                     f"the recipe disagrees with the run in {self.path}: {differences}. Leave --recipe and these keys "
                     "out to go on as the run began, or choose another --output."
                 )
-            if resume and state is None:
-                raise InputError(
-                    f"{self.path} holds a run without its state.pt, so there is nothing to go on from: choose another "
-                    "--output, or delete the folder to begin again."
-                )
-        elif self.path.is_dir() and any(path.name != "state.pt" for path in self.path.iterdir()):
+        elif self.path.is_dir() and not self._only_begun():
             raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")
         routing = resume and state is not None and state["stage"] == "router"
         if state is not None and state["stage"] != "experts" and not finished and stage != "router":

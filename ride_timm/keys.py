@@ -55,7 +55,7 @@ def _number(kind: type, value: Any, flag: str, meta: Any) -> int | float:
         raise InputError(f"{flag}: expected {noun}.") from None
     bounds = [f"above {meta['above']:g}"] if meta["above"] is not None else []
     bounds += [f"{meta['low']:g} or more"] if meta["low"] is not None else []
-    bounds += [f"at most {meta['high']:.12g}"] if meta["high"] is not None else []
+    bounds += [f"at most {meta['high']:.16g}"] if meta["high"] is not None else []
     inside = (
         (meta["above"] is None or number > meta["above"])
         and (meta["low"] is None or number >= meta["low"])

@@ -12,11 +12,11 @@ from .recipe import Stage
 _FUSED = ("sgd", "momentum", "adam", "adamw")  # torch's own, which update all parameters in one pass where told to
 
 
-def check_optimizer(name: str) -> None:
-    """InputError for an optimizer that timm does not know, or that does not work here as training uses it."""
+def check_optimizer(name: str, device: torch.device) -> None:
+    """InputError for an optimizer that timm does not know, or that does not work on the device as training uses it."""
     if name not in list_optimizers():
         raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
-    weight = torch.nn.Parameter(torch.ones(2, 2, device="cuda" if torch.cuda.is_available() else "cpu"))
+    weight = torch.nn.Parameter(torch.ones(2, 2, device=device))
     try:
         optimizer = create_optimizer_v2([weight], opt=name, lr=0.1, weight_decay=0.1, momentum=0.9)
         weight.square().sum().backward()

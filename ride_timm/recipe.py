@@ -142,7 +142,7 @@ class Recipe:
     name: str = key("run", "name of the recipe in the results (default: that of the file)", "")
     optimizer: str = key("run", "any optimizer of timm; sgd is Nesterov, momentum is not", "sgd")
     momentum: float = key("run", "momentum of SGD", 0.9, low=0, high=0.9999)
-    seed: int = key("run", "seed of weights, order and augmentation", 0, low=0, high=2**32 - 1)
+    seed: int = key("run", "seed of weights, order and augmentation", 0, low=0, high=2**53)
     mixed_precision: str = key("run", "no, bf16 or fp16", "no", choices=("no", "bf16", "fp16"))
     compile: bool = key("run", "torch.compile the training step (no gain on 2 CPU cores)", False)
     fused_norm: bool = key("run", "on a CPU: BatchNorm, shortcut and ReLU of ResNets in one pass (compiled: needs g++)", False)

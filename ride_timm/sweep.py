@@ -79,7 +79,7 @@ def run_all(
             print(f"{folder}: {recipe}, seed {seed}", file=sys.stderr)
             own = ["--recipe", recipe, "--seed", str(seed), "--output", str(folder), "--resume"]
             code = _run([*launcher, str(script), *own, *flags])
-            # launchers make a 1 of every code; a run that is not refused begins by writing down its recipe
+            # launchers make a 1 of every code; a run that can begin writes down its recipe
             if code == 2 or (code and config is not None and not RunFolder(folder).occupied):
                 raise InputError(f"{folder} was refused, for the reason above.")
             if code:

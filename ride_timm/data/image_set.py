@@ -98,7 +98,8 @@ class ImageSet:
 class LongTailData:
     """A long-tailed training set and its test set. Every class has a training image; the test set may lack classes.
 
-    val: the data set's own validation images, where they were asked for.
+    val: the data set's own validation images, where they were asked for; available: how many training images there are
+    to select the long-tailed ones from.
     """
 
     train: ImageSet
@@ -106,6 +107,7 @@ class LongTailData:
     class_names: tuple[str, ...]
     name: str
     val: ImageSet | None = None
+    available: int | None = None
 
     @property
     def num_classes(self) -> int:

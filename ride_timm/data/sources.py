@@ -126,6 +126,7 @@ def load_longtail(
         class_names=tuple(train_names or map(str, range(num_classes))),
         name=str(dataset),
         val=whole(splits[val_split], val_split) if val_split else None,
+        available=len(train_labels),
     )
 
 
@@ -165,7 +166,7 @@ def _load_annotated(
         sets = _listed_rows(dataset, data_dir, lists, names, image_column, streaming)
     train, test, *val = sets
     class_names = lists[0].class_names(num_classes)
-    return LongTailData(train.select(rows), test, class_names, dataset, val[0] if val else None)
+    return LongTailData(train.select(rows), test, class_names, dataset, val[0] if val else None, len(lists[0]))
 
 
 def _listed_files(annotations: AnnotationList, root: Path, split: str) -> ImageSet:
