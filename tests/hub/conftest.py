@@ -1,7 +1,9 @@
 """What the tests of hub/ share: its modules, which lie beside the package, and the double of the Hub."""
 
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,8 +53,15 @@ def run(make_run):
     return make_run(router=True, top_choices_num=3)
 
 
-@pytest.fixture
-def staged(run, tmp_path):
+@pytest.fixture(scope="session")
+def staged_once(run, tmp_path_factory):
     from stage import stage
 
-    return stage(run, TAG, tmp_path)
+    return stage(run, TAG, tmp_path_factory.mktemp("staged"))
+
+
+@pytest.fixture
+def staged(staged_once, tmp_path):
+    """A release of one's own to change, with a card to write into."""
+    shutil.copytree(staged_once.path, tmp_path / TAG)
+    return replace(staged_once, path=tmp_path / TAG)
