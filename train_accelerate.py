@@ -157,7 +157,14 @@ class Run:
             weights = {name: value for name, value in self.state["model"].items() if not name.startswith("router.")}
             if any(".fc.affine." in name for name in weights):
                 add_class_affine(self.model)
-            self.model.load_state_dict(weights)
+            try:
+                self.model.load_state_dict(weights)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"the weights in {args.output} do not fit a network of the {self.data.num_classes} classes that "
+                    f"the data have now ({reason}): restore the data, or choose another --output."
+                ) from error
         self.teacher = None
         taught = recipe.distillation and not self.decoupling
         if taught and "experts" in args.stages and "experts" not in self.reached:

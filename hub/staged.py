@@ -111,8 +111,8 @@ def read_recipe(path: Path, way_out: str = "stage it again") -> Recipe:
     """The recipe of a run or a release; InputError where it is none."""
     try:
         return load_recipe(path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {way_out}.") from error
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}: {way_out}.") from error
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,10 @@ def load_recipe(name: str | Path) -> Recipe:
     if str(name) in available():
         text = files(__package__).joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     elif os.path.isfile(name):
-        text = Path(name).read_text(encoding="utf-8")
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe {name} is not UTF-8 text.") from error
     else:
         raise InputError(f"recipe {str(name)!r}: no such recipe or file; there are {', '.join(available())} "
                          "(--recipe alone describes them).")  # fmt: skip

@@ -1,6 +1,7 @@
 """Input that the training script refuses, before a run and in it: one line, and nothing lost."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -128,6 +129,22 @@ def test_the_state_of_another_optimizer_is_named(train, script, colours, tmp_pat
     RunFolder(output).save_state(state)
     assert train([*flags, "--resume"]) == 2
     assert "of an optimizer of other parameter groups" in capsys.readouterr().err
+
+
+def test_data_of_other_classes_than_the_runs_are_named(train, colours, tmp_path, capsys):
+    output, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(colours, data)
+    flags = flags_of(data, output, "--epochs", "1", "--router-epochs", "1")
+    assert train([*flags, "--stage", "experts"]) == 0
+    shutil.copytree(data / "train" / "class2", data / "train" / "class3")
+    assert train([*flags, "--stage", "both", "--resume"]) == 2
+    assert "do not fit a network of the 4 classes that the data have now" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_no_text_is_named(train, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_bytes("name: Käfer".encode("latin-1"))
+    assert train(["--recipe", tmp_path / "own.yaml", "--output", tmp_path / "run"]) == 2
+    assert "own.yaml is not UTF-8 text." in capsys.readouterr().err
 
 
 def test_two_views_of_one_image_are_enough_for_norms(train, colours, tmp_path):
