@@ -52,14 +52,14 @@ def _count_pooling(module: nn.AdaptiveAvgPool2d, inputs: tuple[Tensor], output: 
 
 
 class _Whole(nn.Module):
-    """An expert from the trunk's map to its logits, as a module."""
+    """An expert from the trunk's map to its features and logits, as a module."""
 
     def __init__(self, expert: Expert) -> None:
         super().__init__()
         self.expert = expert
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.expert.forward_both(x)[1]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.expert.forward_both(x)
 
 
 _RULES = {CosineClassifier: _count_cosine, nn.AdaptiveAvgPool2d: _count_pooling}
@@ -100,13 +100,15 @@ class _Profile(TorchFunctionMode):
                 self.by_hand[id(weight)] = self.by_hand.get(id(weight), 0) + output.numel() * weight.shape[1]
         return output
 
-    def count(self, *inputs: Tensor) -> float:
-        """Multiply-accumulates of the module with these inputs."""
+    def count(self, *inputs: Tensor) -> tuple[float, Any]:
+        """Multiply-accumulates of the module with these inputs, and what it makes of them."""
         from thop import profile
 
+        outputs = []
+        self.module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         with self:
             counted = profile(self.module, inputs, custom_ops=self.rules, verbose=False)[0]
-        return float(counted) + sum(self.by_hand.values())
+        return float(counted) + sum(self.by_hand.values()), outputs[0]
 
 
 class _Gate(nn.Module):
@@ -129,13 +131,12 @@ def count_macs(model: Ride, input_size: tuple[int, int, int]) -> Macs:
         device = torch.device("cpu")
         copy = copy.to(device, memory_format=torch.contiguous_format)
     image = torch.zeros(1, *input_size, device=device)
-    trunk = _Profile(copy.trunk).count(image)
-    shared = copy.trunk(image)
+    trunk, shared = _Profile(copy.trunk).count(image)
     experts, gates = [], []
     for i, expert in enumerate(copy.experts):
-        features, logits = expert.forward_both(shared)
-        experts.append(_Profile(_Whole(expert)).count(shared))
+        own, (features, logits) = _Profile(_Whole(expert)).count(shared)
+        experts.append(own)
         if copy.router is not None and i + 1 < copy.num_experts:
-            gates.append(_Profile(_Gate(copy.router, i)).count(features, logits))
+            gates.append(_Profile(_Gate(copy.router, i)).count(features, logits)[0])
     params = sum(parameter.numel() for parameter in model.parameters())
     return Macs(trunk, tuple(experts), tuple(gates), params)
