@@ -112,6 +112,12 @@ class ConvClassifier(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias)
 
 
+def _classifier_name(net: nn.Module) -> str:
+    """What a native network calls its classifier."""
+    head = net.get_classifier()
+    return next(name for name, module in net.named_modules() if module is head)
+
+
 class TimmExpert(Expert):
     """The last stages of a native timm network with its own norm and pooling; the classifier stands in `fc`."""
 
@@ -127,8 +133,7 @@ class TimmExpert(Expert):
     def _take_classifier(self) -> None:
         net = self.stages.net
         head = net.get_classifier()
-        name = next(name for name, module in net.named_modules() if module is head)
-        net.set_submodule(name, Skip().train(net.training))
+        net.set_submodule(_classifier_name(net), Skip().train(net.training))
         self.num_features, self.head_hidden_size = net.num_features, net.head_hidden_size
         if self.use_norm and net.num_classes > 0:
             place = next(head.parameters())
@@ -335,9 +340,7 @@ def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any
 
 def _layer_of_classes(net: nn.Module) -> str:
     """Where in a classifier of several layers the classes are, such as ".fc2"; "" for one layer."""
-    head = net.get_classifier()
-    name = next(name for name, module in net.named_modules() if module is head)
-    layer = net.pretrained_cfg["classifier"]
+    name, layer = _classifier_name(net), net.pretrained_cfg["classifier"]
     return layer.removeprefix(name) if isinstance(layer, str) and layer.startswith(f"{name}.") else ""
 
 

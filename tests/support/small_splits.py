@@ -1,0 +1,21 @@
+"""Splits of a few images, as `datasets` holds them."""
+
+import io
+
+import datasets
+from datasets import Dataset, Features, Value
+from PIL import Image
+
+
+def png(value: int = 0, mode: str = "RGB", size: tuple[int, int] = (4, 4)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def split(labels, label="label", image="image", feature=None, data=None) -> Dataset:
+    """One split; its image bytes cannot be decoded unless given."""
+    data = [b"not an image"] * len(labels) if data is None else data
+    features = Features({image: datasets.Image(), label: feature or Value("int64")})
+    encoded = [d and {"bytes": d, "path": None} for d in data]
+    return Dataset.from_dict({image: encoded, label: labels}, features=features)
