@@ -18,31 +18,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from ride_timm.evaluation.evaluate.evaluate import evaluate, evaluation_batch, with_macs
+from ride_timm.evaluation.evaluate.plots import plot_run
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from ride_timm import InputError, RunError
-from ride_timm.checkpoint import RunFolder, create_model, load_teacher
-from ride_timm.data.loader import make_loader
-from ride_timm.data.orders import Shares
-from ride_timm.data.sources import hold_out, load_longtail
-from ride_timm.data.transforms import Policy, get_policy
-from ride_timm.data.views import TwoViews
-from ride_timm.decoupling import align_experts, decouple
-from ride_timm.evaluation import evaluate, evaluation_batch, with_macs
-from ride_timm.launch import Parser, Signals, exit_code, has_compiler, keep_memory, set_threads
+from ride_timm.cli.process import Signals, exit_code
+from ride_timm.data.augment.mixing import BatchChange, batch_changes
+from ride_timm.data.augment.transforms import Policy, get_policy
+from ride_timm.data.load import hold_out, load_longtail
+from ride_timm.data.loaders.loader import make_loader
+from ride_timm.data.loaders.orders import Shares
+from ride_timm.data.loaders.views import TwoViews
+from ride_timm.hardware import bf16_pays, has_compiler, keep_memory, set_threads
 from ride_timm.losses import OffsetExpertsLoss, make_loss
-from ride_timm.mixing import BatchChange, batch_changes
-from ride_timm.models import Router, add_class_affine, check_parts, has_class_affine
-from ride_timm.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
-from ride_timm.optimizers import check_optimizer, make_optimizer
-from ride_timm.plots import plot_run
-from ride_timm.processor import bf16_pays
-from ride_timm.progressive import check_sizes, shrink
-from ride_timm.recipe import DEFAULT_RECIPE, Recipe, Stage, add_flags, flags_given, listing, load_recipe
-from ride_timm.selection import Selection
-from ride_timm.sharding import hook_experts, is_sharded, make_plugin, shardable, share_out, whole
+from ride_timm.models import Router, add_class_affine, has_class_affine
+from ride_timm.models.load import load_teacher
+from ride_timm.training.arguments import Parser, add_flags, flags_given
+from ride_timm.training.ghost_batches import check_parts
+from ride_timm.training.objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
+from ride_timm.training.optimizers import check_optimizer, make_optimizer
+from ride_timm.training.rebalance import align_experts, decouple
+from ride_timm.training.recipe import DEFAULT_RECIPE, Recipe, Stage, listing, load_recipe
+from ride_timm.training.run_folder import RunFolder, create_model
+from ride_timm.training.selection import Selection
 
 BALANCED = ("cifar10", "cifar100")  # of which long-tailed subsets are made
 
@@ -121,7 +122,6 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> None:
         self.args, self.recipe, self.accelerator = args, recipe, accelerator
-        self.sharded = is_sharded(accelerator)
         self.folder = RunFolder(args.output)
         self.state = self.folder.claim(recipe, args.stage, args.resume, args.from_here)
         self.source = self.state.get("source") if self.state else args.source
@@ -146,8 +146,7 @@ class Run:
         if self.decoupling and not (self.state or args.source):
             raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
         self.model = create_model(recipe, self.data.num_classes, None if self.state else args.source, self.size)
-        check_sizes(self.model, [size for size, _ in recipe.stage(args.stages[0]).sizes], self.size)
-        if recipe.fused_norm and accelerator.device.type == "cpu" and not self.sharded:  # FSDP enters experts apart
+        if recipe.fused_norm and accelerator.device.type == "cpu":
             self.model.fuse_training()
         self.history: list[dict[str, Any]] = []
         self.reached: dict[str, Any] = {}
@@ -176,10 +175,9 @@ class Run:
             size = recipe.stage(name).batch_size
             shares = Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
             if name == "experts" and name not in self.reached and not (self.decoupling or recipe.sync_bn):
-                side = min([self.size, *(side for side, _ in recipe.stage(name).sizes)])
                 views = 2 if recipe.loss == "mdcs" and self.train_policy != self.policy else 1
                 batches = f"{shares.num_draws} images in batches of {size} (processes: {accelerator.num_processes})"
-                check_parts(self.model, side, [views * n for n in shares.fewest], recipe.ghost_batch, batches)
+                check_parts(self.model, self.size, [views * n for n in shares.fewest], recipe.ghost_batch, batches)
         self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
@@ -263,16 +261,14 @@ class Run:
         resumed = self.state if self.state and self.state["stage"] == stage.name and self.state["epoch"] else None
         if resumed:
             self.model.load_state_dict(resumed["model"])
-        if self.sharded:
-            objective = shardable(objective, accelerator.device)
-        optimizer = make_optimizer(stage, objective, recipe.momentum, self.sharded)
+        optimizer = make_optimizer(stage, objective, recipe.momentum)
         if recipe.sync_bn:
             convert_sync_batchnorm(objective)
         wrapped, optimizer = accelerator.prepare(objective, optimizer)
-        hook_experts(objective.model)
         ema, changes = None, []
         if stage.name == "experts" and not self.decoupling:
-            changes = batch_changes(recipe)
+            views = 2 if recipe.loss == "mdcs" else 1
+            changes = batch_changes(recipe.random_erasing, recipe.mixup_alpha, recipe.cutmix_alpha, views)
             if recipe.ema_decay is not None:
                 # no warm-up for a run from weights, though timm takes its first two steps as they are
                 ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=self.source is None)
@@ -281,7 +277,7 @@ class Run:
         if resumed:
             done, selection.best = resumed["epoch"], resumed["best"]
             try:
-                optimizer.load_state_dict(share_out(resumed["optimizer"], optimizer))
+                optimizer.load_state_dict(resumed["optimizer"])
             except ValueError as error:
                 raise InputError(
                     f"{self.folder.path} holds the state of an optimizer of other parameter groups, as versions wrote "
@@ -301,8 +297,6 @@ class Run:
         while done < stage.epochs and not selection.exhausted(done):
             started = time.perf_counter()
             loss = self.train_epoch(stage, done, objective, wrapped, optimizer, loader, bar, ema, changes)
-            if self.sharded:
-                self.model.load_state_dict(whole(objective.model.state_dict()))
             row = dict(stage=stage.name, epoch=done + 1, lr=stage.lr_at(done), loss=loss)
             row |= dict(seconds=round(time.perf_counter() - started, 2))
             row |= dict.fromkeys(("all", "many", "medium", "few", "held_out"))
@@ -319,7 +313,7 @@ class Run:
             self.seconds += time.perf_counter() - started
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             more = dict(ema=ema.module.state_dict()) if ema is not None else {}
-            more |= dict(optimizer=whole(optimizer.state_dict()), scaler=scaler, best=selection.best)
+            more |= dict(optimizer=optimizer.state_dict(), scaler=scaler, best=selection.best)
             self.save(stage.name, done, **more)
         bar.close()
         if ema is not None:
@@ -346,19 +340,15 @@ class Run:
         wrapped.train()
         for group in optimizer.param_groups:
             group["lr"] = stage.lr_at(epoch)
-        side = stage.size_at(epoch)
         losses = torch.zeros(len(loader), device=accelerator.device)  # looked at once an epoch: no sync per step
         for step, (images, targets) in enumerate(loader):
             start = step - step % accumulation
             size = min(accumulation, len(loader) - start)
             complete = step + 1 == start + size
-            if side is not None:
-                images = shrink(images, side)
             for change in changes:
                 images, targets = change(images, targets)
             with nullcontext() if complete else accelerator.no_sync(wrapped):
-                with accelerator.autocast():  # FSDP leaves the precision to its caller; elsewhere it is set already
-                    loss = wrapped(images, targets)["loss"]
+                loss = wrapped(images, targets)["loss"]
                 accelerator.backward(loss / size)
             losses[step] = loss.detach()
             if complete:
@@ -406,7 +396,6 @@ def train(argv: list[str] | None) -> None:
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         dynamo_backend="inductor" if recipe.compile else None,
-        fsdp_plugin=make_plugin(recipe),
         log_with=args.tracker,
         project_dir=args.output if args.tracker else None,
     )

@@ -8,16 +8,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from batches import ArrayImages, Clocked, class_counts_of, random_images
 from record import alternate, parse, parser, processes, record, show, summary
-from variants import RESIZED, VARIANTS, add_variants_flag, default_variants, ratios_of
+from variants import VARIANTS, add_variants_flag, default_variants, ratios_of
 
-from ride_timm.data.loader import decode
-from ride_timm.data.sources import load_longtail
+from ride_timm.data.load import load_longtail
+from ride_timm.data.loaders.loader import decode
 
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
@@ -28,7 +27,6 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
     else:
         images = random_images(class_counts_of(100), 32)
     class_counts = np.bincount(images.labels).tolist()
-    phases = {0: 1.0}  # the first epoch of each size of the images, and the share of all epochs that have it
     if name == "baseline":
         from baseline import PlainTraining, plain_loader
 
@@ -40,19 +38,16 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
     else:
         from ours import Training, make_recipe
 
-        keys = (VARIANTS | RESIZED)[name]
+        keys = VARIANTS[name]
         training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images, 100)
-        stage, loop = training.stage, training.train_batches
-        loader = training.training_loader(stage)
-        starts = [0, *(end for _, end in stage.sizes), stage.epochs]
-        phases = {start: (end - start) / stage.epochs for start, end in pairwise(starts)}
+        loop, loader = training.train_batches, training.training_loader(training.stage)
 
-    def step(epoch: int) -> float:
+    def step() -> float:
         clocked = Clocked(loader, args.steps, args.warm_up)
-        loop(clocked, epoch)
+        loop(clocked, 0)
         return clocked.per_step
 
-    return lambda: sum(share * step(epoch) for epoch, share in phases.items())
+    return step
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--workers", type=int, default=2, help="loader workers of the baseline; 2 in the authors' config"
     )
-    add_variants_flag(flags, RESIZED)
+    add_variants_flag(flags)
     args = parse(flags, argv)
     args.variants = args.variants or default_variants()
     num_images = sum(class_counts_of(100))

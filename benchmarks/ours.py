@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))  # the training script is no package, and this checkout is what is measured
 
-from ride_timm.checkpoint import create_model
-from ride_timm.data.transforms import get_policy
-from ride_timm.launch import keep_memory
-from ride_timm.recipe import Recipe, load_recipe
+from ride_timm.data.augment.transforms import get_policy
+from ride_timm.hardware import keep_memory
+from ride_timm.training.recipe import Recipe, load_recipe
+from ride_timm.training.run_folder import create_model
 from train_accelerate import Run
 
 

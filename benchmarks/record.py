@@ -151,7 +151,7 @@ def _git(*command: str) -> str | None:
 
 def provenance() -> dict[str, Any]:
     """Commit (and whether files that are run differ from it), versions, processor, threads and date."""
-    from ride_timm.processor import processor_name  # here: the baseline's process is to hold nothing of ours
+    from ride_timm.hardware import processor_name
 
     changed = _git("status", "--porcelain", "--", "ride_timm", "train_accelerate.py", "benchmarks/*.py")
     return {

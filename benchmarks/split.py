@@ -16,9 +16,9 @@ import datasets  # noqa: F401  imported before the clock runs
 import numpy as np
 from record import alternate, parse, parser, record, show, summary
 
-from ride_timm.data.annotations import PUBLISHED, Published, read_list
+from ride_timm.data.lists import PUBLISHED, Published, read_list
+from ride_timm.data.load import load_longtail
 from ride_timm.data.longtail import longtail_indices
-from ride_timm.data.sources import load_longtail
 
 SIZES = {"CIFAR-100": (50_000, 100), "ImageNet-LT": (115_846, 1000), "iNaturalist 2018": (437_513, 8142)}
 LISTS = {"ImageNet-LT": "imagenet_lt", "Places-LT": "places_lt", "iNaturalist 2018": "inat18"}

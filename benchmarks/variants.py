@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 
 VARIANTS = {
     "baseline": None,
@@ -14,17 +13,11 @@ VARIANTS = {
 }
 
 
-RESIZED = {  # of a recipe whose epochs have several sizes
-    "ours fp32, progressive": dict(name="cifar100_lt_progressive", mixed_precision="no"),
-    "ours bf16, progressive": dict(name="cifar100_lt_progressive", mixed_precision="bf16"),
-}
-
-
-def add_variants_flag(flags: argparse.ArgumentParser, more: Iterable[str] = ()) -> None:
+def add_variants_flag(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--variants",
         nargs="+",
-        choices=(*VARIANTS, *more),
+        choices=tuple(VARIANTS),
         help="the baseline and others; the ratio printed last is the last one's (default: the "
         "baseline, ours in fp32 and, where it pays, in bf16)",
     )
@@ -32,7 +25,7 @@ def add_variants_flag(flags: argparse.ArgumentParser, more: Iterable[str] = ()) 
 
 def default_variants() -> list[str]:
     """The baseline, ours in fp32 and, where it pays, in bf16: elsewhere it is slower, imitated ten times."""
-    from ride_timm.processor import bf16_pays  # here: the baseline's process is to hold nothing of ours
+    from ride_timm.hardware import bf16_pays
 
     return ["baseline", "ours fp32"] + ["ours bf16"] * bf16_pays()
 

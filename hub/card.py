@@ -18,9 +18,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from staged import CARD, CONFIG, HERE, RESULTS, Staged, is_registered
 from training import as_given, command, licence, numbers, rare_classes, settings, summary, training
 
-from ride_timm.launch import Parser, exit_code
+from ride_timm.cli.process import exit_code
 from ride_timm.priors import shot_groups
-from ride_timm.recipe import Recipe
+from ride_timm.training.arguments import Parser
+from ride_timm.training.recipe import Recipe
 
 TEMPLATE = HERE / "card.md.jinja"
 BEGIN = "<!-- hand-edited: what stands between these two lines is kept when the card is rendered again -->"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ride_timm import InputError
-from ride_timm.checkpoint import write_atomically
+from ride_timm.files import write_atomically
 from ride_timm.priors import shot_groups
 
 _COLOURS = {"many": "#3b6ea8", "medium": "#e0993e", "few": "#b8433a"}

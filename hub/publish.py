@@ -30,8 +30,9 @@ from verify import check_golden
 
 import ride_timm
 from ride_timm import InputError, RunError
-from ride_timm.launch import Parser, exit_code
+from ride_timm.cli.process import exit_code
 from ride_timm.models.releases import NAMESPACE, WEIGHTS, hub_error, release_table, repository_of, sha256_of
+from ride_timm.training.arguments import Parser
 
 RELEASE = f"v{ride_timm.__version__}"
 

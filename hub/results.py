@@ -15,7 +15,8 @@ from card import STAGE_NAMES, commit_fact, describe_data, result_row, run_facts,
 from staged import CONFIG, HERE, RESULTS, ROOT, Staged, fill_file
 from training import began_from, how_chosen
 
-from ride_timm.launch import Parser, exit_code
+from ride_timm.cli.process import exit_code
+from ride_timm.training.arguments import Parser
 
 PAGE = ROOT / "README.md"
 BEGIN, END = "<!-- results: rendered by hub/results.py -->", "<!-- results: end -->"

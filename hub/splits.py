@@ -22,12 +22,13 @@ from publish import Hub, compare, print_changes
 from staged import CARD, HERE
 
 from ride_timm import InputError, RunError
+from ride_timm.cli.process import exit_code
+from ride_timm.data.hub import EMBEDDED, HUB_IDS
 from ride_timm.data.image_set import ImageSet
-from ride_timm.data.reading import EMBEDDED, HUB_IDS
-from ride_timm.data.sources import load_longtail
-from ride_timm.launch import Parser, exit_code
+from ride_timm.data.load import load_longtail
 from ride_timm.models.releases import NAMESPACE, repository_of
-from ride_timm.recipe import Recipe, add_flags, flags_given
+from ride_timm.training.arguments import Parser, add_flags, flags_given
+from ride_timm.training.recipe import Recipe
 
 TEMPLATE = HERE / "split_card.md.jinja"
 SPLITS = HERE / "splits"

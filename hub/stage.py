@@ -26,6 +26,7 @@ import torch
 from card import hand_edited, shots_of, write_card
 from measure import measure
 from pictures import draw_classes, draw_routing
+from ride_timm.evaluation.evaluate.macs import count_macs
 from staged import (
     GOLDEN,
     HERE,
@@ -41,14 +42,14 @@ from staged import (
 )
 
 from ride_timm import InputError, RunError, load_legacy
-from ride_timm.checkpoint import RunFolder, provenance
-from ride_timm.data.sources import EMBEDDED
-from ride_timm.flops import count_macs
-from ride_timm.launch import Parser, exit_code, set_threads
+from ride_timm.cli.process import exit_code
+from ride_timm.data.load import EMBEDDED
+from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
 from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of
-from ride_timm.processor import device_name
-from ride_timm.recipe import Recipe, load_recipe
+from ride_timm.training.arguments import Parser
+from ride_timm.training.recipe import Recipe, load_recipe
+from ride_timm.training.run_folder import RunFolder, provenance
 
 _DAMAGED = "take it anew from where the run was made"
 _SHOWN = ("all", "many", "medium", "few")

@@ -14,7 +14,7 @@ import ride_timm
 from ride_timm import InputError
 from ride_timm.errors import listed
 from ride_timm.models.releases import CONFIG, WEIGHTS, sha256_of
-from ride_timm.recipe import Recipe, load_recipe
+from ride_timm.training.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

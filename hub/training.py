@@ -7,9 +7,9 @@ from typing import Any
 
 from staged import LICENCE, Staged
 
-from ride_timm.data.reading import HUB_IDS
+from ride_timm.data.hub import HUB_IDS
 from ride_timm.losses import LOSSES, OffsetExpertsLoss
-from ride_timm.recipe import Recipe
+from ride_timm.training.recipe import Recipe
 
 METHODS = {  # by loss: name, paper, and what the loss does
     "ride": ("RIDE", "2010.01809", "drives them apart and knows how rare each class is"),
@@ -175,7 +175,6 @@ def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> li
             ("optimizer", f"{recipe.optimizer}, weight decay {recipe.weight_decay:g}"),
             ("learning rate", f"{recipe.lr:g}, {recipe.warmup_epochs} epochs of warm-up, {schedule}"),
             ("augmentation", _augmentation(recipe)),
-            *([("image size", _sizes(recipe))] if recipe.progressive_sizes else []),
             *([("weights", f"moving average, decay {recipe.ema_decay:g}")] if recipe.ema_decay else []),
             *rows,
         ]
@@ -208,12 +207,6 @@ def _loss(recipe: Recipe, args: dict[str, Any]) -> str:
     if _moved(recipe, args):
         told.append("the experts moved to the class prior of their mean afterwards")
     return ", ".join(told)
-
-
-def _sizes(recipe: Recipe) -> str:
-    spans = zip(recipe.progressive_sizes, recipe.progressive_epochs, strict=True)
-    early = [f"{size} pixels until epoch {end}" for size, end in spans]
-    return f"{', '.join(early)}, then whole"
 
 
 def _augmentation(recipe: Recipe) -> str:

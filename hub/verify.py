@@ -24,12 +24,14 @@ from measure import measure
 from staged import CARD, GOLDEN, HERE, RECIPE, RESULTS, STAMP, Staged, is_registered, read_table
 
 from ride_timm import InputError
-from ride_timm.checkpoint import provenance
-from ride_timm.data.sources import EMBEDDED
-from ride_timm.launch import Parser, exit_code, set_threads
+from ride_timm.cli.process import exit_code
+from ride_timm.data.load import EMBEDDED
+from ride_timm.hardware import set_threads
 from ride_timm.models import Ride
 from ride_timm.models.releases import CONFIG, WEIGHTS
-from ride_timm.recipe import Recipe, load_recipe
+from ride_timm.training.arguments import Parser
+from ride_timm.training.recipe import Recipe, load_recipe
+from ride_timm.training.run_folder import provenance
 
 TOLERANCE = 1e-3  # of logits of order 10, between machines
 POINTS = 0.1  # of accuracy, in percentage points

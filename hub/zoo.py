@@ -20,9 +20,11 @@ from stage import stage
 from staged import HERE, LICENCE, ROOT, Staged
 
 from ride_timm import InputError
-from ride_timm.launch import Parser, exit_code, set_threads
+from ride_timm.cli.process import exit_code
+from ride_timm.hardware import set_threads
 from ride_timm.models.legacy import infer_architecture, read_state_dict
-from ride_timm.recipe import load_recipe
+from ride_timm.training.arguments import Parser
+from ride_timm.training.recipe import load_recipe
 
 DOWNLOAD = "https://drive.google.com/file/d/{}/view"
 

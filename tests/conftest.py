@@ -29,7 +29,7 @@ def script():
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The passes of fused norms as plain tensor arithmetic: what they compute, without the wait for a compiler."""
-    from ride_timm.models import fused_norm
+    from ride_timm.models.fused import norm as fused_norm
 
     monkeypatch.setattr(fused_norm, "_compile", lambda function, inputs: function)
     monkeypatch.setattr(fused_norm, "_COMPILED", {})
@@ -41,7 +41,7 @@ def train(script, monkeypatch):
     import torch
     from accelerate.state import AcceleratorState
 
-    from ride_timm.launch import exit_code
+    from ride_timm.cli.process import exit_code
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(script, "plot_run", lambda *_: None)  # takes half of a tiny run; whole processes draw

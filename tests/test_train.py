@@ -17,8 +17,8 @@ from journeys import (
     run_two_processes,
 )
 
-from ride_timm.__main__ import main
-from ride_timm.checkpoint import RunFolder
+from ride_timm.cli.main import main
+from ride_timm.training.run_folder import RunFolder
 
 
 def test_a_run_leaves_the_whole_folder_and_a_table(finished):

@@ -8,7 +8,7 @@ import torch
 from journeys import flags_of, stop_after_epoch
 
 from ride_timm import RunError
-from ride_timm.checkpoint import RunFolder
+from ride_timm.training.run_folder import RunFolder
 
 SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
 

@@ -11,9 +11,9 @@ from journeys import (
     stop_after_epoch,
 )
 
-from ride_timm import mixing
-from ride_timm.__main__ import main
-from ride_timm.checkpoint import RunFolder
+from ride_timm.cli.main import main
+from ride_timm.data.augment import mixing
+from ride_timm.training.run_folder import RunFolder
 
 
 def test_distillation_and_one_expert(train, finished, colours, tmp_path, capsys):

@@ -14,7 +14,7 @@ import PIL.Image
 from numpy.typing import ArrayLike
 
 from ..errors import RunError, first_line
-from .reduced_decode import upright
+from .augment.reduced_decode import upright
 
 if TYPE_CHECKING:
     from datasets import Dataset

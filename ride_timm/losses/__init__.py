@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .adjusted import BalPoELoss, LogitAdjustedLoss, MdcsLoss, OffsetExpertsLoss, SadeLoss, check_taus
-from .experts import CrossEntropyLoss, ExpertsLoss, FocalLoss, LDAMLoss, MixedTargets, RideLoss
+from .experts import CrossEntropyLoss, ExpertsLoss, FocalLoss, LDAMLoss, RideLoss
 from .terms import batch_mean, cross_entropy, distillation, diversity, focal, router_loss, router_targets, widen
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "LDAMLoss",
     "LogitAdjustedLoss",
     "MdcsLoss",
-    "MixedTargets",
     "OffsetExpertsLoss",
     "RideLoss",
     "SadeLoss",

@@ -1,7 +1,6 @@
 """Losses over the logits of all experts that need no prior: cross entropy, focal, LDAM, and RIDE's own."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +10,10 @@ from ..errors import InputError
 from .terms import cross_entropy, diversity, focal, widen
 
 
-class MixedTargets(NamedTuple):
-    """The targets of images of which each is `share` one image and the rest another: two times [B], and a scalar."""
-
-    targets: Tensor
-    others: Tensor
-    share: Tensor
-
-
 class ExpertsLoss(nn.Module):
     """A loss over all experts: buffers follow device moves and stay out of `state_dict`, the recipe restores them.
 
-    expert_logits [B, E, C], targets [B] -> scalar. Of mixed targets it is the mean of both losses by their shares:
-    Zhang et al. 2018, arXiv:1710.09412, section 2. InputError where C is not the number of class counts.
+    expert_logits [B, E, C], targets [B] -> scalar. InputError where C is not the number of class counts.
     """
 
     def __init__(self, class_counts: Sequence[int] | Tensor | None = None):
@@ -33,11 +23,8 @@ class ExpertsLoss(nn.Module):
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch, counted from 0; most losses are the same in all of them."""
 
-    def forward(self, expert_logits: Tensor, targets: Tensor | MixedTargets) -> Tensor:
+    def forward(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of one batch."""
-        if isinstance(targets, MixedTargets):
-            one, other = (self(expert_logits, which) for which in targets[:2])
-            return targets.share * one + (1 - targets.share) * other
         if expert_logits.ndim != 3 or self.num_classes not in (None, expert_logits.shape[-1]):
             raise InputError(
                 f"expected expert logits [B, E, {self.num_classes or 'C'}], got shape {tuple(expert_logits.shape)}"

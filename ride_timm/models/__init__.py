@@ -1,7 +1,6 @@
 """RIDE networks; importing this package registers their entrypoints in timm."""
 
 from .class_affine import ClassAffine, add_class_affine, has_class_affine
-from .ghost_batches import check_parts, forward_in_parts
 from .legacy import load_legacy
 from .ride import CosineClassifier, Expert, Ride, Stages
 from .ride_any import build_ride_any
@@ -20,8 +19,6 @@ __all__ = [
     "build_ride_any",
     "build_ride_resnet",
     "build_ride_resnet_cifar",
-    "check_parts",
-    "forward_in_parts",
     "has_class_affine",
     "load_legacy",
 ]

@@ -11,7 +11,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from .fused_blocks import can_go_together, forward_together, fuse_norm_relu
+from .fused.blocks import can_go_together, forward_together, fuse_norm_relu
 from .router import Router
 
 

@@ -1,6 +1,5 @@
 """The baseline computes what ours computes, and every benchmark runs."""
 
-import argparse
 import importlib.util
 import re
 import subprocess
@@ -12,9 +11,9 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 
-from ride_timm import processor
+from ride_timm import hardware as processor
 from ride_timm.losses import make_loss
-from ride_timm.objectives import ExpertsObjective
+from ride_timm.training.objectives import ExpertsObjective
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -167,26 +166,6 @@ def test_prints_its_figure_last(benchmark, capsys, uncompiled, name):
 def test_the_ratio_is_of_the_precision_that_pays(benchmark, monkeypatch, pays, chosen):
     monkeypatch.setattr(processor, "bf16_pays", lambda: pays)
     assert benchmark("variants").default_variants() == chosen
-
-
-def test_a_progressive_epoch_is_the_mean_of_its_sizes(benchmark, monkeypatch, uncompiled):
-    epoch, ours = benchmark("epoch"), benchmark("ours")
-    seconds, sides = {16: 1.0, 24: 2.0, 32: 4.0}, []
-    train_batches, logits_of = ours.Training.train_batches, ExpertsObjective.expert_logits
-
-    def clocked_by_size(self, clocked, at):
-        train_batches(self, clocked, at)
-        clocked.seconds = seconds[sides[-1]] * clocked.steps
-
-    def watched(self, images):
-        sides.append(images.shape[-1])
-        return logits_of(self, images)
-
-    monkeypatch.setattr(ours.Training, "train_batches", clocked_by_size)
-    monkeypatch.setattr(ExpertsObjective, "expert_logits", watched)
-    args = argparse.Namespace(data_dir=None, batch_size=4, steps=1, warm_up=0)
-    assert epoch.build("ours fp32, progressive", args)() == pytest.approx(0.3 * 1 + 0.4 * 2 + 0.3 * 4)
-    assert sides == [16, 24, 32]
 
 
 def test_the_baselines_memory_holds_nothing_of_ours():

@@ -23,8 +23,8 @@ def make_run(tmp_path_factory):
     import timm
     import torch
 
-    from ride_timm.checkpoint import RunFolder
-    from ride_timm.recipe import Recipe
+    from ride_timm.training.recipe import Recipe
+    from ride_timm.training.run_folder import RunFolder
 
     def make(seed=0, accuracy=50.0, **kwargs):
         path = tmp_path_factory.mktemp("run")

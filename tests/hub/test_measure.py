@@ -13,9 +13,9 @@ from verify import check_accuracy, verify
 from verify import main as verify_main
 
 from ride_timm import InputError
-from ride_timm.checkpoint import RunFolder
-from ride_timm.launch import exit_code
-from ride_timm.recipe import Recipe
+from ride_timm.cli.process import exit_code
+from ride_timm.training.recipe import Recipe
+from ride_timm.training.run_folder import RunFolder
 
 COUNTS = [30, 16, 8]
 

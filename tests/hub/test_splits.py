@@ -9,8 +9,8 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image as PILImage
 from splits import main, read_split, split_name, write_split
 
-from ride_timm.data.sources import load_longtail
-from ride_timm.recipe import Recipe
+from ride_timm.data.load import load_longtail
+from ride_timm.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

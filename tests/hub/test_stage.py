@@ -19,9 +19,9 @@ from verify import main as verify_main
 from verify import verify
 
 from ride_timm import InputError
-from ride_timm.__main__ import main as evaluate_main
-from ride_timm.launch import exit_code
-from ride_timm.recipe import load_recipe
+from ride_timm.cli.main import main as evaluate_main
+from ride_timm.cli.process import exit_code
+from ride_timm.training.recipe import load_recipe
 
 
 def test_a_run_becomes_a_release(staged, run):

@@ -13,7 +13,7 @@ from staged import HERE
 from training import DECOUPLED, METHODS
 
 from ride_timm.losses import LOSSES
-from ride_timm.methods import DECOUPLINGS
+from ride_timm.training.methods import DECOUPLINGS
 
 
 def render_with(staged, **changes):
@@ -53,14 +53,6 @@ def render_with(staged, **changes):
         (dict(mixup_alpha=0.4, random_erasing=0.5), ["| cifar, random erasing of 50% of the images, mixup 0.4 |"]),
         (dict(select="best", holdout=0.1), ["The epoch was chosen on held-out training images; the test set chose"]),
         (dict(select="best", use_val=True), ["The epoch was chosen on validation images;"]),
-        (
-            dict(epochs=200, progressive_sizes=(16, 24), progressive_epochs=(60, 140)),
-            ["| image size | 16 pixels until epoch 60, 24 pixels until epoch 140, then whole |"],
-        ),
-        (
-            dict(decouple="tau_norm", epochs=9, progressive_sizes=(16,), progressive_epochs=(5,)),
-            ["| image size | 16 pixels until epoch 5, then whole |"],
-        ),
         (dict(ema_decay=0.999), ["| weights | moving average, decay 0.999 |"]),
         (dict(dataset="cifar10", imb_type="none"), ["recipe.yaml --data-dir path/to", "cifar10, taken as it is;"]),
     ],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ride_timm import load_legacy
 from ride_timm.errors import InputError
 from ride_timm.models.legacy import convert_state_dict, infer_architecture, read_state_dict
-from ride_timm.objectives import RouterObjective
+from ride_timm.training.objectives import RouterObjective
 
 PARITY = Path(__file__).parents[1] / "parity"
 MODELS = json.loads((PARITY / "models.json").read_text())

@@ -15,8 +15,8 @@ import torch
 from authors_files import save, tiny
 
 from ride_timm import load_legacy
-from ride_timm.checkpoint import load_model
 from ride_timm.errors import InputError
+from ride_timm.models.load import load_model
 
 
 @pytest.fixture

@@ -7,17 +7,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from ride_timm.inference.options.export import export
 from timm.data import resolve_input_data_config
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 import ride_timm  # noqa: F401  (registers the models)
-from ride_timm.checkpoint import RunFolder
-from ride_timm.export import export
 from ride_timm.losses import make_loss
 from ride_timm.models import Ride
-from ride_timm.objectives import ExpertsObjective
-from ride_timm.recipe import load_recipe
+from ride_timm.training.objectives import ExpertsObjective
+from ride_timm.training.recipe import load_recipe
+from ride_timm.training.run_folder import RunFolder
 
 SWIN = dict(img_size=64, window_size=4, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
 # name: (side of its images, what makes it small)

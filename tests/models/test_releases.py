@@ -8,10 +8,10 @@ import torch
 from timm.models import generate_default_cfgs, resolve_model_input_args
 
 from ride_timm import InputError
-from ride_timm.checkpoint import RunFolder, create_model
 from ride_timm.models import releases
 from ride_timm.models.releases import read_config, release_table, repository_of, sha256_of
-from ride_timm.recipe import load_recipe
+from ride_timm.training.recipe import load_recipe
+from ride_timm.training.run_folder import RunFolder, create_model
 
 
 def test_every_release_is_a_tag_that_can_be_built():

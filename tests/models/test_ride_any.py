@@ -13,9 +13,9 @@ from small_backbones import BACKBONES, FEW, build, count, images, lively, native
 from timm.models._manipulate import group_parameters
 
 import ride_timm  # noqa: F401  (registers the models)
-from ride_timm.checkpoint import RunFolder
 from ride_timm.models import CosineClassifier, Ride
 from ride_timm.models.cuts import CUTS, find_cut
+from ride_timm.training.run_folder import RunFolder
 
 # bit for bit every family is tried; the longer checks take a few, or all with RIDE_TIMM_ALL_BACKBONES=1
 SEVERAL = list(BACKBONES) if os.environ.get("RIDE_TIMM_ALL_BACKBONES") else FEW

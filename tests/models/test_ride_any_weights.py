@@ -10,7 +10,7 @@ import torch
 from small_backbones import FEW, build, images, lively, weights_of
 from torch import nn
 
-from ride_timm.checkpoint import RunFolder
+from ride_timm.training.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("backbone", FEW)

@@ -11,7 +11,7 @@ from small_networks import SIZES, SMALL, build, images
 from timm.layers import DropPath
 
 from ride_timm import InputError
-from ride_timm.checkpoint import RunFolder
+from ride_timm.training.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("name", SMALL)

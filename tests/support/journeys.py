@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ride_timm.launch import Interrupted
+from ride_timm.cli.process import Interrupted
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "train_accelerate.py")

@@ -31,9 +31,9 @@ from stage import stage  # noqa: E402
 from staged import Staged  # noqa: E402
 from verify import data_of, verify  # noqa: E402
 
-from ride_timm.checkpoint import RunFolder  # noqa: E402
-from ride_timm.data.transforms import get_policy  # noqa: E402
-from ride_timm.recipe import load_recipe  # noqa: E402
+from ride_timm.data.augment.transforms import get_policy  # noqa: E402
+from ride_timm.training.recipe import load_recipe  # noqa: E402
+from ride_timm.training.run_folder import RunFolder  # noqa: E402
 
 NAME = "ride_resnet32.fashion_lt"
 SMALL = dict(num_experts=2, layer2_output_dim=16, layer3_output_dim=16)

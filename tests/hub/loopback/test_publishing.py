@@ -15,10 +15,10 @@ from splits import check_split, publish_split, read_split
 from verify import verify
 
 from ride_timm import InputError, RunError
-from ride_timm.data.sources import load_longtail
-from ride_timm.launch import exit_code
+from ride_timm.cli.process import exit_code
+from ride_timm.data.load import load_longtail
 from ride_timm.models.releases import sha256_of
-from ride_timm.recipe import Recipe
+from ride_timm.training.recipe import Recipe
 
 NAME = "ride_resnet32.fashion_lt"
 

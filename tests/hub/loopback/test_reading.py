@@ -18,8 +18,8 @@ from huggingface_hub import constants
 from timm.models import _registry, generate_default_cfgs, resolve_model_input_args
 
 from ride_timm import InputError
-from ride_timm.checkpoint import load_model
 from ride_timm.models import releases
+from ride_timm.models.load import load_model
 from ride_timm.models.releases import CONFIG, WEIGHTS, sha256_of
 
 NAME = "ride_resnet32.fashion_lt"

@@ -1,0 +1,1 @@
+"""Augmentation policies: per image, per batch, mixing."""

@@ -1,0 +1,153 @@
+"""Opening a data set: in the package, in a local folder or on the Hub, through HF `datasets`, split by split."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError, first_line
+from .lists import PUBLISHED
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+EMBEDDED = "fashion_lt"
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+# the words by which `datasets` knows the folder of a split, and what may stand around them
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+_BETWEEN_WORDS = r"[-._ 0-9]+"
+
+
+def read_splits(dataset: str, data_dir: str | Path | None) -> dict[str, Dataset]:
+    """The splits by name, from the package, a local path or the Hub, in that order of question."""
+    if data_dir is not None:
+        return read_local(Path(data_dir).expanduser())
+    if dataset == EMBEDDED:
+        return _read_embedded()
+    if dataset in HUB_IDS:
+        return read_hub(HUB_IDS[dataset], dataset)
+    path = Path(dataset).expanduser()
+    if dataset and path.exists():
+        return read_local(path)
+    if is_hub_id(dataset):
+        return read_hub(dataset, dataset)
+    raise InputError(
+        f"unknown data set {dataset!r}: neither one of {', '.join([EMBEDDED, *PUBLISHED, *HUB_IDS])}, nor a Hub "
+        "id owner/name, nor an existing folder"
+    )
+
+
+def _read_embedded() -> dict[str, Dataset]:
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    def read(split: str) -> Dataset:
+        # into memory: a set this small needs no copy in the datasets cache
+        with as_file(files(__package__) / EMBEDDED / f"{split}.parquet") as path:
+            return Dataset(parquet.read_table(path))
+
+    return {split: read(split) for split in ("train", "test")}
+
+
+def read_hub(hub_id: str, name: str, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+    import datasets
+
+    with _quiet(datasets):
+        try:
+            splits = datasets.load_dataset(hub_id, **(dict(streaming=True) if streaming else {}))
+        except Exception as error:  # no network, no such repository, gated, no images: one way out for all
+            folder = f" (there is no folder {hub_id!r} here either)" if hub_id == name else ""
+            raise InputError(
+                f"cannot read data set {name!r} from https://huggingface.co/datasets/{hub_id}{folder}: "
+                f"{first_line(error)}; check the name and the network, or give a local copy with --data-dir"
+            ) from error
+    return dict(splits)
+
+
+def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+    import datasets
+
+    if not path.exists():
+        raise InputError(f"data set folder {str(path)!r} does not exist")
+    if path.is_file() and path.suffix != ".parquet":
+        raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, or a .parquet file")
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if saved and streaming:
+        raise InputError(f"{str(path)!r} was written by save_to_disk and is never read as a whole: leave streaming out")
+    how = dict(streaming=True) if streaming else {}
+    with _quiet(datasets):
+        try:
+            if saved:
+                splits = datasets.load_from_disk(str(path))
+            elif path.is_file():
+                splits = datasets.load_dataset("parquet", data_files=str(path), **how)
+            else:
+                splits = datasets.load_dataset(str(path), **how | _split_folders(path))
+        except Exception as error:  # empty or mixed folders, broken parquet, …: datasets has no common error
+            raise InputError(
+                f"cannot read a data set from {str(path)!r}: {first_line(error)}; it should hold parquet files, "
+                "folders of images by class under train/ and test/, or what save_to_disk wrote, and no empty split"
+            ) from error
+    return dict(splits) if isinstance(splits, dict) else {"train": splits}
+
+
+def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
+    """The `data_files` of a folder with train/ in it: each split's files are those in the top folders of its name.
+
+    Left to itself, `datasets` looks for the names of splits in every folder, and puts the test images of a class called
+    "train" or "train station" into the training set as well. Nothing where rows or the card say what the splits are.
+    """
+    cards = (path / "README.md", path / ".huggingface.yaml")
+    if holds_rows(path) or any(re.search(r"^configs:", c.read_text("utf-8"), re.M) for c in cards if c.is_file()):
+        return {}
+    folders = [
+        folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith((".", "__"))
+    ]
+    if not any(folder.name in _SPLIT_WORDS["train"] for folder in folders):
+        return {}
+    data_files = {}
+    for split, words in _SPLIT_WORDS.items():
+        named = [folder for folder in folders if not words.isdisjoint(re.split(_BETWEEN_WORDS, folder.name))]
+        filled = [f"{escape(folder.name)}/**" for folder in named if any(p.is_file() for p in folder.rglob("[!.]*"))]
+        if filled:
+            data_files[split] = filled
+    return dict(data_files=data_files) if data_files else {}
+
+
+@contextmanager
+def _quiet(datasets) -> Iterator[None]:
+    """No progress bars and no retry warnings while reading: the error says once what they say many times."""
+    from datasets.utils import are_progress_bars_disabled
+
+    hub_log = logging.getLogger("huggingface_hub")
+    level, bars = hub_log.level, not are_progress_bars_disabled()
+    hub_log.setLevel(logging.ERROR)
+    if bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub_log.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether a local path holds rows (parquet, or what `save_to_disk` wrote) rather than image files."""
+    if path.is_file() or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return True
+    return any(next(path.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet"))
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None

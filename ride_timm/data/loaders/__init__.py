@@ -1,0 +1,1 @@
+"""Batches: orders, in memory, by workers, streamed."""

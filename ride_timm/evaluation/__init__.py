@@ -1,0 +1,1 @@
+"""From test logits to metrics, routing curves, MACs, tables and plots."""

@@ -1,0 +1,1 @@
+"""Run a trained model: load, fast inference options, ONNX export."""

@@ -1,0 +1,184 @@
+"""A model as ONNX graphs, with or without its routing, and a manifest of what they expect.
+
+Three kinds. `ensemble`: one graph, all experts always. `masked`: one graph that computes all experts and masks what
+the gates did not ask for: routing's answers at the ensemble's cost, for servers that take one graph. `driver`: a
+graph for the trunk, each expert and each gate, and a small driver that runs an expert only on its samples: routing's
+answers at routing's cost. All take any batch size.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from copy import deepcopy
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..errors import InputError, RunError
+from ..models import Expert, Ride, Router
+
+KINDS = {"none": "ensemble", "masked": "masked", "driver": "driver"}  # by the value of --routed
+
+
+class _Ensemble(nn.Module):
+    def __init__(self, model: Ride) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(images))
+
+
+class _Expert(nn.Module):
+    def __init__(self, expert: Expert) -> None:
+        super().__init__()
+        self.expert = expert
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        return self.expert.forward_both(maps)
+
+
+class _Gate(nn.Module):
+    def __init__(self, router: Router, i: int) -> None:
+        super().__init__()
+        self.router, self.i = router, i
+
+    def forward(self, features: Tensor, mean_logits: Tensor) -> Tensor:
+        return self.router.gate(self.i, features, mean_logits).sigmoid()
+
+
+class _Masked(nn.Module):
+    """Every expert on every sample; a sample keeps the mean of the experts that routing would have used."""
+
+    def __init__(self, model: Ride) -> None:
+        super().__init__()
+        self.trunk, self.num_experts = model.trunk, model.num_experts
+        self.experts = nn.ModuleList(_Expert(expert) for expert in model.experts)
+        self.gates = nn.ModuleList(_Gate(model.router, i) for i in range(model.num_experts - 1))
+
+    def forward(self, images: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.trunk(images)
+        features, total = self.experts[0](x)
+        output = mean = total
+        going = torch.ones_like(total[:, 0], dtype=torch.bool)
+        used = going.long()
+        for i in range(1, self.num_experts):
+            going = going & (self.gates[i - 1](features, mean) > threshold)
+            features, logits = self.experts[i](x)
+            total = total + logits
+            mean = total / (i + 1)
+            output = torch.where(going[:, None], mean, output)
+            used = used + going.long()
+        return output, used
+
+
+def check_export(folder: str | Path, model: Ride | None = None, routed: str = "none") -> None:
+    """InputError where the packages are missing, the folder is taken, or the model has no router to export."""
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"exporting needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output {folder} is a file: name a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"output {folder} is not empty: choose another folder.")
+    if model is not None and routed != "none" and model.router is None:
+        raise InputError(f"routed={routed}: this model has no router; leave --routed out, or train stage two.")
+
+
+def export(
+    model: Ride, folder: str | Path, routed: str = "none", threshold: float = 0.5, size: int | None = None
+) -> Path:
+    """Write the graphs and manifest.json into a new folder, all or nothing; gives the folder.
+
+    routed: "none", "masked" or "driver"; threshold: the manifest's, which a driver takes by default; size: side of
+    the images (the model's own by default). InputError as `check_export` says; RunError where writing fails.
+    """
+    folder = Path(folder)
+    check_export(folder, model, routed)
+    model = deepcopy(model).float().eval().to("cpu", memory_format=torch.contiguous_format)
+    cfg = model.pretrained_cfg
+    size = size or cfg["input_size"][-1]
+    manifest = dict(
+        kind=KINDS[routed],
+        architecture=cfg.get("architecture"),
+        input_size=[model.in_chans, size, size],
+        **{key: cfg.get(key) for key in ("mean", "std", "interpolation", "crop_pct")},
+        num_classes=model.num_classes,
+        num_experts=model.num_experts,
+        threshold=None if routed == "none" else threshold,
+        labels=list(cfg.get("label_names") or map(str, range(model.num_classes))),
+        versions={"ride-timm": __version__, **{name: version(name) for name in ("torch", "onnx")}},
+    )
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        manifest["graphs"] = _write_graphs(model, partial, routed, size)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if routed == "driver":
+            shutil.copyfile(Path(__file__).with_name("onnx_driver.py"), partial / "driver.py")
+        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can enter
+        os.replace(partial, folder)
+    except OSError as error:
+        raise RunError(f"{folder} could not be written ({error}); nothing was left there.") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+@torch.no_grad()
+def _write_graphs(model: Ride, folder: Path, routed: str, size: int) -> dict[str, Any]:
+    """Write the graphs of a kind; {file: {"inputs", "outputs"}}."""
+    graphs: dict[str, Any] = {}
+    images = torch.randn(2, model.in_chans, size, size)
+
+    def write(file: str, module: nn.Module, inputs: dict[str, Tensor], outputs: list[str]) -> Any:
+        graphs[file] = dict(inputs=list(inputs), outputs=outputs)
+        _export_graph(module.eval(), folder / file, inputs, outputs)
+        return module(*inputs.values())
+
+    if routed == "none":
+        write("model.onnx", _Ensemble(model), dict(images=images), ["logits"])
+    elif routed == "masked":
+        inputs = dict(images=images, threshold=torch.tensor(0.5))
+        write("model.onnx", _Masked(model), inputs, ["logits", "experts_used"])
+    else:
+        maps = write("trunk.onnx", model.trunk, dict(images=images), ["maps"])
+        for i, expert in enumerate(model.experts):
+            features, logits = write(f"expert_{i + 1}.onnx", _Expert(expert), dict(maps=maps), ["features", "logits"])
+            if i + 1 < model.num_experts:
+                inputs = dict(features=features, mean_logits=logits)
+                write(f"gate_{i + 1}.onnx", _Gate(model.router, i), inputs, ["probability"])
+    return graphs
+
+
+def _export_graph(module: nn.Module, path: Path, inputs: dict[str, Tensor], outputs: list[str]) -> None:
+    """One self-contained file whose inputs have a free batch dimension; numbers (0-d tensors) have none."""
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if value.ndim else {} for value in inputs.values())
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the exporter says of its own inside
+        torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            path,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )

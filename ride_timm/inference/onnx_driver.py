@@ -1,0 +1,67 @@
+"""Runs networks exported with their routing in parts: numpy and onnxruntime only.
+
+`python -m ride_timm export --routed driver` puts a copy of this file into the folder, so that it serves alone:
+`OnnxRouted(folder)(images)`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+def load_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """A graph on the CPU; threads: 0 for all cores."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # threads that wait for the next call by spinning take the cores from the next graph: routing would cost time
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+class OnnxRouted:
+    """An exported trunk, its experts and gates; an expert runs only on the samples sent to it.
+
+    threshold: gate probability above which a sample goes on, the manifest's by default; threads: 0 for all cores.
+    """
+
+    def __init__(self, folder: str | Path, threshold: float | None = None, threads: int = 0) -> None:
+        folder = Path(folder)
+        self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if self.manifest["kind"] != "driver":
+            raise ValueError(f"{folder} holds a network of kind {self.manifest['kind']!r}, expected 'driver'.")
+        self.threshold = self.manifest["threshold"] if threshold is None else threshold
+        num_experts = self.manifest["num_experts"]
+        self.trunk = load_session(folder / "trunk.onnx", threads)
+        self.experts = [load_session(folder / f"expert_{i + 1}.onnx", threads) for i in range(num_experts)]
+        self.gates = [load_session(folder / f"gate_{i + 1}.onnx", threads) for i in range(num_experts - 1)]
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """images float32 [B, 3, H, W], normalised -> (logits [B, C], num_experts_used int64 [B])"""
+        used = np.ones(len(images), dtype=np.int64)
+        if len(images) == 0:
+            return np.zeros((0, self.manifest["num_classes"]), dtype=np.float32), used
+        (x,) = self.trunk.run(None, {"images": images})
+        rows = np.arange(len(images))  # of the samples that went on
+        total = output = None
+        for i, expert in enumerate(self.experts):
+            features, logits = expert.run(None, {"maps": x})
+            total = logits if total is None else total + logits
+            mean = total / np.float32(i + 1)
+            if output is None:
+                output = mean
+            else:
+                output[rows] = mean
+            if i + 1 == len(self.experts):
+                break
+            (probability,) = self.gates[i].run(None, {"features": features, "mean_logits": mean})
+            go_on = probability > self.threshold
+            if not go_on.any():
+                break
+            if not go_on.all():
+                x, total, rows = x[go_on], total[go_on], rows[go_on]
+            used[rows] = i + 2
+        return output, used

@@ -1,0 +1,1 @@
+"""Fused BatchNorm, shortcut and ReLU for training on CPUs."""

@@ -1,0 +1,1 @@
+"""Train both stages: recipe, preflight, stages, state, run folder."""

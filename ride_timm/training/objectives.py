@@ -1,0 +1,191 @@
+"""What is trained: a model joined to a loss. `objective(images, targets)` gives a loss and the ensemble's logits.
+
+Wrap the objective, not the model, when going distributed: gradients are synchronised through its `forward` alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..data.augment.mixing import MixedTargets
+from ..errors import InputError
+from ..losses import ExpertsLoss, cross_entropy, distillation, router_loss, widen
+from .ghost_batches import forward_in_parts
+
+
+class Objective(nn.Module):
+    """A model with what it is trained for.
+
+    images [B, in_chans, H, W], targets [B] -> {"loss": scalar, "logits": [B, C], detached mean over the experts}.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch, counted from 0."""
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters for the optimizer, in the model's order."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+class ExpertsObjective(Objective):
+    """Stage one: trunk and experts under a loss of all experts' logits.
+
+    ghost_batch: images that BatchNorm takes its statistics from, all of a process' batch at once where None.
+    InputError for a model with a router, which would be left without gradients. RIDE, arXiv:2010.01809, section 3.
+    """
+
+    def __init__(self, model: nn.Module, loss: ExpertsLoss, ghost_batch: int | None = None):
+        super().__init__(model)
+        self.ghost_batch = ghost_batch
+        if getattr(model, "router", None) is not None:
+            raise InputError("stage one trains no router: create the model with router=False")
+        self.loss = loss
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch, counted from 0, for the loss."""
+        self.loss.set_epoch(epoch)
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        """Logits of all experts, [B, E, C]."""
+        return forward_in_parts(lambda part: self.model.forward_experts(part)[1], self.model, images, self.ghost_batch)
+
+    def loss_of(self, expert_logits: Tensor, targets: Tensor | MixedTargets) -> Tensor:
+        """The loss; of mixed targets, the mean over both labels by their fractions. arXiv:1710.09412, section 2"""
+        if not isinstance(targets, MixedTargets):
+            return self.loss(expert_logits, targets)
+        one, other = (self.loss(expert_logits, labels) for labels in targets[:2])
+        return targets.share * one + (1 - targets.share) * other
+
+    def forward(self, images: Tensor, targets: Tensor | MixedTargets) -> dict[str, Tensor]:
+        """Loss and logits of one batch."""
+        expert_logits = self.expert_logits(images)
+        return {"loss": self.loss_of(expert_logits, targets), "logits": expert_logits.detach().mean(1)}
+
+
+class DistillationObjective(ExpertsObjective):
+    """Stage one with a frozen teacher: E * (loss + distillation of the mean logits).
+
+    The teacher is any module with images -> logits [B, C]. It is no submodule: neither an optimizer, nor DDP, nor
+    `state_dict` sees it, but it follows device moves. Kept from the authors: the mean of the experts learns from the
+    teacher, not each expert, and the whole is counted once for each expert; in their runs the teacher was in train
+    mode, so it normalised by the statistics of each process' own batch (`teacher_mode="train"`; its running
+    statistics then move too, without effect on what it teaches). InputError for a temperature not above 0, an unknown
+    mode, or a teacher of other classes. RIDE, arXiv:2010.01809, section 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: ExpertsLoss,
+        teacher: nn.Module,
+        temperature: float = 1.0,
+        teacher_mode: Literal["eval", "train"] = "eval",
+        ghost_batch: int | None = None,
+    ):
+        super().__init__(model, loss, ghost_batch)
+        if not temperature > 0:
+            raise InputError(f"the distillation temperature must be above 0, got {temperature}")
+        if teacher_mode not in ("eval", "train"):
+            raise InputError(f"teacher_mode must be 'eval' or 'train', got {teacher_mode!r}")
+        classes = [getattr(net, "num_classes", None) for net in (model, teacher)]
+        if None not in classes and classes[0] != classes[1]:
+            raise InputError(f"the teacher has {classes[1]} classes, the model {classes[0]}")
+        self.temperature = temperature
+        self.teacher_mode = teacher_mode
+        self._teacher = (teacher.requires_grad_(False),)  # in a tuple nn.Module does not register it
+        self.train(self.training)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def train(self, mode: bool = True) -> "DistillationObjective":
+        """Sets the mode; the teacher is in train mode only where `teacher_mode` says so and training goes on."""
+        self.teacher.train(mode and self.teacher_mode == "train")
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationObjective":
+        self.teacher._apply(fn)  # .to(), .cuda(), .double() all come through here
+        return super()._apply(fn, recurse)
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of one batch."""
+        with torch.no_grad():
+            teacher_logits = forward_in_parts(self.teacher, self.teacher, images, self.ghost_batch)
+        expert_logits = self.expert_logits(images)
+        taught = distillation(expert_logits.mean(1), teacher_logits, self.temperature)
+        loss = expert_logits.shape[1] * (self.loss_of(expert_logits, targets) + taught)
+        return {"loss": loss, "logits": expert_logits.detach().mean(1)}
+
+
+class HeadsObjective(Objective):
+    """Second stage of decoupled training: some of the heads' parameters learn, all else is frozen and in eval mode.
+
+    trained: names of the parameters that learn, such as every expert's classifier. The loss is the cross entropy of
+    each expert on its own, summed; class-balanced batches make it the balanced one. InputError for a name that the
+    model does not have. Kang et al. 2020, arXiv:1910.09217, section 4.
+    """
+
+    def __init__(self, model: nn.Module, trained: Sequence[str]):
+        super().__init__(model)
+        parameters = dict(model.named_parameters())
+        unknown = [name for name in trained if name not in parameters]
+        if unknown or not trained:
+            raise InputError(f"the model has no parameter {', '.join(unknown) or 'to train'}")
+        model.requires_grad_(False)
+        for name in trained:
+            parameters[name].requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "HeadsObjective":
+        """Sets the objective's mode; the model stays in eval mode, so BatchNorm keeps its statistics."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of one batch."""
+        _, expert_logits = self.model.forward_experts(images)
+        return {"loss": cross_entropy(widen(expert_logits), targets), "logits": expert_logits.detach().mean(1)}
+
+
+class RouterObjective(Objective):
+    """Stage two: the router alone learns when a further expert helps; all else is frozen and stays in eval mode.
+
+    InputError for a model without a router or with a single expert. RIDE, arXiv:2010.01809, section 3.
+    """
+
+    def __init__(self, model: nn.Module, pos_weight: float = 20.0):
+        super().__init__(model)
+        if getattr(model, "router", None) is None:
+            raise InputError("stage two trains a router, the model has none: create it with router=True")
+        if model.num_experts < 2:
+            raise InputError(f"a router chooses between at least 2 experts, the model has {model.num_experts}")
+        if not pos_weight > 0:
+            raise InputError(f"pos_weight must be above 0, got {pos_weight}")
+        self.pos_weight = pos_weight
+        model.requires_grad_(False)
+        model.router.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "RouterObjective":
+        """Sets the router's mode; frozen BatchNorm keeps its statistics, frozen dropout stays off."""
+        super().train(mode)
+        self.model.eval()
+        self.model.router.train(mode)
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of one batch; the logits are those of all experts."""
+        with torch.no_grad():
+            features, expert_logits = self.model.forward_experts(images)
+        gate_logits = self.model.router(features, expert_logits)
+        loss = router_loss(gate_logits, expert_logits, targets, self.pos_weight)
+        return {"loss": loss, "logits": expert_logits.mean(1)}

@@ -1,0 +1,36 @@
+"""timm's optimizers as both stages use them."""
+
+from __future__ import annotations
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+
+from ..errors import InputError, first_line
+from .objectives import Objective
+from .recipe import Stage
+
+_FUSED = ("sgd", "momentum", "adam", "adamw")  # torch's own, which update all parameters in one pass where told to
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """InputError for an optimizer that timm does not know, or that does not work on the device as training uses it."""
+    if name not in list_optimizers():
+        raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
+    weight = torch.nn.Parameter(torch.ones(2, 2, device=device))
+    try:
+        optimizer = create_optimizer_v2([weight], opt=name, lr=0.1, weight_decay=0.1, momentum=0.9)
+        weight.square().sum().backward()
+        optimizer.step()
+    except Exception as error:  # missing packages, missing devices, second derivatives: each has its own
+        raise InputError(f"optimizer={name!r} does not work here ({first_line(error)}): choose another.") from error
+
+
+def make_optimizer(stage: Stage, objective: Objective, momentum: float) -> torch.optim.Optimizer:
+    """A stage's optimizer of what its objective trains."""
+    parameters = objective.trainable_parameters()
+    if not stage.decay_norm_and_bias:
+        exempt = {f"model.{name}" for name in objective.model.no_weight_decay()}
+        parameters = param_groups_weight_decay(objective, stage.weight_decay, no_weight_decay_list=exempt)
+    settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=momentum)
+    settings |= dict(fused=True) if stage.optimizer in _FUSED else {}
+    return create_optimizer_v2(parameters, opt=stage.optimizer, **settings)

@@ -1,0 +1,101 @@
+"""timm's augmentations of single images: their generator, their place in the transform, their names."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ride_timm import InputError
+from ride_timm.data.augment.auto_augment import TimmAugment
+from ride_timm.data.augment.transforms import Draws, build_augment, get_policy
+from ride_timm.data.load import load_longtail
+from ride_timm.data.loaders.loader import decode, make_loader
+
+DESCRIPTIONS = ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1", "original", "v0", "augmix-m3-w3", "3a"]
+MEAN = (0.5, 0.4, 0.3)
+
+
+def picture(side=32):
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS)
+def test_choices_follow_from_torchs_generator_alone(description):
+    augment = TimmAugment(description, 32, MEAN)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        random.seed(int.from_bytes(np.random.bytes(4), "big"))  # other generators stand anywhere
+        return [np.asarray(augment(picture())) for _ in range(6)]
+
+    one, again, other = draw(0), draw(0), draw(1)
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    assert any(not np.array_equal(a, np.asarray(picture())) for a in one)
+    assert all(a.shape == (32, 32, 3) and a.dtype == np.uint8 for a in one)
+
+
+def test_other_generators_are_left_where_they_were():
+    random.seed(5)
+    np.random.seed(5)
+    expected = (random.random(), np.random.rand())
+    random.seed(5)
+    np.random.seed(5)
+    TimmAugment("rand-m9-mstd0.5", 32, MEAN)(picture())
+    assert (random.random(), np.random.rand()) == expected
+
+
+@pytest.mark.parametrize(("name", "after"), [("cifar", None), ("imagenet", "RandomHorizontalFlip")])
+def test_it_stands_before_a_padded_crop_or_after_the_flip_in_training_only(name, after):
+    plain = get_policy(name)
+    policy = plain.with_auto_augment("rand-m9-mstd0.5")
+    assert policy.in_memory == plain.in_memory and get_policy(name) == plain and plain.auto_augment is None
+    size = policy.size
+    steps = [type(step).__name__ for step in build_augment(policy, True).transforms]
+    without = [type(step).__name__ for step in build_augment(plain, True).transforms]
+    place = steps.index("TimmAugment")
+    assert [None, *steps][place] == after and steps[:place] + steps[place + 1 :] == without
+    image = picture(size)
+    assert build_augment(policy, True)(image).shape == (3, size, size)
+    assert torch.equal(build_augment(policy, False)(image), build_augment(plain, False)(image))
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS)
+def test_a_batch_is_its_images_one_by_one(description):
+    augment, seeds = TimmAugment(description, 32, MEAN), torch.tensor([3, 2**32 - 1, 3, 0])
+    images = torch.from_numpy(np.stack([np.asarray(picture())] * 4))
+    together = augment.batch(images, seeds)
+    assert together.dtype == torch.uint8 and np.array_equal(images[0], picture())
+    for one, seed in zip(together, seeds, strict=True):
+        (alone,) = augment.each([picture()], seed[None])
+        assert np.array_equal(one, alone)
+    assert torch.equal(together[0], together[2])
+
+
+def test_a_batch_of_small_images_is_changed_before_its_crop(colours, monkeypatch):
+    images = load_longtail(str(colours), imb_type="none").train
+    policy = get_policy("cifar").with_auto_augment("rand-m9-mstd0.5")
+    loader = make_loader(images, policy, train=True, batch_size=12, seed=3)
+    seen, change = [], loader.auto_augment.batch
+
+    def batch(pixels, seeds):
+        seen.append((pixels, seeds, change(pixels, seeds)))
+        return seen[-1][-1]
+
+    still = Draws(*(torch.full((12,), value) for value in (policy.padding, policy.padding, False, 0.0)))
+    monkeypatch.setattr(loader.auto_augment, "batch", batch)
+    monkeypatch.setattr(loader.augment, "draw", lambda number, generator: still.part(0, number))
+    for (made, _), low in zip(loader, range(0, len(images), 12), strict=True):
+        pixels, seeds, changed = seen[-1]
+        order = torch.from_numpy(loader.order(0))[low : low + 12]
+        assert torch.equal(pixels, decode(images)[order]) and len(seeds.unique()) == len(seeds) == len(pixels)
+        assert not torch.equal(changed, pixels) and torch.equal(made, loader.augment.normalize(changed))
+
+
+@pytest.mark.parametrize("description", ["hope", "rand-q9", "augmix-x1", ""])
+def test_a_description_that_timm_does_not_know_is_named(description):
+    with pytest.raises(InputError, match=f"auto_augment='{description}': expected timm's words"):
+        get_policy("cifar").with_auto_augment(description)

@@ -1,0 +1,112 @@
+"""Orders and shares: exact, repeatable at any epoch, and covering every batch."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from ride_timm.data.loaders.orders import ClassBalancedOrder, SequentialOrder, Shares, ShuffledOrder
+from ride_timm.errors import InputError
+
+
+def test_sequential_and_shuffled_orders():
+    assert SequentialOrder(4)(7).tolist() == [0, 1, 2, 3]
+    order = ShuffledOrder(100, seed=3)
+    assert len(order) == 100 and sorted(order(0)) == list(range(100))
+    assert order(5).tolist() == ShuffledOrder(100, seed=3)(5).tolist()
+    assert len({tuple(ShuffledOrder(100, seed)(epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+class PlainSampler:
+    """The class-balanced sampler as one would write it: a bucket per class, its position, a shuffle when it is used up.
+
+    Class draws and permutations come from the same streams as `ClassBalancedOrder`'s; all book-keeping is its own.
+    """
+
+    def __init__(self, labels, seed):
+        self.labels, self.seed, self.epoch = list(labels), seed, 0
+        self.classes = sorted(set(self.labels))
+        self.state = {c: [[], 0] for c in self.classes}  # what is left of the shuffled bucket, the shuffles so far
+
+    def shuffled(self, c, times):
+        bucket = [i for i, label in enumerate(self.labels) if label == c]
+        keys = np.random.Generator(np.random.PCG64([self.seed, 2, c]))
+        for _ in range(times):
+            keys.random(len(bucket))
+        by_key = sorted(zip(keys.random(len(bucket)), bucket, strict=True))
+        return [i for _, i in by_key]
+
+    def next_epoch(self):
+        draws = np.random.default_rng([self.seed, 1, self.epoch]).integers(len(self.classes), size=len(self.labels))
+        self.epoch += 1
+        out = []
+        for c in (self.classes[k] for k in draws):
+            left, times = self.state[c]
+            if not left:
+                left, self.state[c][1] = self.shuffled(c, times), times + 1
+            out.append(left.pop(0))
+            self.state[c][0] = left
+        return out
+
+
+@pytest.mark.parametrize("counts", [[50, 20, 7, 3, 1], [1], [1, 1, 1], [200, 1], [0, 10, 0, 4]])
+@pytest.mark.parametrize("seed", [0, 9])
+def test_balanced_order_equals_the_plain_sampler(counts, seed):
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    plain = PlainSampler(labels.tolist(), seed)
+    expected = [plain.next_epoch() for _ in range(6)]
+    order = ClassBalancedOrder(labels, seed)
+    assert [order(epoch).tolist() for epoch in range(6)] == expected
+    for epoch in (5, 0, 3, 3, 4):  # any epoch, in any order, also freshly made: as a resumed run asks
+        assert order(epoch).tolist() == expected[epoch]
+        assert ClassBalancedOrder(labels, seed)(epoch).tolist() == expected[epoch]
+        assert pickle.loads(pickle.dumps(order))(epoch).tolist() == expected[epoch]
+
+
+def test_balanced_order_is_balanced_and_uses_buckets_evenly():
+    labels = np.repeat(np.arange(4), [3000, 600, 300, 100])
+    order = ClassBalancedOrder(labels, 0)
+    drawn = np.concatenate([order(epoch) for epoch in range(3)])
+    assert len(order(0)) == len(order) == 4000
+    per_class = np.bincount(labels[drawn])
+    assert np.abs(per_class - 3000).max() < 5 * (12_000 * 0.25 * 0.75) ** 0.5
+    times = np.bincount(drawn, minlength=4000)
+    for c in range(4):  # no image is seen again before all of its class have been
+        assert np.ptp(times[labels == c]) <= 1
+
+
+def test_orders_leave_the_global_generators_alone():
+    np.random.seed(0)
+    torch.manual_seed(0)
+    expected = np.random.rand(), torch.rand(1).item()
+    np.random.seed(0)
+    torch.manual_seed(0)
+    ClassBalancedOrder([0, 1, 1], 0)(2), ShuffledOrder(3, 0)(1)
+    assert (np.random.rand(), torch.rand(1).item()) == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 23, 24, 25, 26])
+@pytest.mark.parametrize("batch_size", [3, 8, 100])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("train", [True, False])
+def test_shares_of_all_ranks_make_the_batches(n, batch_size, num_processes, train):
+    if train and n < num_processes:
+        with pytest.raises(InputError, match=f"{n} images cannot serve {num_processes} processes"):
+            Shares(n, batch_size, train, 0, num_processes)
+        return
+    ranks = [list(Shares(n, batch_size, train, r, num_processes)) for r in range(num_processes)]
+    assert [len(shares) for shares in ranks] == [
+        len(Shares(n, batch_size, train, r, num_processes)) for r in range(num_processes)
+    ]
+    by_step = {}
+    for share in (share for shares in ranks for share in shares):
+        assert share.start <= share.low < share.high <= share.stop == min(share.start + batch_size, n)
+        by_step.setdefault(share.step, []).append(range(share.low, share.high))
+    covered = [i for step in sorted(by_step) for part in by_step[step] for i in part]
+    dropped = n % batch_size if train and n % batch_size < num_processes else 0
+    assert covered == list(range(n - dropped))
+    for parts in by_step.values():
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    if train:
+        assert len({len(shares) for shares in ranks}) == 1

@@ -1,0 +1,169 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from ride_timm.evaluation.evaluate.counts import Accuracy, format_table
+
+from ride_timm.errors import InputError, RunError
+
+COUNTS = [500, 101, 100, 20, 19, 3, 50]
+
+
+def draw(B=300, C=7, seed=0):
+    """Random answers; the last class has no test images."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, C - 1, (B,), generator=generator)
+    logits = torch.randn(B, C, generator=generator) + 2 * torch.nn.functional.one_hot(targets, C)
+    return logits, targets, torch.randint(1, 4, (B,), generator=generator)
+
+
+def brute_force(logits, targets, counts):
+    groups = {
+        "all": lambda n: True,
+        "many": lambda n: n > 100,
+        "medium": lambda n: 20 <= n <= 100,
+        "few": lambda n: n < 20,
+    }
+    right = [bool(row.argmax() == target) for row, target in zip(logits, targets, strict=True)]
+    metrics = {}
+    for name, holds in groups.items():
+        mine = [hit for hit, target in zip(right, targets, strict=True) if holds(counts[target])]
+        metrics[name] = 100 * sum(mine) / len(mine) if mine else None
+    ranked = logits.argsort(1, descending=True)[:, :5]
+    metrics["top5"] = 100 * sum(int(t) in r.tolist() for r, t in zip(ranked, targets, strict=True)) / len(targets)
+    metrics["per_class"] = []
+    for c in range(len(counts)):
+        mine = [hit for hit, target in zip(right, targets, strict=True) if target == c]
+        metrics["per_class"].append(100 * sum(mine) / len(mine) if mine else None)
+    tested = [accuracy for accuracy in metrics["per_class"] if accuracy is not None]
+    return metrics | {"class_mean": pytest.approx(sum(tested) / len(tested))}
+
+
+@pytest.mark.parametrize("size", [300, 7, 1])
+def test_batches_of_any_size_give_the_brute_force_figures(size):
+    logits, targets, _ = draw()
+    accuracy = Accuracy(7)
+    for rows in torch.arange(300).split(size):
+        accuracy.update(logits[rows], targets[rows])
+    metrics = accuracy.reduce().compute(COUNTS)
+    expected = brute_force(logits, targets, COUNTS)
+    assert {key: metrics[key] for key in expected} == expected
+    assert metrics["per_class"][6] is None and "experts_used" not in metrics
+    assert json.loads(json.dumps(metrics)) == metrics
+
+
+def test_shares_of_experts_used():
+    accuracy = Accuracy(3, num_experts=4)
+    accuracy.update(torch.eye(3), torch.tensor([0, 1, 1]), torch.tensor([1, 1, 3]))
+    accuracy.update(torch.eye(3)[:1], torch.tensor([0]), torch.tensor([3]))
+    metrics = accuracy.compute()
+    assert metrics["experts_used"] == [0.5, 0.0, 0.5, 0.0]
+    assert metrics["all"] == 75 and metrics["class_mean"] == 75 and metrics["per_class"] == [100, 50, None]
+
+
+def test_group_accuracy_weighs_images_and_class_mean_weighs_classes():
+    accuracy = Accuracy(2)
+    accuracy.update(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
+    metrics = accuracy.compute([10, 5])
+    assert metrics["all"] == metrics["few"] == 75 and metrics["class_mean"] == 50
+
+
+def test_what_is_empty_is_none():
+    empty = Accuracy(2, num_experts=2).reduce().compute([500, 5])
+    assert [empty[key] for key in ("all", "many", "medium", "few", "top5", "class_mean")] == [None] * 6
+    assert empty["per_class"] == [None, None] and empty["experts_used"] == [0, 0]
+    accuracy = Accuracy(2)
+    accuracy.update(torch.eye(2), torch.tensor([0, 1]))
+    known, unknown = accuracy.compute([500, 400]), accuracy.compute()
+    assert (known["many"], known["medium"], known["few"]) == (100, None, None)
+    assert (unknown["all"], unknown["many"], unknown["medium"], unknown["few"]) == (100, None, None, None)
+
+
+def test_top5_of_fewer_classes_is_topc():
+    accuracy = Accuracy(3)
+    accuracy.update(torch.randn(8, 3), torch.randint(0, 3, (8,)))
+    assert accuracy.compute()["top5"] == 100
+
+
+def test_a_batch_may_be_empty_and_logits_half_precision():
+    accuracy = Accuracy(6, num_experts=2)
+    accuracy.update(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    accuracy.update(torch.eye(6).bfloat16(), torch.arange(6), torch.ones(6, dtype=torch.int32))
+    assert accuracy.compute()["all"] == 100 and accuracy.compute()["experts_used"] == [1, 0]
+
+
+def test_misuse_is_named():
+    plain, routed = Accuracy(3), Accuracy(3, num_experts=2)
+    one = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(InputError, match=r"expected logits \[B, 3\], got shape \(1, 4\)"):
+        plain.update(torch.zeros(1, 4), one)
+    with pytest.raises(InputError, match="experts_used goes with num_experts"):
+        plain.update(torch.zeros(1, 3), one, one + 1)
+    with pytest.raises(InputError, match="experts_used goes with num_experts"):
+        routed.update(torch.zeros(1, 3), one)
+    with pytest.raises(InputError, match="expected 3 class counts, got 2"):
+        plain.compute([1, 2])
+    with pytest.raises(RunError, match="start a new Accuracy"):
+        plain.reduce().reduce().update(torch.zeros(1, 3), one)
+
+
+def counted(logits, targets, experts_used):
+    """Routed answers of an ensemble whose second member answers otherwise."""
+    accuracy = Accuracy(7, num_experts=3, num_members=2)
+    accuracy.update(logits, targets, experts_used, torch.stack([logits, logits.flip(1)], 1))
+    return accuracy
+
+
+def worker(rank: int, store: str, out: str) -> None:
+    """One of two processes with 299 and 1 of the samples; a second `reduce` must not count twice."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    logits, targets, experts_used = draw()
+    rows = slice(0, 299) if rank == 0 else slice(299, 300)
+    metrics = counted(logits[rows], targets[rows], experts_used[rows]).reduce().reduce().compute(COUNTS)
+    with open(f"{out}.{rank}", "w") as file:
+        json.dump({"processes": dist.get_world_size(), "metrics": metrics}, file)
+    dist.destroy_process_group()
+
+
+def test_two_processes_count_each_sample_once(tmp_path):
+    # This file run as a script: unlike a pickled function, that works in every import mode of pytest.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path / "store"), str(tmp_path / "out")], env=env)
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    logits, targets, experts_used = draw()
+    shares = [(experts_used == n).sum().item() / 300 for n in (1, 2, 3)]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"out.{rank}").read_text())
+        assert found["processes"] == 2
+        expected = brute_force(logits, targets, COUNTS) | {"experts_used": shares}
+        assert {key: found["metrics"][key] for key in expected} == expected
+        # everything else too is to the last digit what one process finds
+        assert found["metrics"] == counted(logits, targets, experts_used).compute(COUNTS)
+
+
+def test_table_aligns_and_dashes_what_is_missing():
+    rows = {
+        "ensemble": {"all": 48.6, "many": 67.0, "medium": 49.9, "few": None, "top5": 100.0, "macs": 102.2e6},
+        "routed": {"all": 48.04, "many": 66.9, "top5": 78.1, "macs": 6.13e9, "experts_used": [0.4099, 0.0947, 0.4954]},
+    }
+    assert format_table(rows).splitlines() == [
+        "            all   many  medium  few   top-5     MACs         experts used",
+        "--------  -----  -----  ------  ---  ------  -------  -------------------",
+        "ensemble  48.60  67.00   49.90    –  100.00  102.2 M                    –",
+        "routed    48.04  66.90       –    –   78.10   6.13 G  41.0 / 9.5 / 49.5 %",
+    ]
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,189 @@
+"""Figures against plain loops over single images, written from the definitions."""
+
+import json
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from ride_timm.evaluation.evaluate.counts import Accuracy, format_groups
+from ride_timm.evaluation.evaluate.metrics import harmonic_mean, head_to_tail
+
+from ride_timm.errors import InputError
+
+COUNTS = [500, 101, 100, 20, 19, 3, 50]
+GROUPS = {"all": range(7), "many": [0, 1], "medium": [2, 3, 6], "few": [4, 5]}
+OTHER = {"all": range(7), "many": [0], "medium": [1, 2, 6], "few": [3, 4, 5]}  # more than 101, fewer than 50
+MEMBERS = 3
+
+
+def draw(B=400, C=7, seed=0):
+    """An unbalanced test set, without an image of class 6; every member has an opinion of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.multinomial(torch.tensor([9.0, 1, 4, 2, 3, 2, 0]), B, replacement=True, generator=generator)
+    members = 2 * torch.randn(B, MEMBERS, C, generator=generator)
+    members += 2 * torch.nn.functional.one_hot(targets, C)[:, None]
+    return members, targets, torch.randint(1, 4, (B,), generator=generator)
+
+
+def counted(members, targets, used=None, batch=64):
+    accuracy = Accuracy(7, 3 if used is not None else None, num_members=MEMBERS)
+    for rows in torch.arange(len(targets)).split(batch):
+        more = () if used is None else (used[rows],)
+        accuracy.update(members[rows].mean(1), targets[rows], *more, member_logits=members[rows])
+    return accuracy.reduce()
+
+
+def softmax(logits):
+    powers = [math.exp(v - max(logits)) for v in logits]
+    return [p / sum(powers) for p in powers]
+
+
+def of_group(members, targets, classes):
+    """Everything of one group by plain loops; ECE as its definition says, bin by bin."""
+    rows = [i for i, target in enumerate(targets.tolist()) if target in classes]
+    ensemble = members.mean(1)
+    bins = [[] for _ in range(15)]
+    alone, differing, divergence = [0] * MEMBERS, 0, 0.0
+    for i in rows:
+        chances = softmax(ensemble[i].tolist())
+        sure, hit = max(chances), int(ensemble[i].argmax()) == int(targets[i])
+        for m in range(1, 16):
+            if (m - 1) / 15 < sure <= m / 15:
+                bins[m - 1].append((sure, hit))
+        answers = [int(members[i, m].argmax()) for m in range(MEMBERS)]
+        alone = [n + (answer == int(targets[i])) for n, answer in zip(alone, answers, strict=True)]
+        differing += sum(a != b for a, b in combinations(answers, 2))
+        for m in range(MEMBERS):
+            own = softmax(members[i, m].tolist())
+            divergence += sum(p * math.log(p / q) for p, q in zip(chances, own, strict=True))
+    sums = [(len(b), sum(s for s, _ in b), sum(h for _, h in b)) for b in bins]
+    return dict(
+        bins=[(n, 100 * s / n if n else None, 100 * h / n if n else None) for n, s, h in sums],
+        ece=100 * sum(n * abs(h / n - s / n) for n, s, h in sums if n) / len(rows),
+        confidence=100 * sum(s for _, s, _ in sums) / len(rows),
+        accuracy=[100 * n / len(rows) for n in alone],
+        disagreement=differing / len(rows) / 3,
+        diversity=divergence / len(rows) / MEMBERS,
+    )
+
+
+@pytest.mark.parametrize(("shots", "groups"), [((100, 20), GROUPS), ((101, 50), OTHER)])
+def test_calibration_and_experts_by_group(shots, groups):
+    members, targets, _ = draw()
+    found = counted(members, targets).compute(COUNTS, shots)
+    for name, classes in groups.items():
+        expected = of_group(members, targets, list(classes))
+        assert found["calibration"][name]["ece"] == pytest.approx(expected["ece"], rel=1e-5)
+        assert found["calibration"][name]["confidence"] == pytest.approx(expected["confidence"], rel=1e-6)
+        for row, (images, confidence, accuracy) in zip(found["reliability"][name], expected["bins"], strict=True):
+            assert row["images"] == images and row["accuracy"] == pytest.approx(accuracy)
+            assert row["confidence"] == (pytest.approx(confidence, rel=1e-6) if images else None)
+        assert found["experts"]["accuracy"][name] == pytest.approx(expected["accuracy"])
+        assert found["experts"]["disagreement"][name] == pytest.approx(expected["disagreement"])
+        assert found["experts"]["diversity"][name] == pytest.approx(expected["diversity"], rel=1e-4)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_means_over_classes_and_experts_used_by_group():
+    members, targets, used = draw()
+    found = counted(members, targets, used).compute(COUNTS)
+    right = members.mean(1).argmax(1) == targets
+    by_class = {c: 100 * right[targets == c].float().mean().item() for c in range(6)}
+    for name, classes in GROUPS.items():
+        tested = [by_class[c] for c in classes if c < 6]
+        assert found["class_means"][name] == pytest.approx(sum(tested) / len(tested), rel=1e-5)
+        inside = torch.isin(targets, torch.tensor(list(classes)))
+        shares = [(used[inside] == n).float().mean().item() for n in (1, 2, 3)]
+        assert found["experts_used_by_group"][name] == pytest.approx(shares, rel=1e-5)
+    assert found["class_mean"] == found["class_means"]["all"] != found["all"]
+    assert found["worst_class"] == pytest.approx(min(by_class.values()), rel=1e-5)
+    assert found["harmonic_mean"] == pytest.approx(6 / sum(1 / a for a in by_class.values()), rel=1e-5)
+    assert found["experts_used_by_group"]["all"] == found["experts_used"]
+
+
+def test_the_order_and_the_batches_change_no_digit():
+    members, targets, used = draw()
+    shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    one = counted(members, targets, used, 400).compute(COUNTS)
+    assert counted(members[shuffled], targets[shuffled], used[shuffled], 7).compute(COUNTS) == one
+
+
+def test_two_processes_sums_are_those_of_one():
+    """What all_reduce adds up is the whole row of counts, in integers."""
+    members, targets, used = draw()
+    parts = [counted(members[rows], targets[rows], used[rows]) for rows in (slice(0, 399), slice(399, 400))]
+    whole = counted(members, targets, used)
+    assert whole._counts.dtype == torch.int64
+    assert torch.equal(parts[0]._counts + parts[1]._counts, whole._counts)
+
+
+@pytest.mark.parametrize(("logit", "number"), [(0.0, 7), (40.0, 14)])
+def test_the_edges_of_the_bins(logit, number):
+    """Two even classes: confidence 1/2 lies in the bin (7/15, 8/15]; certainty lies in the last one."""
+    accuracy = Accuracy(2)
+    accuracy.update(torch.tensor([[logit, 0.0]]), torch.tensor([0]))
+    bins = accuracy.compute()["reliability"]["all"]
+    assert [row["images"] for row in bins] == [int(i == number) for i in range(15)]
+    assert accuracy.compute()["calibration"]["all"]["ece"] == pytest.approx(50.0 if logit == 0 else 0.0, abs=1e-6)
+
+
+def test_members_that_agree_and_one_alone():
+    logits = torch.randn(20, 1, 7, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(20) % 7
+    same = Accuracy(7, num_members=3)
+    same.update(logits[:, 0], targets, member_logits=logits.expand(-1, 3, -1))
+    experts = same.compute()["experts"]
+    assert experts["disagreement"]["all"] == 0 and experts["diversity"]["all"] == pytest.approx(0, abs=1e-5)
+    alone = Accuracy(7, num_members=1)
+    alone.update(logits[:, 0], targets, member_logits=logits)
+    found = alone.compute()
+    assert found["experts"]["disagreement"]["all"] is None and found["experts"]["accuracy"]["all"] == [found["all"]]
+    with pytest.raises(InputError, match=r"expected member_logits \(20, 1, 7\), got None"):
+        alone.update(logits[:, 0], targets)
+
+
+def test_certain_members_and_logits_that_are_not_finite_do_not_spoil_the_sums():
+    accuracy = Accuracy(3, num_members=2)
+    members = torch.tensor([[[0.0, -math.inf, -math.inf], [0.0, 0.0, 0.0]], [[math.nan] * 3, [0.0] * 3]])
+    accuracy.update(members.nan_to_num(0, 0, -1e4).mean(1), torch.tensor([0, 0]), member_logits=members)
+    found = accuracy.compute()
+    assert math.isfinite(found["experts"]["diversity"]["all"]) and math.isfinite(found["calibration"]["all"]["ece"])
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "expected"), [([50.0, 100.0], 200 / 3), ([80.0], 80.0), ([0.0, 90.0], 0.0), ([], None)]
+)
+def test_harmonic_mean(accuracies, expected):
+    assert harmonic_mean(accuracies) == (expected if expected is None else pytest.approx(expected))
+
+
+def test_head_to_tail_runs_from_the_most_to_the_least_frequent_class():
+    curve = head_to_tail([10.0, 20.0, None], [5, 100, 1])
+    assert [row["train_images"] for row in curve] == [100, 5, 1]
+    assert [row["accuracy"] for row in curve] == [20.0, 10.0, None]
+    many = head_to_tail([float(c) for c in range(1000)], list(range(1280, 280, -1)))
+    assert [row["classes"] for row in many] == [50] * 20 and many[0]["accuracy"] == 24.5
+    uneven = head_to_tail([1.0] * 365, [1] * 365)
+    assert sum(row["classes"] for row in uneven) == 365 and {row["classes"] for row in uneven} == {18, 19}
+
+
+def test_figures_of_nothing_are_none():
+    found = Accuracy(2, num_experts=2, num_members=2).compute([500, 5])
+    assert found["worst_class"] is found["harmonic_mean"] is found["calibration"]["all"]["ece"] is None
+    assert found["experts"]["accuracy"]["few"] == [None, None] and found["experts_used_by_group"]["many"] is None
+    text = format_groups(found)
+    assert "worst class –" in text and len(text.splitlines()) == 7
+
+
+def test_the_table_by_groups():
+    members, targets, used = draw()
+    found = counted(members, targets, used).compute(COUNTS) | {"members": [0, 2, 5]}
+    lines = format_groups(found).splitlines()
+    assert lines[0].split()[:5] == ["accuracy", "class", "mean", "confidence", "ECE"]
+    assert "expert 0  expert 2  expert 5" in lines[0] and lines[0].endswith("experts used")
+    assert [line.split()[0] for line in lines[2:6]] == ["all", "many", "medium", "few"]
+    assert f"{found['calibration']['few']['ece']:.2f}" in lines[5]
+    assert (
+        lines[6] == f"worst class {found['worst_class']:.2f}, harmonic mean of the classes {found['harmonic_mean']:.2f}"
+    )

@@ -1,0 +1,143 @@
+"""Every configuration that the authors ship, matched value by value by a recipe."""
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from ride_timm.training.recipe import describe, load_recipe
+
+CONFIGS = json.loads((Path(__file__).parents[1] / "parity" / "configs.json").read_text())
+NAMES = {
+    "imbalance_cifar100_ride": "cifar100_lt",
+    "imbalance_cifar100_ride_ea": "cifar100_lt",
+    "imbalance_cifar100_distill_ride": "cifar100_lt_distill",
+    "imbalance_cifar100_ride_teacher": "cifar100_lt_teacher",
+    "imbalance_cifar100_ldam_drw": "cifar100_lt_ldam",
+    "imagenet_lt_resnet10_ride": "imagenet_lt_resnet10",
+    "imagenet_lt_resnet10_ride_ea": "imagenet_lt_resnet10",
+    "imagenet_lt_resnet10_distill_ride": "imagenet_lt_resnet10_distill",
+    "imagenet_lt_resnet50_ride": "imagenet_lt_resnet50",
+    "imagenet_lt_resnet50_ride_ea": "imagenet_lt_resnet50",
+    "imagenet_lt_resnet50_distill_ride": "imagenet_lt_resnet50_distill",
+    "imagenet_lt_resnext50_ride": "imagenet_lt_resnext50",
+    "imagenet_lt_resnext50_ride_ea": "imagenet_lt_resnext50",
+    "imagenet_lt_resnext50_distill_ride": "imagenet_lt_resnext50_distill",
+    "iNaturalist_resnet50_ride": "inat18_resnet50",
+    "iNaturalist_resnet50_ride_ea": "inat18_resnet50",
+    "iNaturalist_resnet50_distill_ride": "inat18_resnet50_distill",
+}
+DATA = {  # their loader -> data set, augmentation, profile and classes
+    "ImbalanceCIFAR100DataLoader": ("cifar100", "cifar", "exp", 100),
+    "ImageNetLTDataLoader": ("imagenet_lt", "imagenet", "none", 1000),
+    "iNaturalistDataLoader": ("inat18", "inat", "none", 8142),
+}
+MODELS = {"ResNet32": "ride_resnet32", "ResNet10": "ride_resnet10", "ResNet50": "ride_resnet50",
+          "ResNeXt50": "ride_resnext50"}  # fmt: skip
+# What their RIDELoss takes where a configuration is silent.
+RIDE_DEFAULTS = {"additional_diversity_factor": -0.2, "reweight_factor": 0.05, "base_diversity_temperature": 1.0}
+RIDE_DEFAULTS |= {"max_m": 0.5, "base_loss_factor": 1.0, "s": 30}
+# What a recipe does not decide: how often they save, what they watch, and what their code needs to run at all.
+ELSEWHERE = {"metrics": None, "trainer": ("save_period", "monitor", "tensorboard"), "arch": ("returns_feat",),
+             "distill_arch": ("returns_feat",), "data_loader": ("shuffle",)}  # fmt: skip
+
+
+def test_all_17_have_their_recipe():
+    assert len(CONFIGS) == 17 and set(NAMES) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_recipe_has_the_values_of_the_configuration(name):
+    config, recipe = copy.deepcopy(CONFIGS[name]), load_recipe(NAMES[name])
+    routing = name.endswith("_ea")
+    arch, loader, optimizer = config["arch"], config["data_loader"], config["optimizer"]
+    take, left = dict.pop, config  # whatever is taken below has been compared; nothing may be left
+    for group, keys in ELSEWHERE.items():
+        if keys is None:
+            left.pop(group)
+        for key in keys or ():
+            if group in config:
+                config[group].get("args", config[group]).pop(key, None)
+
+    dataset, augment, imb_type, num_classes = DATA[take(loader, "type")]
+    assert (recipe.dataset, recipe.augment, recipe.imb_type) == (dataset, augment, imb_type)
+    assert recipe.imb_type == "none" or recipe.imb_factor == 0.01
+    assert MODELS[take(arch, "type").removesuffix("Model").removesuffix("EA")] == recipe.model
+    assert take(arch["args"], "num_classes") == num_classes
+    for key in ("num_experts", "reduce_dimension", "use_norm"):
+        assert getattr(recipe, key) == take(arch["args"], key)
+
+    stage = recipe.stage("router" if routing else "experts")
+    assert stage.batch_size == take(loader["args"], "batch_size")
+    assert stage.balanced == loader["args"].pop("balanced", False)
+    assert take(optimizer, "type") == "SGD"
+    assert stage.lr == take(optimizer["args"], "lr")
+    assert stage.weight_decay == take(optimizer["args"], "weight_decay")
+    assert recipe.momentum == take(optimizer["args"], "momentum")
+    assert stage.optimizer == ("sgd" if optimizer["args"].pop("nesterov", False) else "momentum")  # as timm names them
+    assert stage.decay_norm_and_bias
+    assert stage.epochs == take(config["trainer"], "epochs")
+
+    processes = take(config, "n_gpu")
+    workers = take(loader["args"], "num_workers")  # theirs are shared by all GPUs, ours belong to a process
+    if routing:
+        assert processes == 1
+        assert take(arch["args"], "top_choices_num") == recipe.top_choices_num
+        assert take(arch["args"], "pos_weight") == recipe.pos_weight
+        assert take(config, "loss") == {"type": "CrossEntropyLoss"}  # their router's loss lives in the model
+        assert take(config, "lr_scheduler") == {
+            "type": "CosineAnnealingLR", "args": {"T_max": recipe.router_epochs, "eta_min": 0.0}
+        }  # fmt: skip
+    else:
+        assert recipe.workers == math.ceil(workers / processes)
+        launched = re.search(r"--num_processes (\d+)", describe(recipe.name))
+        assert int(launched[1] if launched else 1) == processes
+        scheduler = take(config, "lr_scheduler")
+        assert scheduler == {
+            "type": "CustomLR",
+            "args": {"step1": recipe.decay_epochs[0], "step2": recipe.decay_epochs[1], "gamma": recipe.decay_rate,
+                     "warmup_epoch": recipe.warmup_epochs},
+        }  # fmt: skip
+        assert len(recipe.decay_epochs) == 2 and recipe.schedule == "step"
+        compare_loss(take(config, "loss"), recipe)
+        compare_teacher(config.pop("distill_arch", None), recipe, arch)
+    rest = {group: value.get("args", value) for group, value in left.items()}
+    assert not any(rest.values()), rest
+
+
+def compare_loss(loss, recipe):
+    args = loss["args"]
+    if loss["type"] == "LDAMLoss":
+        assert recipe.loss == "ldam" and args == {"reweight_epoch": recipe.reweight_epoch}
+        assert recipe.loss_args == {"max_m": 0.5, "reweight_epoch": args["reweight_epoch"]}
+        return
+    distilled = loss["type"] == "RIDELossWithDistill"
+    assert distilled or loss["type"] == "RIDELoss"
+    assert recipe.loss == "ride" and recipe.distillation == distilled
+    if distilled:
+        assert recipe.distill_temperature == args.pop("distill_temperature")
+        assert recipe.teacher_mode == "train"  # theirs never left it
+    assert recipe.reweight == args.pop("reweight")
+    expected = RIDE_DEFAULTS | args
+    assert expected.pop("base_loss_factor") == 1.0 and expected.pop("s") == 30  # ours by default, and no recipe's key
+    assert recipe.loss_args == expected
+
+
+def compare_teacher(teacher, recipe, arch):
+    assert (teacher is not None) == recipe.distillation
+    if teacher is None:
+        return
+    plain = load_recipe(recipe.name.removesuffix("_distill")).override({"num_experts": 6})
+    if recipe.name == "cifar100_lt_distill":
+        assert load_recipe("cifar100_lt_teacher").num_experts == 6
+    args = teacher["args"]
+    assert MODELS[teacher["type"].removesuffix("Model")] == plain.model
+    assert args.pop("num_classes") == DATA["ImageNetLTDataLoader" if recipe.dataset == "imagenet_lt" else
+                                           "iNaturalistDataLoader" if recipe.dataset == "inat18" else
+                                           "ImbalanceCIFAR100DataLoader"][3]  # fmt: skip
+    for key in ("num_experts", "reduce_dimension", "use_norm"):
+        assert getattr(plain, key) == args.pop(key)
+    assert not args

@@ -1,0 +1,63 @@
+import pytest
+import timm
+import torch
+
+from ride_timm import InputError
+from ride_timm.losses import make_loss
+from ride_timm.training import optimizers
+from ride_timm.training.objectives import ExpertsObjective
+from ride_timm.training.optimizers import check_optimizer, make_optimizer
+from ride_timm.training.recipe import Recipe
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "lamb", "madgrad", "adan", "lion", "muon"])
+def test_optimizers_that_work_pass(name):
+    check_optimizer(name, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hope", "timm knows .*adamw"),
+        ("adahessian", r"does not work here \(RuntimeError"),
+    ],
+)
+def test_others_are_named(name, message):
+    with pytest.raises(InputError, match=f"optimizer='{name}'.*{message}"):
+        check_optimizer(name, torch.device("cpu"))
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("no bitsandbytes")
+
+    monkeypatch.setattr(optimizers, "create_optimizer_v2", missing)
+    with pytest.raises(InputError, match=r"optimizer='bnbadamw' does not work here \(ImportError: no bitsandbytes\)"):
+        check_optimizer("bnbadamw", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("decayed", [True, False])
+@pytest.mark.parametrize(("name", "fused"), [("sgd", True), ("adamw", True), ("lamb", False)])
+def test_what_a_stage_asks_for(name, fused, decayed):
+    model = timm.create_model("test_ride_resnet", num_classes=3, num_experts=2)
+    objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]))
+    recipe = Recipe().override(dict(optimizer=name, lr=0.3, weight_decay=0.01, decay_norm_and_bias=decayed))
+    optimizer = make_optimizer(recipe.stage("experts"), objective, 0.8)
+    groups = optimizer.param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert {group["weight_decay"] for group in groups} == ({0.01} if decayed else {0.01, 0.0})
+    exempt = [p for group in groups if group["weight_decay"] == 0 for p in group["params"]]
+    assert all(p.ndim == 1 for p in exempt) and bool(exempt) != decayed
+    assert all(bool(group.get("fused")) == fused and group["lr"] == 0.3 for group in groups)
+    assert not any(g.get("fused") for g in make_optimizer(recipe.stage("experts"), objective, 0.8, True).param_groups)
+
+
+def test_what_a_transformer_exempts_is_not_decayed_either():
+    model = timm.create_model("ride", backbone="test_vit", num_classes=3, num_experts=2)
+    objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]))
+    stage = Recipe().override(dict(optimizer="adamw", decay_norm_and_bias=False)).stage("experts")
+    groups = make_optimizer(stage, objective, 0.9).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    exempt = {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert "trunk.net.pos_embed" in exempt and model.no_weight_decay() <= exempt
+    assert exempt == model.no_weight_decay() | {name for name, p in model.named_parameters() if p.ndim == 1}

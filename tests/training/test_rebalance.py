@@ -1,0 +1,200 @@
+"""Re-balancing heads, against the published formulas written out for one image at a time."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import normalize
+
+from ride_timm import InputError
+from ride_timm.losses import make_loss
+from ride_timm.models import ClassAffine, add_class_affine, has_class_affine
+from ride_timm.training.rebalance import adjust_logits, align_experts, decouple, tau_normalize
+
+COUNTS = [60, 20, 10, 6, 4]
+
+
+def network(use_norm, num_experts=2, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = timm.create_model("test_ride_resnet", num_experts=num_experts, num_classes=5, use_norm=use_norm, **kwargs)
+    for expert in model.experts:  # trained class vectors have norms of their own
+        expert.fc.weight.data.mul_(torch.rand(5, 1) + 0.5)
+    return model.eval()
+
+
+def images(batch=3):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def heads(model):
+    return [(copy.deepcopy(expert.fc.weight.data), getattr(expert.fc, "bias", None)) for expert in model.experts]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("use_norm", [False, True])
+def test_tau_normalization_divides_class_vectors_by_their_norm(use_norm, tau):
+    model = network(use_norm)
+    features, before = model.forward_experts(images())
+    weights = heads(model)
+    tau_normalize(model, tau)
+    _, logits = model.forward_experts(images())
+    for e, (weight, _) in enumerate(weights):
+        f = 30 * normalize(features[:, e], dim=1) if use_norm else features[:, e]
+        for c in range(5):
+            expected = f @ (weight[c] / weight[c].norm() ** tau)  # no bias
+            torch.testing.assert_close(logits[:, e, c], expected, rtol=1e-4, atol=1e-5)
+    if use_norm and tau == 1:
+        torch.testing.assert_close(logits, before)  # a cosine head is normalised as it is
+
+
+@pytest.mark.parametrize("use_norm", [False, True])
+def test_post_hoc_adjustment_takes_the_prior_off(use_norm):
+    model = network(use_norm, num_experts=3)
+    _, before = model.forward_experts(images())
+    adjust_logits(model, COUNTS, 1.5)
+    expected = before - 1.5 * torch.tensor([0.6, 0.2, 0.1, 0.06, 0.04]).log()
+    torch.testing.assert_close(model.forward_experts(images())[1], expected)
+    torch.testing.assert_close(model(images()), expected.mean(1))
+
+
+@pytest.mark.parametrize("use_norm", [False, True])
+@pytest.mark.parametrize(("name", "kwargs"), [("balpoe", {"taus": (1, 0, 2)}), ("mdcs", {}), ("sade", {})])
+def test_aligned_experts_share_a_prior_and_leave_the_ensemble_as_it_is(name, kwargs, use_norm):
+    model = network(use_norm, num_experts=3)
+    _, before = model.forward_experts(images())
+    ensemble, offsets = model(images()), make_loss(name, COUNTS, **kwargs).offsets
+    align_experts(model, offsets)
+    _, after = model.forward_experts(images())
+    torch.testing.assert_close(model(images()), ensemble)
+    common = torch.tensor([0.6, 0.2, 0.1, 0.06, 0.04]).log()  # taus of mean 1: what the loss saw is now this for all
+    if name == "sade":
+        common = (0 + common + common - 2 * common.flip(0)) / 3
+    torch.testing.assert_close((after + common).softmax(-1), (before + offsets).softmax(-1))
+
+
+def test_tau_normalization_leaves_aligned_experts_aligned():
+    model = network(True, num_experts=3)
+    plain = copy.deepcopy(model)
+    tau_normalize(plain, 2.0)
+    offsets = make_loss("balpoe", COUNTS).offsets
+    align_experts(model, offsets)
+    adjust_logits(model, COUNTS, 1.0)  # an offset of all heads alike, which goes
+    tau_normalize(model, 2.0)
+    expected = plain.forward_experts(images())[1] + offsets - offsets.mean(0)
+    torch.testing.assert_close(model.forward_experts(images())[1], expected)
+
+
+def test_alignment_needs_offsets_of_this_model():
+    with pytest.raises(InputError, match=r"offsets \(3, 5\) for 2 experts and 5 classes"):
+        align_experts(network(True), make_loss("balpoe", COUNTS).offsets)
+
+
+def test_adjusting_after_training_equals_adjusting_the_trained_posterior():
+    """Of logits that are the training posterior's logarithm, the adjusted ones give the balanced posterior."""
+    model = network(False, num_experts=1)
+    likelihood = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.4])
+    prior = torch.tensor(COUNTS) / sum(COUNTS)
+    model.experts[0].fc.weight.data.zero_()
+    model.experts[0].fc.bias.data = (likelihood * prior / (likelihood * prior).sum()).log()
+    adjust_logits(model, COUNTS, 1.0)
+    torch.testing.assert_close(model(images(1))[0].softmax(0), likelihood / likelihood.sum())
+
+
+@pytest.mark.parametrize("use_norm", [False, True])
+@pytest.mark.parametrize("method", ["crt", "lws"])
+def test_only_what_the_method_names_learns(method, use_norm):
+    model = network(use_norm, drop_rate=0.5)
+    before = copy.deepcopy(model.state_dict())
+    logits_before = model.forward_experts(images())[1]
+    objective = decouple(model, method, COUNTS, 1.0, seed=3)
+    if method == "lws":  # scales start at 1
+        torch.testing.assert_close(model.forward_experts(images())[1], logits_before)
+    objective.train()
+    assert not any(module.training for module in model.modules())
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = "fc.affine.weight" if method == "lws" else "fc.weight"
+    assert {f"experts.{e}.{own}" for e in range(2)} <= names
+    assert all(".fc." in name for name in names) and (method == "crt" or len(names) == 2)
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.01, momentum=0.9, weight_decay=0.01)
+    targets = torch.tensor([4, 0, 3])
+    values = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        result = objective(images(), targets)
+        result["loss"].backward()
+        optimizer.step()
+        values.append(result["loss"].item())
+    assert values[-1] < values[0]
+    after = model.state_dict()
+    for name, value in before.items():
+        if ".fc." not in name:
+            assert torch.equal(after[name], value), name
+        elif method == "lws":
+            assert torch.equal(after[name.replace(".fc.", ".fc.head.")], value), name
+    _, logits = model.forward_experts(images())
+    each = sum(F.cross_entropy(logits[:, e], targets) for e in range(2))
+    torch.testing.assert_close(objective(images(), targets)["loss"], each)
+
+
+def test_new_heads_come_from_the_seed():
+    weights = []
+    for seed in (3, 3, 4):
+        model = network(True)
+        decouple(model, "crt", COUNTS, 1.0, seed)
+        weights.append(model.experts[0].fc.weight.detach())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert not torch.equal(model.experts[0].fc.weight, model.experts[1].fc.weight)
+
+
+def test_learned_scales_have_the_gradient_of_scaled_logits():
+    model = network(False, num_experts=1)
+    _, logits = model.forward_experts(images())
+    objective = decouple(model, "lws", COUNTS, 1.0, seed=0)
+    scale = model.experts[0].fc.affine.weight
+    scale.data = torch.tensor([0.5, 2.0, 1.0, 1.5, 3.0])
+    targets = torch.tensor([1, 2, 2])
+    objective(images(), targets)["loss"].backward()
+    p = (logits[:, 0] * scale).softmax(1) - F.one_hot(targets, 5)
+    torch.testing.assert_close(scale.grad, (p * logits[:, 0]).mean(0))
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_convnext", "test_resnet"])
+def test_any_backbone_and_a_round_trip(backbone, tmp_path):
+    from timm.models._hub import save_for_hf
+
+    kwargs = dict(backbone=backbone, num_experts=2, num_classes=5)
+    model = timm.create_model("ride", **kwargs).eval()
+    x = torch.randn(2, *model.pretrained_cfg["input_size"])
+    tau_normalize(model, 0.5)
+    adjust_logits(model, COUNTS, 1.0)
+    save_for_hf(model, tmp_path, safe_serialization=True, model_args=dict(class_affine=True))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert has_class_affine(again) and torch.equal(again(x), model(x))
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7).eval()
+    assert other(x).shape == (2, 7) and torch.equal(other.experts[0].fc.affine.weight, torch.ones(7))
+
+
+def test_scales_are_added_once_and_keep_what_they_are():
+    model = network(True)
+    add_class_affine(model)
+    model.experts[0].fc.affine.weight.data.fill_(2.0)
+    add_class_affine(model)
+    head = model.experts[0].fc
+    assert isinstance(head, ClassAffine) and not isinstance(head.head, ClassAffine) and head.affine.weight[0] == 2
+    model.reset_classifier(3)
+    assert not has_class_affine(model) and model(images()).shape == (3, 3)
+
+
+def test_bad_input_is_named():
+    model = network(True)
+    with pytest.raises(InputError, match="tau must be at least 0, got -1"):
+        tau_normalize(model, -1)
+    with pytest.raises(InputError, match="tau must be at least 0, got nan"):
+        adjust_logits(model, COUNTS, float("nan"))
+    with pytest.raises(InputError, match="2 class counts for 5 classes"):
+        adjust_logits(model, [3, 4], 1.0)
+    with pytest.raises(InputError, match="unknown decoupling 'hope', expected one of: crt, lws, tau_norm"):
+        decouple(model, "hope", COUNTS, 1.0, 0)
+    assert not has_class_affine(model)

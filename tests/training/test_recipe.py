@@ -1,0 +1,202 @@
+"""Recipes: reading, overriding, flags and errors."""
+
+import argparse
+import dataclasses
+import math
+import re
+import shlex
+
+import pytest
+import torch
+import yaml
+from ride_timm.evaluation.evaluate.macs import count_macs
+
+from ride_timm import InputError
+from ride_timm.losses import LOSSES, make_loss
+from ride_timm.models.load import create_ride_model
+from ride_timm.training.arguments import add_flags, flags_given
+from ride_timm.training.methods import DECOUPLINGS
+from ride_timm.training.recipe import Recipe, available, describe, listing, load_recipe
+
+
+@pytest.mark.parametrize("name", available())
+def test_shipped_recipes_read_and_survive_a_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(recipe.to_yaml())
+    assert load_recipe(copy) == recipe
+    make_loss(recipe.loss, [5, 3, 2], **recipe.loss_args)
+    assert recipe.stage("experts").lr_at(0) <= recipe.lr
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_recipe_states_paper_command_cost_and_result(name, script):
+    head = describe(name)
+    assert [re.findall(rf"^{label}: ", head, re.M) for label in ("Paper", "Command", "Cost", "Result")] == [
+        ["Paper: "], ["Command: "], ["Cost: "], ["Result: "]
+    ]  # fmt: skip
+    recipe = load_recipe(name)
+    command = re.search(r"^Command: accelerate launch .*train_accelerate\.py(.*)$", head, re.M)[1]
+    args, parsed = script.parse_arguments(shlex.split(command))
+    assert parsed.override({"mixed_precision": recipe.mixed_precision}).differing(recipe) == []
+    begins = recipe.decouple != "none" or name.endswith(("_restart", "_average", "_refine"))
+    assert recipe.distillation == bool(args.teacher) and begins == bool(args.source)
+
+
+@pytest.mark.parametrize("name", [name for name in available() if not name.startswith(("imagenet", "inat"))])
+def test_the_stated_cost_is_the_counted_one(name):
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        model = create_ride_model(
+            recipe.model, num_classes=10 if recipe.dataset != "cifar100" else 100, **recipe.model_args
+        )
+    macs = count_macs(model, (3, *[28 if recipe.augment == "fashion" else 32] * 2)).ensemble
+    assert f"Cost: {macs / 1e6:.1f} M MACs an image" in describe(name)
+
+
+def test_the_listing_holds_every_recipe():
+    text = listing()
+    for name in available():
+        assert f"{name}\n  {describe(name).splitlines()[0]}\n" in text
+
+
+def test_every_method_has_its_recipe_on_cifar100():
+    recipes = [load_recipe(name) for name in available()]
+    cifar = [recipe for recipe in recipes if recipe.dataset == "cifar100"]
+    assert {recipe.loss for recipe in cifar} >= set(LOSSES)
+    assert {recipe.decouple for recipe in cifar} == set(DECOUPLINGS)
+
+
+@pytest.mark.parametrize(
+    ("values", "taus"),
+    [
+        (dict(), (0, 1, 2)),
+        (dict(num_experts=1), (1,)),
+        (dict(num_experts=5), (0, 0.5, 1, 1.5, 2)),
+        (dict(loss="mdcs", auto_augment="v0"), (-0.5, 1, 2.5)),
+        (dict(num_experts=2, taus=["-0.5", "2.5"]), (-0.5, 2.5)),
+    ],
+)
+def test_taus_spread_evenly_unless_given(values, taus):
+    recipe = Recipe(**dict(dict(loss="balpoe"), **values))
+    assert recipe.loss_args["taus"] == taus
+    assert len(make_loss(recipe.loss, [5, 3, 2], **recipe.loss_args).offsets) == recipe.num_experts
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_gets_the_arguments_that_it_takes(loss):
+    recipe = Recipe(loss=loss, auto_augment="v0", gamma=3.0, tau=0.5, inverse_tau=1.5, max_margin=0.3)
+    made = make_loss(loss, [5, 3, 2], **recipe.loss_args)
+    if "focal" in loss:
+        assert made.gamma == 3.0
+    if loss == "ldam":
+        assert made.margins.max().item() == pytest.approx(0.3)
+    if loss == "logit_adjustment":
+        assert made.offset[0].item() == pytest.approx(0.5 * math.log(0.5))
+
+
+def test_a_decoupled_recipe_trains_heads_on_balanced_batches():
+    recipe = Recipe(decouple="crt", decouple_epochs=4, decouple_lr=0.3, decouple_batch_size=64, epochs=90)
+    stage = recipe.stage("experts")
+    assert (stage.epochs, stage.batch_size, stage.lr, stage.balanced) == (4, 64, 0.3, True)
+    assert stage.lr_at(2) == pytest.approx(0.15)
+    closed = Recipe(decouple="tau_norm").stage("experts")  # in closed form: nothing to draw
+    assert closed.epochs == 0 and not closed.balanced
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_routers_batches_are_balanced_unless_told(balanced):
+    assert Recipe(router_balanced=balanced).stage("router").balanced is balanced
+
+
+def test_epochs_alone_scale_decay_and_reweighting():
+    recipe = load_recipe("cifar100_lt").override({"epochs": "40"})
+    assert (recipe.decay_epochs, recipe.reweight_epoch, recipe.warmup_epochs) == ((32, 36), 32, 5)
+
+
+def test_named_epochs_are_not_scaled():
+    given = {"epochs": 40, "decay_epochs": ["10", "20"], "reweight_epoch": -1}
+    recipe = load_recipe("cifar100_lt").override(given)
+    assert (recipe.decay_epochs, recipe.reweight_epoch) == ((10, 20), -1)
+
+
+def test_reweighting_off_reaches_the_loss():
+    assert Recipe(reweight=False).loss_args["reweight_epoch"] == -1
+    assert Recipe(reweight_epoch=7).loss_args["reweight_epoch"] == 7
+
+
+def test_every_key_has_its_flag():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    known = {action.dest for action in parser._actions}
+    assert {item.name for item in dataclasses.fields(Recipe)} <= known
+    args = parser.parse_args(["--decay-epochs", "3", "4", "--no-use-norm", "--lr", "5e-2", "--clip-grad", "none"])
+    recipe = Recipe().override(flags_given(args))
+    assert recipe.decay_epochs == (3, 4) and recipe.use_norm is False and recipe.lr == 0.05 and recipe.clip_grad is None
+    assert flags_given(parser.parse_args([])) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": "abc"}, r"lr='abc': expected a number"),
+        ({"lr": 0}, r"lr=0: expected a number, above 0"),
+        ({"epochs": 0}, r"epochs=0: expected a whole number, 1 or more"),
+        ({"num_experts": -1}, r"num_experts=-1: .* 1 or more"),
+        ({"imb_factor": 100}, r"imb_factor=100: .* at most 1.*IF 100 for 0.01"),
+        ({"imb_factor": 0}, r"imb_factor=0: .* above 0"),
+        ({"use_norm": "yes"}, r"use_norm='yes': expected true or false"),
+        ({"imb_type": "linear"}, r"imb_type='linear': expected one of exp, step, none"),
+        ({"dataset": None}, r"dataset=None: a value is needed"),
+        ({"decay_epochs": ["x"]}, r"decay_epochs=\['x'\]: expected a whole number"),
+        ({"select": "best"}, r"set --holdout"),
+        ({"patience": 3}, r"set --holdout"),
+        ({"teacher_mode": "train"}, r"needs distillation"),
+        ({"loss": "hope"}, r"loss='hope': expected one of ride, ldam, .*sade, balpoe"),
+        ({"decouple": "hope"}, r"decouple='hope': expected one of none, crt, lws, tau_norm, logit_adjustment"),
+        ({"tau": -1}, r"tau=-1: .* 0 or more and at most 10"),
+        ({"loss": "balpoe", "taus": [0, 1]}, r"taus: 2 of them for 3 experts"),
+        ({"loss": "balpoe", "taus": [0, 1, 3]}, r"taus 0, 1, 3 have a mean of 1.33333: expected 1"),
+        ({"loss": "mdcs"}, r"loss=mdcs learns from a weak and a strong view: set auto_augment"),
+        ({"loss": "mdcs", "auto_augment": "v0", "mixup_alpha": 0.4}, r"does not go with mixup_alpha"),
+        ({"loss": "sade", "num_experts": 4}, r"num_experts=4: SADE"),
+        ({"loss": "ride", "label_smoothing": 0.1}, r"label_smoothing=0.1: loss 'ride' has no"),
+        ({"label_smoothing": 1}, r"label_smoothing=1: .* at most 0.9"),
+        ({"mixup_alpha": -0.4}, r"mixup_alpha=-0.4: .* 0 or more"),
+        ({"ema_decay": 1}, r"ema_decay=1: .* at most 0.99999"),
+    ],
+)
+def test_bad_values_name_key_value_and_expectation(values, message):
+    with pytest.raises(InputError, match=message):
+        Recipe(**values)
+
+
+def test_unknown_recipe_lists_the_known(tmp_path):
+    with pytest.raises(InputError, match=r"recipe 'nope': no such recipe or file; there are .*cifar100_lt"):
+        load_recipe("nope")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 3\n", r"unknown key learning_rate; the keys are"),
+        ("lr: [\n", r"not YAML"),
+        ("- lr\n", r"expected `key: value` lines"),
+    ],
+)
+def test_bad_recipe_files(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_recipe(path)
+
+
+def test_differing_names_what_changes_numbers_only():
+    recipe = Recipe()
+    other = dataclasses.replace(recipe, lr=0.2, workers=7, data_dir="elsewhere", name="other")
+    assert recipe.differing(other) == ["lr"]
+
+
+def test_yaml_states_every_key():
+    assert set(yaml.safe_load(Recipe().to_yaml())) == {item.name for item in dataclasses.fields(Recipe)}
