@@ -18,8 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from ride_timm.evaluation.evaluate.evaluate import evaluate, evaluation_batch, with_macs
-from ride_timm.evaluation.evaluate.plots import plot_run
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
@@ -32,6 +30,8 @@ from ride_timm.data.load import hold_out, load_longtail
 from ride_timm.data.loaders.loader import make_loader
 from ride_timm.data.loaders.orders import Shares
 from ride_timm.data.loaders.views import TwoViews
+from ride_timm.evaluation.evaluate import evaluate, evaluation_batch, with_macs
+from ride_timm.evaluation.plots import plot_run
 from ride_timm.hardware import bf16_pays, has_compiler, keep_memory, set_threads
 from ride_timm.losses import OffsetExpertsLoss, make_loss
 from ride_timm.models import Router, add_class_affine, has_class_affine

@@ -12,12 +12,12 @@ from types import MethodType
 import timm
 import torch
 from record import alternate, parse, parser, record
-from ride_timm.evaluation.evaluate.macs import count_macs
-from ride_timm.inference.options.options import fuse_conv_bn
 from torch import Tensor
 
 import ride_timm
+from ride_timm.evaluation.macs import count_macs
 from ride_timm.hardware import keep_memory
+from ride_timm.inference.options import fuse_conv_bn
 
 SHARES = {"none": (1.0, 0.0, 0.0), "paper": (0.4099, 0.0947, 0.4954), "all": (0.0, 0.0, 1.0)}
 SIZES = {"ride_resnet32": 32, "ride_resnext50": 224}

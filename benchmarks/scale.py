@@ -16,9 +16,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout is what is counted
 
-from ride_timm.evaluation.evaluate.macs import count_macs
-
 import ride_timm  # noqa: F401  (registers the networks)
+from ride_timm.evaluation.macs import count_macs
 
 FP32 = 4  # bytes of a parameter, its gradient and its momentum, under bf16 autocast too
 IMAGENET_JPEG = 108e3  # bytes: 138 GB of training images over 1.28 million

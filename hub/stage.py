@@ -26,7 +26,6 @@ import torch
 from card import hand_edited, shots_of, write_card
 from measure import measure
 from pictures import draw_classes, draw_routing
-from ride_timm.evaluation.evaluate.macs import count_macs
 from staged import (
     GOLDEN,
     HERE,
@@ -44,6 +43,7 @@ from staged import (
 from ride_timm import InputError, RunError, load_legacy
 from ride_timm.cli.process import exit_code
 from ride_timm.data.load import EMBEDDED
+from ride_timm.evaluation.macs import count_macs
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
 from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of

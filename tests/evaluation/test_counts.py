@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from ride_timm.evaluation.evaluate.counts import Accuracy, format_table
 
 from ride_timm.errors import InputError, RunError
+from ride_timm.evaluation.counts import Accuracy, format_table
 
 COUNTS = [500, 101, 100, 20, 19, 3, 50]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from ride_timm.evaluation.evaluate.macs import Macs, count_macs
 from small_backbones import build, images
 from torch.utils.flop_counter import FlopCounterMode
 
 import ride_timm  # noqa: F401  (registers the models)
 from ride_timm.errors import InputError
+from ride_timm.evaluation.macs import Macs, count_macs
 from ride_timm.models import CosineClassifier
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "parity" / "gflops.json").read_text())

@@ -6,10 +6,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from ride_timm.evaluation.evaluate.counts import Accuracy, format_groups
-from ride_timm.evaluation.evaluate.metrics import harmonic_mean, head_to_tail
 
 from ride_timm.errors import InputError
+from ride_timm.evaluation.counts import Accuracy, format_groups
+from ride_timm.evaluation.metrics import harmonic_mean, head_to_tail
 
 COUNTS = [500, 101, 100, 20, 19, 3, 50]
 GROUPS = {"all": range(7), "many": [0, 1], "medium": [2, 3, 6], "few": [4, 5]}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ride_timm.evaluation.evaluate.counts import Accuracy
 
 from ride_timm.evaluation import plots
+from ride_timm.evaluation.counts import Accuracy
 
 pytest.importorskip("matplotlib")
 COUNTS = [200, 50, 5]

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from ride_timm.evaluation.evaluate.evaluate import evaluate
-from ride_timm.evaluation.evaluate.macs import Macs
-from ride_timm.evaluation.evaluate.routing_curve import (
+
+from ride_timm.cli.main import main
+from ride_timm.cli.process import exit_code
+from ride_timm.errors import InputError
+from ride_timm.evaluation.evaluate import evaluate
+from ride_timm.evaluation.macs import Macs
+from ride_timm.evaluation.routing_curve import (
     Outcomes,
     collect_outcomes,
     curve_table,
@@ -18,10 +22,6 @@ from ride_timm.evaluation.evaluate.routing_curve import (
     thin,
     threshold_for_budget,
 )
-
-from ride_timm.cli.main import main
-from ride_timm.cli.process import exit_code
-from ride_timm.errors import InputError
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from ride_timm.inference.options.export import export
 
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
 from ride_timm.errors import InputError, RunError
 from ride_timm.inference import export as export_module
+from ride_timm.inference.export import export
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
 
@@ -60,7 +60,7 @@ def test_the_ensemble(folders, model, images, batch):
 @pytest.mark.parametrize("kind", ["masked", "driver"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_routing(folders, model, images, kind, threshold):
-    from ride_timm.inference.options.onnx_driver import OnnxRouted
+    from ride_timm.inference.onnx_driver import OnnxRouted
 
     if kind == "masked":
         graph = session(folders[kind] / "model.onnx")
@@ -81,7 +81,7 @@ def test_routing(folders, model, images, kind, threshold):
 
 def test_threads_of_one_graph_do_not_spin_while_the_next_one_works(folders):
     """They did, and routed batches of 32 took four times as long as with them stopped."""
-    from ride_timm.inference.options.onnx_driver import OnnxRouted
+    from ride_timm.inference.onnx_driver import OnnxRouted
 
     driver = OnnxRouted(folders["driver"])
     for graph in (driver.trunk, *driver.experts, *driver.gates):
@@ -89,7 +89,7 @@ def test_threads_of_one_graph_do_not_spin_while_the_next_one_works(folders):
 
 
 def test_the_driver_runs_experts_on_their_samples_only(folders, images):
-    from ride_timm.inference.options.onnx_driver import OnnxRouted
+    from ride_timm.inference.onnx_driver import OnnxRouted
 
     driver, rows = OnnxRouted(folders["driver"], 0.5), []
 
@@ -144,7 +144,7 @@ def test_the_manifest_says_what_is_expected(folders):
 
 
 def test_a_driver_wants_its_own_kind(folders):
-    from ride_timm.inference.options.onnx_driver import OnnxRouted
+    from ride_timm.inference.onnx_driver import OnnxRouted
 
     with pytest.raises(ValueError, match="expected 'driver'"):
         OnnxRouted(folders["masked"])

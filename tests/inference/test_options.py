@@ -5,14 +5,14 @@ import json
 import pytest
 import timm
 import torch
-from ride_timm.evaluation.evaluate.evaluate import answer_of
-from ride_timm.inference.options.options import Inference, Timed, fuse_conv_bn, prepare
 from torch import nn
 
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
 from ride_timm.errors import InputError
+from ride_timm.evaluation.evaluate import answer_of
 from ride_timm.inference import options as inference
+from ride_timm.inference.options import Inference, Timed, fuse_conv_bn, prepare
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
 

@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from ride_timm.inference.options.export import export
 from timm.data import resolve_input_data_config
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 import ride_timm  # noqa: F401  (registers the models)
+from ride_timm.inference.export import export
 from ride_timm.losses import make_loss
 from ride_timm.models import Ride
 from ride_timm.training.objectives import ExpertsObjective

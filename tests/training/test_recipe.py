@@ -9,9 +9,9 @@ import shlex
 import pytest
 import torch
 import yaml
-from ride_timm.evaluation.evaluate.macs import count_macs
 
 from ride_timm import InputError
+from ride_timm.evaluation.macs import count_macs
 from ride_timm.losses import LOSSES, make_loss
 from ride_timm.models.load import create_ride_model
 from ride_timm.training.arguments import add_flags, flags_given
