@@ -6,6 +6,7 @@ iNaturalist crops and flips. A `Policy` is one of these recipes, a row of `POLIC
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -64,10 +65,19 @@ class Policy:
             raise InputError(f"input size {input_size!r} is not a positive number of pixels")
         return int(input_size)
 
+    @property
+    def crop_pct(self) -> float:
+        """timm's name for the test crop over the image it is cut from."""
+        return self.size / self.resize
+
+    def resize_at(self, input_size: int) -> int:
+        """Shorter image size before the centre crop, floored as timm does."""
+        return math.floor(input_size / self.crop_pct)
+
     def data_config(self, input_size: int) -> dict[str, Any]:
-        """The test transform in timm's words, for a model's config.json."""
+        """The test transform as timm's data config, for a model's config.json."""
         shape = dict(input_size=(3, input_size, input_size), mean=self.mean, std=self.std)
-        return shape | dict(crop_pct=self.size / self.resize, interpolation="bilinear")
+        return shape | dict(crop_pct=self.crop_pct, interpolation="bilinear")
 
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "size": 224, "resize": 256}
@@ -147,7 +157,7 @@ def build_crop(
     size = policy.input_size(input_size)
     reduced_decode = reduced_decode and not policy.in_memory
     if not train:
-        return Fit(size, round(policy.resize * size / policy.size), reduced_decode)
+        return Fit(size, policy.resize_at(size), reduced_decode)
     if policy.padding is not None:
         return Fit(size, reduced_decode=reduced_decode)
     return RandomResizedCrop(size, reduced_decode)

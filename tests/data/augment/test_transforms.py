@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
@@ -100,12 +101,31 @@ def test_test_transform_only_normalises_small_images():
     torch.testing.assert_close(expected, ((images / 255 - mean) / std).permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("name, size, resize", [("imagenet", 224, 256), ("inat", 224, 256), ("imagenet", 96, 110)])
+@pytest.mark.parametrize("name, size, resize", [("imagenet", 224, 256), ("inat", 224, 256), ("imagenet", 96, 109)])
 def test_large_images_are_resized_and_cropped_at_the_centre(name, size, resize):
     image = Image.fromarray(torch.randint(0, 256, (300, 400, 3), dtype=torch.uint8).numpy())
     policy = POLICIES[name]
     steps = [T.Resize(resize), T.CenterCrop(size), T.ToTensor(), T.Normalize(policy.mean, policy.std)]
     assert torch.equal(build_transform(name, train=False, input_size=size)(image), T.Compose(steps)(image))
+
+
+def timm_test_transform(name: str, size: int) -> T.Compose:
+    """The test transform that timm builds from the config.json of a model trained with this policy."""
+    return create_transform(**POLICIES[name].data_config(size))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_test_transform_resizes_as_timm_does_at_every_size(name):
+    resized = {size: build_transform(name, False, size).transforms[0].resize for size in range(64, 513)}
+    assert resized == {size: timm_test_transform(name, size).transforms[0].size for size in range(64, 513)}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("size", [64, 96, 160, 224, 256, 320, 384, 511, 512])
+def test_the_test_transform_equals_timms_bit_for_bit(name, size):
+    pixels = torch.randint(0, 256, (300, 401, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    image = Image.fromarray(pixels.numpy())
+    assert torch.equal(build_transform(name, False, size)(image), timm_test_transform(name, size)(image))
 
 
 @pytest.mark.parametrize(
