@@ -1,6 +1,6 @@
-"""What a training step on many GPUs exchanges, reads and holds: an estimate from the networks; nothing is run.
+"""Estimate the communication, input rate and memory of a training step on many GPUs; nothing is run.
 
-Counted from the networks themselves: parameters, MACs, BatchNorm layers. The rest is assumed, and has its flag.
+Parameters, MACs and BatchNorm layers are counted from the networks. The rest is assumed and has its flag.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import timm
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout is what is counted
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # count this checkout
 
 import ride_timm  # noqa: F401  (registers the networks)
 from ride_timm.evaluation.macs import count_macs
 
-FP32 = 4  # bytes of a parameter, its gradient and its momentum, under bf16 autocast too
+FP32 = 4  # bytes of a parameter, its gradient or its momentum, also under bf16 autocast
 IMAGENET_JPEG = 108e3  # bytes: 138 GB of training images over 1.28 million
 CIFAR_ARRAY = 32 * 32 * 3  # bytes, decoded
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A network with the classes, batch and images of a recipe; image_bytes are those that are read."""
+    """A network with the classes, batch and images of a recipe; image_bytes is the size of an encoded image."""
 
     model: str
     num_experts: int
@@ -51,41 +51,35 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Counts:
-    """What a network says of itself: parameters in all and of its experts, MACs an image, channels by BatchNorm."""
+    """Parameters, MACs per image, and the channels of each BatchNorm layer."""
 
     params: int
-    expert_params: int
     macs: float
     norm_channels: tuple[int, ...]
 
 
 def count(setting: Setting) -> Counts:
-    """Counts of a network made without memory for its weights."""
+    """Count on the meta device, without memory for the weights."""
     with torch.device("meta"):
         model = timm.create_model(setting.model, num_experts=setting.num_experts, num_classes=setting.num_classes)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return Counts(
         sum(parameter.numel() for parameter in model.parameters()),
-        sum(parameter.numel() for parameter in model.experts.parameters()),
         count_macs(model, (3, setting.image_size, setting.image_size)).ensemble,
         tuple(norm.num_features for norm in norms),
     )
 
 
 def all_reduce(num_bytes: float, processes: int) -> float:
-    """Bytes that each process of a ring sends so that all hold the sum: a reduce-scatter, then an all-gather."""
+    """Bytes each process sends in a ring all-reduce: a reduce-scatter, then an all-gather."""
     return 2 * (processes - 1) / processes * num_bytes
 
 
-def fsdp(params: int, expert_params: int, processes: int) -> float:
-    """Bytes that each process sends in a step: experts are gathered forward and backward, the rest once, and all
-    gradients are reduced to their owners."""
-    return (processes - 1) / processes * FP32 * (2 * params + expert_params)
-
-
 def sync_bn(norm_channels: tuple[int, ...], processes: int) -> float:
-    """Bytes that each process sends in a step: mean, inverse deviation and count of every layer are gathered forward,
-    two sums of its gradients are reduced backward."""
+    """Bytes each process sends in a step.
+
+    Forward, every layer gathers its mean, inverse deviation and count; backward, it reduces two sums.
+    """
     forward = sum((2 * channels + 1) * FP32 * (processes - 1) for channels in norm_channels)
     return forward + all_reduce(2 * FP32 * sum(norm_channels), processes)
 
@@ -98,10 +92,10 @@ def size(num_bytes: float) -> str:
 
 
 def rows(settings: tuple[Setting, ...], args: argparse.Namespace) -> tuple[list[list[str]], list[float]]:
-    """The table's cells, and each setting's share of a step that the exchange of gradients takes."""
+    """The table, and for each setting the fraction of a step spent on the exchange of gradients."""
     processes = args.nodes * args.gpus_per_node
     bytes_a_second = (args.link if args.nodes > 1 else args.link_within) * 1e9 / 8
-    table, shares = [], []
+    table, fractions = [], []
     for setting in settings:
         counts = count(setting)
         gradients = counts.params * FP32
@@ -110,8 +104,7 @@ def rows(settings: tuple[Setting, ...], args: argparse.Namespace) -> tuple[list[
         # forward and backward: three times the forward MACs, two operations each
         compute = 6 * counts.macs * setting.batch_size / processes / (args.tflops * 1e12)
         images = setting.batch_size / (exchange + compute)
-        shares.append(exchange / (exchange + compute))
-        held = 3 * gradients  # parameters, gradients, momentum
+        fractions.append(exchange / (exchange + compute))
         norms = counts.norm_channels
         waits = 2 * len(norms) * args.wait * 1e-6
         table.append(
@@ -124,16 +117,15 @@ def rows(settings: tuple[Setting, ...], args: argparse.Namespace) -> tuple[list[
                 f"{1e3 * compute:.1f} ms",
                 f"{images:.0f}",
                 f"{size(images * setting.image_bytes)}/s",
-                size(fsdp(counts.params, counts.expert_params, processes)),
-                f"{size(held)} / {size(held / processes)}",
+                size(3 * gradients),  # parameters, gradients, momentum
                 f"{size(sync_bn(norms, processes))}, {1e3 * waits:.1f} ms" if norms else "–",
             ]
         )
-    return table, shares
+    return table, fractions
 
 
-HEADER = ("network", "parameters", "gradients a step", "a GPU sends (DDP)", "which takes", "computing takes",
-          "images/s", "input", "a GPU sends (FSDP)", "a GPU holds, DDP / FSDP", "SyncBN sends, waits")  # fmt: skip
+HEADER = ("network", "parameters", "gradients", "a GPU sends", "communication", "computation",
+          "images/s", "input", "a GPU holds", "SyncBN sends, waits")  # fmt: skip
 
 
 def positive(text: str) -> float:
@@ -149,17 +141,18 @@ def estimate(argv: list[str] | None = None) -> None:
     )
     flags.add_argument("--nodes", type=int, choices=range(1, 1025), metavar="N", default=2)
     flags.add_argument("--gpus-per-node", type=int, choices=range(1, 65), metavar="N", default=8)
-    flags.add_argument("--link", type=positive, default=100, help="Gb/s between nodes, one ring through all GPUs")
-    flags.add_argument("--link-within", type=positive, default=200, help="Gb/s between the GPUs of a single node")
-    flags.add_argument("--tflops", type=positive, default=40, help="10^12 operations a second that a GPU keeps up")
-    flags.add_argument("--wait", type=positive, default=50, help="microseconds that one small exchange takes at least")
+    flags.add_argument("--link", type=positive, default=100, help="Gb/s between nodes")
+    flags.add_argument("--link-within", type=positive, default=200, help="Gb/s between the GPUs of one node")
+    flags.add_argument("--tflops", type=positive, default=40, help="sustained TFLOP/s of a GPU")
+    flags.add_argument("--wait", type=positive, default=50, help="latency of a small exchange in microseconds")
     args = flags.parse_args(argv)
-    table, shares = rows(SETTINGS, args)
-    print(f"{args.nodes} x {args.gpus_per_node} GPUs: an estimate, nothing here was measured\n")
+    table, fractions = rows(SETTINGS, args)
+    print(f"{args.nodes} x {args.gpus_per_node} GPUs: an estimate, not a measurement\n")
     for cells in (HEADER, ["---"] * len(HEADER), *table):
         print("| " + " | ".join(cells) + " |")
-    largest = max(range(len(shares)), key=shares.__getitem__)
-    print(f"\nlargest share of a step for the gradients {100 * shares[largest]:.0f} % ({SETTINGS[largest].model})")
+    largest = max(range(len(fractions)), key=fractions.__getitem__)
+    percent = f"{100 * fractions[largest]:.0f} % ({SETTINGS[largest].model})"
+    print(f"\nlargest fraction of a step spent on gradients {percent}")
 
 
 if __name__ == "__main__":
