@@ -1,15 +1,29 @@
-"""What a source distribution holds beside the package."""
+"""Contents of the source distribution and of the installed package."""
 
+import configparser
+import importlib
+import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+import ride_timm
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = (".ci", "benchmarks", "configs", "hub", "tests")
+FOLDERS = (".ci", ".github", "benchmarks", "configs", "docs", "hub", "tests")
+FILES = ("train_accelerate.py", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", ".pre-commit-config.yaml")
 
 
-def test_a_source_distribution_is_whole(monkeypatch):
-    """Of the files that MANIFEST.in names, by the very class of setuptools that reads it."""
+@pytest.fixture
+def setup_cfg():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_the_source_distribution_is_complete(monkeypatch):
+    """The files of MANIFEST.in, as setuptools reads it."""
     egg_info = pytest.importorskip("setuptools.command.egg_info")
     monkeypatch.chdir(ROOT)
     found = egg_info.FileList()
@@ -18,5 +32,29 @@ def test_a_source_distribution_is_whole(monkeypatch):
             found.process_template_line(line)
     wanted = {path for folder in FOLDERS for path in Path(folder).rglob("*") if path.is_file()}
     wanted = {path for path in wanted if "__pycache__" not in path.parts}
-    wanted |= {Path(name) for name in ("train_accelerate.py", "CHANGELOG.md", "CONTRIBUTING.md")}
+    wanted |= {Path(name) for name in FILES}
     assert {Path(name) for name in found.files} == wanted
+
+
+def test_the_console_script_is_python_m_ride_timm(setup_cfg, monkeypatch, capsys):
+    name, target = setup_cfg["options.entry_points"]["console_scripts"].split(" = ")
+    module, function = target.split(":")
+    monkeypatch.setattr("sys.argv", [name, "flops", "test_ride_resnet"])
+    assert getattr(importlib.import_module(module), function)() == 0
+    assert capsys.readouterr().out.startswith("test_ride_resnet, ")
+
+
+def test_every_pattern_of_package_data_has_files(setup_cfg):
+    package = Path(ride_timm.__file__).parent
+    patterns = setup_cfg["options.package_data"]["ride_timm"].split()
+    assert "py.typed" in patterns
+    for pattern in patterns:
+        assert list(package.glob(pattern)), pattern
+
+
+def test_the_citation_is_that_of_this_version_and_of_the_readme():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == ride_timm.__version__
+    paper, readme = citation["preferred-citation"], (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"title=\{(.*)\}", readme)[1] == paper["title"]
+    assert re.search(r"url=\{(.*)\}", readme)[1] == paper["url"]
