@@ -12,19 +12,22 @@ from .errors import RunError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: a reader sees the old file or the new one, whole.
+    """Let `write` fill a partial file beside `path`, then rename it to `path`.
 
-    RunError where the disk does not take it; the old file then still stands.
+    Readers see the old file or the new one, complete. RunError where writing fails; the old file is then unchanged.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # left by a killed process
+        partial.touch()
+        mode = partial.stat().st_mode  # what umask and the folder give to new files
         write(partial)
-        partial.chmod(0o644)  # safetensors writes files that only their owner can read
+        partial.chmod(mode)  # safetensors replaces the file by one that only its owner can read
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors wrap a full disk
-        message = f"{path} could not be written, is the disk full? What stood there before still does. ({error})"
+        message = f"{path} could not be written, is the disk full? An older file of this name is unchanged. ({error})"
         raise RunError(message) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -120,21 +120,18 @@ def export(
         labels=list(cfg.get("label_names") or map(str, range(model.num_classes))),
         versions={"ride-timm": __version__, **{name: version(name) for name in ("torch", "onnx")}},
     )
-    partial = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        manifest["graphs"] = _write_graphs(model, partial, routed, size)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if routed == "driver":
-            shutil.copyfile(Path(__file__).with_name("onnx_driver.py"), partial / "driver.py")
-        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can enter
-        os.replace(partial, folder)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            partial = Path(scratch) / folder.name
+            partial.mkdir()
+            manifest["graphs"] = _write_graphs(model, partial, routed, size)
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            if routed == "driver":
+                shutil.copyfile(Path(__file__).with_name("onnx_driver.py"), partial / "driver.py")
+            os.replace(partial, folder)
     except OSError as error:
         raise RunError(f"{folder} could not be written ({error}); nothing was left there.") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
