@@ -145,10 +145,10 @@ def _experts(args: argparse.Namespace, model: Ride) -> list[int]:
 def evaluate_command(args: argparse.Namespace) -> None:
     from ..data.augment.transforms import get_policy
     from ..data.loaders.loader import make_loader
-    from ..evaluation.counts import format_groups, format_table
     from ..evaluation.evaluate import evaluate, evaluation_batch
     from ..evaluation.macs import count_macs
     from ..evaluation.routing_curve import check_budget, collect_outcomes, prefix_points, routing_curve, thin
+    from ..evaluation.tables import groups_table, metrics_table, millions
 
     _check_evaluate(args)
     check_place(args.model)
@@ -210,14 +210,14 @@ def evaluate_command(args: argparse.Namespace) -> None:
         rows |= {f"{i + 1} expert{'s' * (i > 0)} always": point for i, point in enumerate(prefixes)}
     if args.json:
         return print_json(metrics)
-    print(format_table(rows))
+    print(metrics_table(rows))
     print(f"{metrics['correct']} of {metrics['images']} test images right")
-    print(f"\n{format_groups(metrics)}")
+    print(f"\n{groups_table(metrics)}")
     if chosen:
         over = ": above the budget" if metrics["macs"] > args.macs_budget else ""
-        print(f"threshold {threshold:.4g}, for at most {args.macs_budget / 1e6:.1f} M MACs an image; chosen on "
+        print(f"threshold {threshold:.4g}, for at most {millions(args.macs_budget)} MMACs an image; chosen on "
               f"{chosen['images']} {chosen['source']}, class-balanced: {chosen['all']:.2f} % at "
-              f"{chosen['macs'] / 1e6:.1f} M there, {metrics['macs'] / 1e6:.1f} M on the test set{over}")  # fmt: skip
+              f"{millions(chosen['macs'])} MMACs there, {millions(metrics['macs'])} on the test set{over}")  # fmt: skip
     if args.time:
         print(
             f"{metrics['images_per_second']:,.1f} images/s ({inference}; {device}, {torch.get_num_threads()} threads)"

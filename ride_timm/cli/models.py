@@ -8,6 +8,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs
 
 from ..evaluation.macs import count_macs
+from ..evaluation.tables import millions, text_table
 
 
 def describe(name: str, num_experts: int | None = None) -> dict[str, Any]:
@@ -44,21 +45,15 @@ def catalogue(pattern: str = "ride*") -> list[dict[str, Any]]:
     return [describe(name) for name in timm.list_models(pattern)]
 
 
-def _short(count: float) -> str:
-    return f"{count / 1e9:.2f}G" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
 def format_catalogue(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table for people; `*` marks published weights."""
-    width = max(len(row["name"]) for row in rows)
+    """The rows as a text table, in millions of parameters and of MACs per image; `*` marks published weights."""
     most = max(len(row["macs_by_experts"]) for row in rows)
-    costs = "".join(f"{f'{e + 1} exp.':>9}" for e in range(most))
-    lines = [f"{'name':<{width}} {'params':>8} {'trunk':>8} {'expert':>8}{costs} {'input':>6}  weights (* published)"]
+    heading = ["", "M params", "MMACs: trunk", "an expert", *(f"{e + 1} exp." for e in range(most)), "input"]
+    lines, tags = [heading], ["weights (* published)", "-" * 21]
     for row in rows:
-        by_experts = [_short(macs) for macs in row["macs_by_experts"]]
-        costs = "".join(f"{cost:>9}" for cost in by_experts + [""] * (most - len(by_experts)))
-        own = _short(row["expert_macs"][0])
-        tags = ", ".join(tag + ("*" if published else "") for tag, published in row["tags"].items())
-        start = f"{row['name']:<{width}} {_short(row['params']):>8} {_short(row['trunk_macs']):>8} {own:>8}"
-        lines.append(f"{start}{costs} {row['input_size']:>6}  {tags}")
-    return "\n".join(lines)
+        counts = [row["params"], row["trunk_macs"], row["expert_macs"][0], *row["macs_by_experts"]]
+        cells = [*map(millions, counts), *[""] * (most - len(row["macs_by_experts"]))]
+        lines.append([row["name"], *cells, str(row["input_size"])])
+        tags.append(", ".join(tag + "*" * published for tag, published in row["tags"].items()))
+    table = text_table(lines).split("\n")
+    return "\n".join(f"{line}  {weights}".rstrip() for line, weights in zip(table, tags, strict=True))

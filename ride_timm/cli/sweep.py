@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
+from ..evaluation.tables import GROUPS, markdown_table, millions
 from ..files import write_atomically
 from ..training.arguments import Parser, add_flags, flags_given
 from ..training.recipe import load_recipe
@@ -24,7 +25,7 @@ from ..training.run_folder import RunFolder
 from .commands import print_json
 from .process import Interrupted
 
-MEASURES = ("all", "many", "medium", "few", "top5", "class_mean")
+MEASURES = (*GROUPS, "top5", "class_mean")
 _OWN = ("seed", "name")  # the sweep's to decide
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 60  # seconds for a run to end after its step
@@ -186,13 +187,13 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
         return f"{row[name]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
 
     measures = [name for name in MEASURES if name != "class_mean"]
-    head = ["recipe", "stage", *measures, "MACs", "epochs", "seeds", "seconds"]
-    lines = [head, ["---"] * len(head)]
+    head = ["recipe", "stage", *measures, "MMACs", "epochs", "seeds", "seconds"]
+    lines = [head]
     for row in rows:
         cells = [row["recipe"], row["stage"], *(cell(row, name) for name in measures)]
-        cells += [f"{row['macs'] / 1e6:.1f} M", f"{row['epochs']:g}", ", ".join(map(str, row["seeds"]))]
+        cells += [millions(row["macs"]), f"{row['epochs']:g}", ", ".join(map(str, row["seeds"]))]
         lines.append([*cells, f"{row['seconds']:.0f}"])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(lines) + "\n"
 
 
 def write_tables(output: Path, recipes: Sequence[str], seeds: Sequence[int], flags: Sequence[str]) -> str | None:

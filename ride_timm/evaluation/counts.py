@@ -1,6 +1,6 @@
 """Counts of right answers by class, of confidences by bin and of what experts did; `measures` makes figures of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,66 +123,3 @@ class Accuracy:
         parts["divergence"] = parts["divergence"] / _DIVERGENCE_UNIT
         counts = Counts(**{name: part for name, part in parts.items() if part.size})
         return figures(counts, class_counts, shots)
-
-
-def _macs(macs: float | None) -> str:
-    """MACs per image with their unit, 78.6 M or 6.13 G."""
-    if macs is None:
-        return "–"
-    return f"{macs / 1e9:.2f} G" if macs >= 999.95e6 else f"{macs / 1e6:.1f} M"
-
-
-def format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Plain-text table of metrics, one named row each; what is None or missing stands as a dash.
-
-    Each row may hold "all", "many", "medium", "few", "top5" in percent, "macs" per image, and "experts_used",
-    fractions of the samples that used 1, 2, ... experts, shown in percent. No newline at the end.
-    """
-    accuracies = ("all", "many", "medium", "few", "top5")
-    lines = [["", "all", "many", "medium", "few", "top-5", "MACs", "experts used"]]
-    for name, metrics in rows.items():
-        cells = ["–" if metrics.get(key) is None else f"{metrics[key]:.2f}" for key in accuracies]
-        used = " / ".join(f"{100 * share:.1f}" for share in metrics.get("experts_used") or ())
-        lines.append([name, *cells, _macs(metrics.get("macs")), f"{used} %" if used else "–"])
-    return align(lines)
-
-
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text, the first one a heading: names to the left, the rest to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    texts = [
-        [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)] for line in lines
-    ]
-    texts.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(text).rstrip() for text in texts)
-
-
-def format_groups(metrics: Mapping[str, Any]) -> str:
-    """Plain-text table of what `Accuracy.compute` gives by shot group, and a line on the worst class.
-
-    Columns: accuracy over images and by class mean, mean confidence and expected calibration error (all percent); of an
-    ensemble each expert's accuracy, disagreement (percent) and diversity (nats); routed, the experts used (percent).
-    """
-
-    def number(value: float | None, digits: int = 2) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    experts, used = metrics.get("experts"), metrics.get("experts_used_by_group")
-    names = [str(i) for i in metrics.get("members", range(len(experts["accuracy"]["all"])))] if experts else []
-    heading = ["", "accuracy", "class mean", "confidence", "ECE", *(f"expert {name}" for name in names)]
-    heading += ["disagreement", "diversity"] if experts else []
-    heading += ["experts used"] if used else []
-    lines = [heading]
-    for group in ("all", "many", "medium", "few"):
-        calibration = metrics["calibration"][group]
-        line = [group, number(metrics[group]), number(metrics["class_means"][group])]
-        line += [number(calibration["confidence"]), number(calibration["ece"])]
-        if experts:
-            differing = experts["disagreement"][group]
-            line += [number(accuracy) for accuracy in experts["accuracy"][group]]
-            line += [number(None if differing is None else 100 * differing), number(experts["diversity"][group], 3)]
-        if used:
-            line.append(" / ".join(f"{100 * share:.1f}" for share in used[group]) if used[group] else "–")
-        lines.append(line)
-    worst, harmonic = number(metrics["worst_class"]), number(metrics["harmonic_mean"])
-    return f"{align(lines)}\nworst class {worst}, harmonic mean of the classes {harmonic}"

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..priors import shot_groups
+from .tables import GROUPS
 
 NUM_BINS = 15  # of the confidences: Guo et al. 2017, arXiv:1706.04599, section 2
 CURVE_POINTS = 20
-GROUPS = ("all", "many", "medium", "few")
 
 
 @dataclass(frozen=True, eq=False)

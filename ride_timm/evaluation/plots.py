@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
-
-STAGES = {"experts": "ensemble", "router": "routed"}
+from .tables import GROUPS, STAGE_NAMES
 
 
 def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> list[Path]:
@@ -27,7 +26,7 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
     left.plot([row["epoch"] for row in rows], [row["loss"] for row in rows])
     left.set(xlabel="epoch", ylabel="training loss")
     tested = [row for row in rows if row["all"] is not None]
-    for group in ("all", "many", "medium", "few"):
+    for group in GROUPS:
         right.plot([row["epoch"] for row in tested], [row[group] for row in tested], marker=".", label=group)
     right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
     right.legend()
@@ -39,7 +38,7 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for stage, metrics in results["stages"].items():
-        axes.plot([metrics["per_class"][c] for c in order], ".", label=STAGES[stage], alpha=0.7)
+        axes.plot([metrics["per_class"][c] for c in order], ".", label=STAGE_NAMES[stage], alpha=0.7)
     axes.set(xlabel="class, from most to fewest training images", ylabel="test accuracy (%)", ylim=(0, 100))
     images = axes.twinx()
     images.fill_between(range(len(order)), [counts[c] for c in order], alpha=0.15, color="grey", step="mid")
@@ -47,7 +46,9 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
     axes.legend()
     written.append(folder / "classes.png")
     write_atomically(written[1], lambda partial: figure.savefig(partial, dpi=120, format="png"))
-    return written + plot_measures(folder, {STAGES[stage]: metrics for stage, metrics in results["stages"].items()})
+    return written + plot_measures(
+        folder, {STAGE_NAMES[stage]: metrics for stage, metrics in results["stages"].items()}
+    )
 
 
 def plot_measures(folder: Path, rows: dict[str, dict[str, Any]]) -> list[Path]:
@@ -156,7 +157,7 @@ def plot_curve(path: Path, curve: list[dict[str, Any]], prefixes: list[dict[str,
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for group in ("all", "many", "medium", "few"):
+    for group in GROUPS:
         if curve[0][group] is None:
             continue
         (line,) = axes.plot([p["macs"] / 1e6 for p in curve], [p[group] for p in curve], label=f"{group}, routed")

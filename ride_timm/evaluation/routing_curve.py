@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..models import Ride
 from ..priors import shot_groups
 from .macs import Macs
+from .tables import GROUPS
 
 Point = dict[str, Any]  # threshold, macs, all, many, medium, few, experts_used
 
@@ -165,7 +166,7 @@ def curve_table(curve: list[Point], prefixes: list[Point]) -> str:
     """The points as CSV; column "experts" says "routed", or how many experts every sample uses."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    keys = ("threshold", "macs", "all", "many", "medium", "few")
+    keys = ("threshold", "macs", *GROUPS)
     rows.writerow(["experts", *keys, *(f"used_{i + 1}" for i in range(len(prefixes)))])
     for name, point in [("routed", p) for p in curve] + [(i + 1, p) for i, p in enumerate(prefixes)]:
         rows.writerow([name, *(point[key] for key in keys), *point["experts_used"]])

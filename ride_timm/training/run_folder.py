@@ -17,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 
 from .. import __version__
 from ..errors import InputError
-from ..evaluation.counts import format_table
+from ..evaluation.tables import STAGE_NAMES, metrics_table
 from ..files import write_atomically, write_text
 from ..hardware import device_name
 from ..models import Ride, add_class_affine, has_class_affine
@@ -143,8 +143,7 @@ class RunFolder:
 
     def table(self) -> str:
         """The figures of the stages as a plain-text table."""
-        names = {"experts": "ensemble", "router": "routed"}
-        return format_table({names[stage]: metrics for stage, metrics in self.results()["stages"].items()})
+        return metrics_table({STAGE_NAMES[stage]: metrics for stage, metrics in self.results()["stages"].items()})
 
     def export(self, model: Ride, data_config: dict[str, Any], class_names: tuple[str, ...]) -> None:
         """Plain weights and timm's config.json; `data_config`: input_size, mean, std, crop_pct of the test images."""

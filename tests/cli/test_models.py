@@ -18,7 +18,7 @@ def test_the_table_has_a_line_for_each():
     rows = catalogue("ride_resnet[13][02]")
     assert [row["name"] for row in rows] == ["ride_resnet10", "ride_resnet32"]
     lines = format_catalogue(rows).splitlines()
-    assert lines[0].split()[:4] == ["name", "params", "trunk", "expert"]
-    assert "102.2M" in lines[2] and "imagenet_lt" in lines[1]
+    assert lines[0].split()[:8] == ["M", "params", "MMACs:", "trunk", "an", "expert", "1", "exp."]
+    assert "102.2     32  cifar100_lt100, " in lines[3] and lines[2].endswith("imagenet_lt")
     rows[0]["tags"]["imagenet_lt"] = True
-    assert format_catalogue(rows).splitlines()[1].endswith("imagenet_lt*")
+    assert format_catalogue(rows).splitlines()[2].endswith("imagenet_lt*")

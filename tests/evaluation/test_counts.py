@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ride_timm.errors import InputError, RunError
-from ride_timm.evaluation.counts import Accuracy, format_table
+from ride_timm.evaluation.counts import Accuracy
 
 COUNTS = [500, 101, 100, 20, 19, 3, 50]
 
@@ -150,19 +150,6 @@ def test_two_processes_count_each_sample_once(tmp_path):
         assert {key: found["metrics"][key] for key in expected} == expected
         # everything else too is to the last digit what one process finds
         assert found["metrics"] == counted(logits, targets, experts_used).compute(COUNTS)
-
-
-def test_table_aligns_and_dashes_what_is_missing():
-    rows = {
-        "ensemble": {"all": 48.6, "many": 67.0, "medium": 49.9, "few": None, "top5": 100.0, "macs": 102.2e6},
-        "routed": {"all": 48.04, "many": 66.9, "top5": 78.1, "macs": 6.13e9, "experts_used": [0.4099, 0.0947, 0.4954]},
-    }
-    assert format_table(rows).splitlines() == [
-        "            all   many  medium  few   top-5     MACs         experts used",
-        "--------  -----  -----  ------  ---  ------  -------  -------------------",
-        "ensemble  48.60  67.00   49.90    –  100.00  102.2 M                    –",
-        "routed    48.04  66.90       –    –   78.10   6.13 G  41.0 / 9.5 / 49.5 %",
-    ]
 
 
 if __name__ == "__main__":

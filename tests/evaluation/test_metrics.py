@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ride_timm.errors import InputError
-from ride_timm.evaluation.counts import Accuracy, format_groups
+from ride_timm.evaluation.counts import Accuracy
 from ride_timm.evaluation.metrics import harmonic_mean, head_to_tail
+from ride_timm.evaluation.tables import groups_table
 
 COUNTS = [500, 101, 100, 20, 19, 3, 50]
 GROUPS = {"all": range(7), "many": [0, 1], "medium": [2, 3, 6], "few": [4, 5]}
@@ -172,18 +173,5 @@ def test_figures_of_nothing_are_none():
     found = Accuracy(2, num_experts=2, num_members=2).compute([500, 5])
     assert found["worst_class"] is found["harmonic_mean"] is found["calibration"]["all"]["ece"] is None
     assert found["experts"]["accuracy"]["few"] == [None, None] and found["experts_used_by_group"]["many"] is None
-    text = format_groups(found)
+    text = groups_table(found)
     assert "worst class –" in text and len(text.splitlines()) == 7
-
-
-def test_the_table_by_groups():
-    members, targets, used = draw()
-    found = counted(members, targets, used).compute(COUNTS) | {"members": [0, 2, 5]}
-    lines = format_groups(found).splitlines()
-    assert lines[0].split()[:5] == ["accuracy", "class", "mean", "confidence", "ECE"]
-    assert "expert 0  expert 2  expert 5" in lines[0] and lines[0].endswith("experts used")
-    assert [line.split()[0] for line in lines[2:6]] == ["all", "many", "medium", "few"]
-    assert f"{found['calibration']['few']['ece']:.2f}" in lines[5]
-    assert (
-        lines[6] == f"worst class {found['worst_class']:.2f}, harmonic mean of the classes {found['harmonic_mean']:.2f}"
-    )

@@ -212,7 +212,7 @@ def test_a_budget_on_the_command_line(capsys, run):
     repeated = json.loads(output(capsys, *again))
     assert repeated == {key: value for key, value in found.items() if key not in ("macs_budget", "chosen_on")}
     text = output(capsys, "--model", run, "--routed", "--macs-budget", "60e6")
-    assert "for at most 60.0 M MACs" in text and "SEEN in training" in text
+    assert "for at most 60.0 MMACs" in text and "SEEN in training" in text
 
 
 def test_the_runs_own_held_out_images_choose(capsys, tmp_path, colours):
