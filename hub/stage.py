@@ -46,7 +46,7 @@ from ride_timm.data.load import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
-from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of
+from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of, without_implied_args
 from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import RunFolder, provenance
@@ -218,7 +218,7 @@ def _finish_config(new: Path, network: str, name: str, tag: str) -> None:
     if is_registered(name) and (expected := timm.get_pretrained_cfg(name).num_classes) != config["num_classes"]:
         raise InputError(f"the source has {config['num_classes']} classes, the tag {name} {expected}.")
     config["pretrained_cfg"]["tag"] = tag
-    config = dict(config, sha256=sha256_of(new / WEIGHTS))
+    config = without_implied_args(config) | dict(sha256=sha256_of(new / WEIGHTS))
     (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

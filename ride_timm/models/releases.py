@@ -21,8 +21,10 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
+import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained
-from timm.models._hub import hf_split, load_model_config_from_path
+from timm.models._hub import hf_split, load_model_config_from_path, save_config_for_hf
+from timm.models._input import get_model_args
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -241,6 +243,27 @@ def check_arguments(
         plain = all(isinstance(item, _SCALARS) for item in (value if isinstance(value, list | tuple) else [value]))
         if key in reserved or not (key in known or key in also or takes_any) or not plain:
             raise InputError(f"{where}: {CONFIG} states model_args that the network does not take: {key}={value!r}.")
+
+
+def without_implied_args(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose `model_args` repeat nothing that the loading library passes itself.
+
+    num_classes always goes: transformers passes it too, and fails on the second one. in_chans and global_pool go where
+    they are the network's defaults; others stay, because transformers reads them nowhere else.
+    """
+    args = {key: value for key, value in config["model_args"].items() if key != "num_classes"}
+    asked = {key: value for key, value in args.items() if key not in ("in_chans", "global_pool")}
+    with torch.device("meta"):
+        network = timm.create_model(config["architecture"], num_classes=config["num_classes"], **asked)
+    defaults = get_model_args(network)
+    return config | dict(model_args={k: v for k, v in args.items() if k in asked or v != defaults.get(k)})
+
+
+def save_config(model: nn.Module, path: Path, **facts: Any) -> None:
+    """Write timm's config.json; facts: of timm's `save_config_for_hf`, such as data_config."""
+    save_config_for_hf(model, str(path), **facts)
+    config = without_implied_args(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read_folder(folder: Path, variant: str | None = None) -> Release:

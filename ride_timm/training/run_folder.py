@@ -13,7 +13,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models._hub import save_config_for_hf
 
 from .. import __version__
 from ..errors import InputError
@@ -22,6 +21,7 @@ from ..files import write_atomically, write_text
 from ..hardware import device_name
 from ..models import Ride, add_class_affine, has_class_affine
 from ..models.load import create_ride_model, load_model
+from ..models.releases import save_config
 from .recipe import Recipe, load_recipe
 
 STAGES = ("experts", "router")
@@ -158,7 +158,7 @@ class RunFolder:
         write_atomically(
             self.path / "model.safetensors", lambda p: safetensors.torch.save_file(tensors, p, {"format": "pt"})
         )
-        write_atomically(self.path / "config.json", lambda p: save_config_for_hf(model, str(p), **config))
+        write_atomically(self.path / "config.json", lambda p: save_config(model, p, **config))
 
 
 _ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "threshold")

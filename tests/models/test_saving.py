@@ -1,5 +1,7 @@
 """What timm's own `save_for_hf` writes is whole: it can be loaded again, whatever was done to the network before."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,8 @@ from small_backbones import build, lively
 from timm.models import save_for_hf
 
 from ride_timm.models import Ride, Router, add_class_affine
+from ride_timm.models.releases import without_implied_args
+from ride_timm.training.run_folder import RunFolder
 
 SMALL = dict(num_classes=7, num_experts=2)
 
@@ -62,6 +66,45 @@ def test_saved_by_timm_and_loaded_again(make, tmp_path):
     if model.router is not None:
         assert torch.equal(again.forward_routed(x)[1], model.forward_routed(x)[1])
     timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=False)  # asks for no other weights either
+
+
+EXPORTED = [
+    ("test_ride_resnet", dict(router=True, class_affine=True), {}),
+    ("test_ride_resnet", dict(in_chans=1, global_pool="max"), dict(in_chans=1, global_pool="max")),
+    ("ride", dict(backbone="test_vit", img_size=64, use_norm=True), {}),
+    ("ride", dict(backbone="test_convnext", in_chans=1), dict(in_chans=1)),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "given", "kept"), EXPORTED, ids=str)
+def test_exported_arguments_repeat_nothing(name, given, kept, tmp_path):
+    model = timm.create_model(name, **given, **SMALL).eval()
+    RunFolder(tmp_path).export(model, dict(input_size=(model.in_chans, 64, 64)), ())
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert {key: args[key] for key in ("num_classes", "in_chans", "global_pool") if key in args} == kept
+    again, x = (
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(),
+        torch.randn(2, model.in_chans, 64, 64),
+    )
+    assert again.num_classes == 7 and torch.equal(again(x), model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "given", "kept"), EXPORTED, ids=str)
+def test_transformers_loads_a_run_folder(name, given, kept, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = timm.create_model(name, **given, **SMALL).eval()
+    RunFolder(tmp_path).export(model, dict(input_size=(model.in_chans, 64, 64)), tuple("abcdefg"))
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.randn(2, model.in_chans, 64, 64)
+    assert torch.equal(again(x).logits, model(x)) and again.config.id2label[6] == "g"
+
+
+def test_implied_arguments_leave_a_config_that_has_them():
+    args = dict(router=True, num_experts=3, num_classes=7, in_chans=3, global_pool="fastavg")
+    config = dict(architecture="ride_resnet32", num_classes=7, model_args=args, sha256="0")
+    assert without_implied_args(config) == dict(config, model_args=dict(router=True, num_experts=3))
 
 
 @torch.no_grad()
