@@ -25,11 +25,10 @@ from tqdm import tqdm
 from ride_timm import InputError, RunError
 from ride_timm.cli.process import Signals, exit_code
 from ride_timm.data.augment.mixing import BatchChange, batch_changes
-from ride_timm.data.augment.transforms import Policy, get_policy
+from ride_timm.data.augment.policies import Policy, get_policy
 from ride_timm.data.load import hold_out, load_longtail
-from ride_timm.data.loaders.loader import make_loader
-from ride_timm.data.loaders.orders import Shares
-from ride_timm.data.loaders.views import TwoViews
+from ride_timm.data.loaders import make_loader
+from ride_timm.data.loaders.orders import RankSlices
 from ride_timm.evaluation.evaluate import evaluate, evaluation_batch, with_macs
 from ride_timm.evaluation.plots import plot_run
 from ride_timm.hardware import bf16_pays, has_compiler, keep_memory, set_threads
@@ -173,11 +172,11 @@ class Run:
             self.teacher = load_teacher(args.teacher, self.data.num_classes, image)
         for name in args.stages:  # a batch that cannot be shared out is found now, not after stage one
             size = recipe.stage(name).batch_size
-            shares = Shares(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
+            slices = RankSlices(len(self.train_set), size, True, accelerator.process_index, accelerator.num_processes)
             if name == "experts" and name not in self.reached and not (self.decoupling or recipe.sync_bn):
                 views = 2 if recipe.loss == "mdcs" and self.train_policy != self.policy else 1
-                batches = f"{shares.num_draws} images in batches of {size} (processes: {accelerator.num_processes})"
-                check_parts(self.model, self.size, [views * n for n in shares.fewest], recipe.ghost_batch, batches)
+                batches = f"{slices.num_draws} images in batches of {size} (processes: {accelerator.num_processes})"
+                check_parts(self.model, self.size, [views * n for n in slices.fewest], recipe.ghost_batch, batches)
         self.signals = Signals()
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked
 
@@ -195,12 +194,9 @@ class Run:
         """Training batches of a stage, of two views of the images where the loss compares them."""
         if stage.name == "router" or self.train_policy == self.policy:
             return self.loader(self.train_set, self.policy, stage)
-        loader = self.loader(self.train_set, self.train_policy, stage)
-        if self.recipe.loss == "mdcs":
-            return TwoViews(self.loader(self.train_set, self.policy, stage), loader)
-        return loader
+        return self.loader(self.train_set, self.train_policy, stage, 2 if self.recipe.loss == "mdcs" else 1)
 
-    def loader(self, image_set: Any, policy: Policy, stage: Stage | None = None) -> Any:
+    def loader(self, image_set: Any, policy: Policy, stage: Stage | None = None, views: int = 1) -> Any:
         """Training batches of a stage, or test batches where there is none."""
         return make_loader(
             image_set,
@@ -208,14 +204,14 @@ class Run:
             train=stage is not None,
             batch_size=stage.batch_size if stage else evaluation_batch(self.size),
             seed=self.recipe.seed,
-            order="balanced" if stage and stage.balanced else None,
+            balanced=stage is not None and stage.balanced,
+            views=views,
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             num_workers=self.recipe.workers,
             device=self.accelerator.device,
             input_size=self.size,
             reduced_decode=self.recipe.reduced_decode,
-            shuffle_buffer=self.recipe.shuffle_buffer,
         )
 
     def objective(self, stage: Stage) -> Objective:

@@ -16,7 +16,7 @@ from record import alternate, parse, parser, processes, record, show, summary
 from variants import VARIANTS, add_variants_flag, default_variants, ratios_of
 
 from ride_timm.data.load import load_longtail
-from ride_timm.data.loaders.loader import decode
+from ride_timm.data.loaders.in_memory import decode
 
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], float]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))  # the training script is no package, and this checkout is what is measured
 
-from ride_timm.data.augment.transforms import get_policy
+from ride_timm.data.augment.policies import get_policy
 from ride_timm.hardware import keep_memory
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import create_model

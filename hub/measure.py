@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ride_timm import InputError
-from ride_timm.data.augment.transforms import get_policy
+from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.load import load_longtail
-from ride_timm.data.loaders.loader import make_loader
+from ride_timm.data.loaders import make_loader
 from ride_timm.evaluation.evaluate import evaluate, evaluation_batch, with_macs
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.evaluation.routing_curve import collect_outcomes, prefix_points, routing_curve, thin

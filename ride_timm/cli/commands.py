@@ -143,8 +143,8 @@ def _experts(args: argparse.Namespace, model: Ride) -> list[int]:
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    from ..data.augment.transforms import get_policy
-    from ..data.loaders.loader import make_loader
+    from ..data.augment.policies import get_policy
+    from ..data.loaders import make_loader
     from ..evaluation.evaluate import evaluate, evaluation_batch
     from ..evaluation.macs import count_macs
     from ..evaluation.routing_curve import check_budget, collect_outcomes, prefix_points, routing_curve, thin
@@ -268,7 +268,7 @@ def predict_command(args: argparse.Namespace) -> None:
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
-    from ..data.augment.reduced_decode import upright
+    from ..data.augment.images import upright
 
     _check_experts(args, args.routed)
     inference = inference_of(args)

@@ -1,4 +1,4 @@
-"""What every source gives: images that are decoded when asked for, with labels that are known before."""
+"""Image sets: labels in memory, images decoded on access."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
 from numpy.typing import ArrayLike
 
 from ..errors import RunError, first_line
-from .augment.reduced_decode import upright
+from .augment.images import upright
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def open_stored(stored: dict[str, Any]) -> Image | None:
-    """An image as `datasets` stores it, {"bytes", "path"}, opened but not decoded; None where it lies elsewhere."""
+    """Open an image stored by `datasets`, {"bytes", "path"}, without decoding it; None if it is not local."""
     if stored["bytes"] is not None:
         return PIL.Image.open(BytesIO(stored["bytes"]))
     if stored["path"] is not None and "://" not in stored["path"]:
@@ -32,10 +32,10 @@ def open_stored(stored: dict[str, Any]) -> Image | None:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Some rows of one split, with their labels. Item i is (RGB image, label); nothing is decoded before.
+    """Rows of one split, with their labels. Item i is (RGB image, label); images are decoded on access.
 
-    images: the whole split; rows int64 [n]: the rows of it that belong to this set, in order; labels int64 [n];
-    annotations: the list whose lines are the split's rows, where there is one.
+    images: the complete split; rows int64 [n]: its rows that belong to this set, in order; labels int64 [n];
+    annotations: the list whose lines are the rows of the split, if there is one.
     """
 
     images: Dataset
@@ -52,8 +52,7 @@ class ImageSet:
         return self.read(i, upright)
 
     def read(self, i: int, load: Callable[[Image], Image]) -> tuple[Image, int]:
-        """(what `load` makes of the image, label). `load` is given the image as opened, not yet decoded, so it can
-        decode less than all of it; see `reduced_decode`.
+        """(loaded image, label). `load` gets the image opened but not decoded, so it may decode a part of it.
 
         Raises `RunError`, naming split and row (or list and line), for an image that is missing or cannot be read.
         """
@@ -66,19 +65,19 @@ class ImageSet:
             if opened is not None:
                 with opened:
                     return load(opened), int(self.labels[i])
-        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, …
+        except Exception as error:  # decoders have no common error: OSError, SyntaxError, struct.error, ...
             raise RunError(f"{where} cannot be read ({first_line(error)})") from error
         raise RunError(f"{where} is missing: the row holds none")
 
     @cached_property
     def _stored(self) -> Dataset:
-        """The split, its images as they are stored: {"bytes", "path"}; without bytes, the path leads to them."""
+        """The split with its images undecoded: {"bytes", "path"}; without bytes, the path of the file."""
         from datasets import Image
 
         return self.images.cast_column(self.image_column, Image(decode=False))
 
     def _open(self, row: int) -> Image | None:
-        """The image of this row of the split, undecoded if its bytes are at hand; None where the row holds none."""
+        """The image in a row of the split, undecoded if it is local; None if the row holds none."""
         stored = self._stored[row][self.image_column]
         if stored is None:
             return None
@@ -86,7 +85,7 @@ class ImageSet:
             opened = open_stored(stored)
             if opened is not None:
                 return opened
-        return self.images[row][self.image_column]  # `datasets` knows how: a URL, or a mode the column imposes
+        return self.images[row][self.image_column]  # `datasets` reads URLs, and columns with a mode
 
     def select(self, positions: ArrayLike) -> ImageSet:
         """The set of the images at these positions of this one, in the given order."""
@@ -94,12 +93,22 @@ class ImageSet:
         return replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
 
+@runtime_checkable
+class BatchSource(Protocol):
+    """A set that makes its own batches, since it cannot give single images: a stream."""
+
+    split: str
+
+    def __len__(self) -> int: ...
+
+    def batches(self, policy: Any, transform: Any, *, balanced: bool, **how: Any) -> Any: ...
+
+
 @dataclass(frozen=True, eq=False)
 class LongTailData:
     """A long-tailed training set and its test set. Every class has a training image; the test set may lack classes.
 
-    val: the data set's own validation images, where they were asked for; available: how many training images there are
-    to select the long-tailed ones from.
+    val: the data set's validation images, if requested; available: training images before the long-tailed selection.
     """
 
     train: ImageSet

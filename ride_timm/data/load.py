@@ -7,6 +7,8 @@ where it is used.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,8 @@ from .lists import (
     read_list,
     rows_of,
 )
-from .loaders.streaming import StreamedSet, streamed
 from .longtail import check_imbalance, check_labels, longtail_indices
+from .streaming import streamed_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,6 +55,7 @@ def load_longtail(
     annotations: str | Path | None = None,
     use_val: bool = False,
     streaming: bool = False,
+    shuffle_buffer: int = 1000,
 ) -> LongTailData:
     """Read a data set and make its training split long-tailed, from the label column alone.
 
@@ -84,7 +87,8 @@ def load_longtail(
             )
         imb_type = "none"
     if annotations is not None or dataset in PUBLISHED:
-        where = (str(dataset), _expanded(data_dir), _expanded(annotations), image_column, streaming)
+        make_set = partial(streamed_rows, shuffle_buffer=shuffle_buffer) if streaming else _matched_rows
+        where = (str(dataset), _expanded(data_dir), _expanded(annotations), image_column, streaming, make_set)
         return _load_annotated(*where, imb_type, imb_factor, seed, train_split, test_split, use_val)
     if streaming:
         raise InputError(
@@ -136,6 +140,7 @@ def _load_annotated(
     annotations: Path | None,
     image_column: str | None,
     streaming: bool,
+    make_set: Callable,
     imb_type: str,
     imb_factor: float,
     seed: int,
@@ -163,7 +168,7 @@ def _load_annotated(
             for part, name in zip(lists, names, strict=True)
         ]
     else:
-        sets = _listed_rows(dataset, data_dir, lists, names, image_column, streaming)
+        sets = _listed_rows(dataset, data_dir, lists, names, image_column, streaming, make_set)
     train, test, *val = sets
     class_names = lists[0].class_names(num_classes)
     return LongTailData(train.select(rows), test, class_names, dataset, val[0] if val else None, len(lists[0]))
@@ -183,7 +188,8 @@ def _listed_rows(
     names: list[str],
     image_column: str | None,
     streaming: bool,
-) -> list[ImageSet] | list[StreamedSet]:
+    make_set: Callable,
+) -> list[Any]:
     """Each list's images among the rows of parquet files under `data_dir`, or of the data set on the Hub."""
     if data_dir is not None:
         splits = read_local(data_dir, streaming)
@@ -200,12 +206,13 @@ def _listed_rows(
         split_name = hub_split(part, name, list(splits))
         split = splits[split_name]
         column = choose_image_column(split, image_column)
-        if streaming:
-            sets.append(streamed(part, split, column, split_name))
-        else:
-            rows = rows_of(part, split, column, split_name)
-            sets.append(ImageSet(split.select_columns([column]), rows, part.labels, column, split_name))
+        sets.append(make_set(part, split, column, split_name))
     return sets
+
+
+def _matched_rows(annotations: AnnotationList, split: Dataset, image_column: str, split_name: str) -> ImageSet:
+    rows = rows_of(annotations, split, image_column, split_name)
+    return ImageSet(split.select_columns([image_column]), rows, annotations.labels, image_column, split_name)
 
 
 def _check_unseen(labels: np.ndarray, num_classes: int, what: str) -> None:

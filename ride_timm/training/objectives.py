@@ -60,7 +60,7 @@ class ExpertsObjective(Objective):
         if not isinstance(targets, MixedTargets):
             return self.loss(expert_logits, targets)
         one, other = (self.loss(expert_logits, labels) for labels in targets[:2])
-        return targets.share * one + (1 - targets.share) * other
+        return targets.fraction * one + (1 - targets.fraction) * other
 
     def forward(self, images: Tensor, targets: Tensor | MixedTargets) -> dict[str, Tensor]:
         """Loss and logits of one batch."""

@@ -183,9 +183,9 @@ class Recipe:
 
     @property
     def data_args(self) -> dict[str, Any]:
-        """Arguments for `data.sources.load_longtail`."""
+        """Arguments for `data.load.load_longtail`."""
         names = ("dataset", "data_dir", "annotations", "imb_type", "imb_factor", "image_column", "label_column")
-        names += ("test_split", "use_val", "streaming")
+        names += ("test_split", "use_val", "streaming", "shuffle_buffer")
         return {name: getattr(self, name) for name in names} | dict(seed=self.split_seed)
 
     @property

@@ -304,7 +304,7 @@ def test_importing_the_module_does_not_import_datasets():
     import subprocess
     import sys
 
-    code = "import sys, ride_timm.data.load, ride_timm.data.loaders.loader; assert 'datasets' not in sys.modules"
+    code = "import sys, ride_timm.data.load, ride_timm.data.loaders; assert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -1,1 +1,1 @@
-"""Augmentation policies: per image, per batch, mixing."""
+"""Augmentation: policies, single images, batches of small images, mixing."""

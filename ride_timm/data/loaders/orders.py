@@ -1,6 +1,6 @@
-"""Which images an epoch shows, in what order, and which of them each process takes.
+"""The images of an epoch: their order, and the slice of every batch that each rank takes.
 
-Everything random is a pure function of (seed, epoch), so a run resumed at an epoch's start needs no saved state.
+Everything random is a pure function of (seed, epoch), so resuming at the start of an epoch needs no saved state.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from ...errors import InputError
 
-# one stream of random numbers per purpose, so that no two purposes share draws; the last three are the loader's
+# one random stream per purpose, so that no two purposes share draws; the last three are the loaders'
 SHUFFLE, CLASS, BUCKET, BATCH, SAMPLE, STRONG = range(6)
 
 
 def check_integer(value: int, name: str, low: int) -> int:
-    """The value as an int. Raises `InputError`, naming it, unless it is an integer of at least `low`."""
+    """The value as an int; `InputError` unless it is an integer of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise InputError(f"{name} {value!r} is not an integer of at least {low}")
     return int(value)
 
 
 class Order(Protocol):
-    """The images of an epoch: `order(epoch)` gives positions int64 [len(order)], the same for the same epoch."""
+    """The images of an epoch: `order(epoch)` returns positions int64 [len(order)], always the same for an epoch."""
 
     def __call__(self, epoch: int) -> np.ndarray: ...
 
@@ -48,7 +49,7 @@ class SequentialOrder:
 
 
 class ShuffledOrder:
-    """Every image once, in an order of its own for every epoch."""
+    """Every image once, shuffled anew in every epoch."""
 
     def __init__(self, n: int, seed: int) -> None:
         self.n = check_integer(n, "number of images", 1)
@@ -62,10 +63,10 @@ class ShuffledOrder:
 
 
 class ClassBalancedOrder:
-    """N draws an epoch: a class uniformly, then the next image of its shuffled bucket. Stage two of arXiv:2010.01809.
+    """N draws per epoch: a class uniformly, then the next image of its shuffled bucket. arXiv:2010.01809, stage two.
 
-    A bucket that is used up is shuffled anew, and it goes on in the next epoch where it stopped in the last. Where it
-    stopped follows from the class draws of the epochs before, so no state is kept.
+    An exhausted bucket is reshuffled, and buckets continue across epochs. How far each one got follows from the class
+    draws of earlier epochs, so no state is kept.
     """
 
     def __init__(self, labels: ArrayLike, seed: int) -> None:
@@ -75,50 +76,40 @@ class ClassBalancedOrder:
         present, counts = np.unique(labels, return_counts=True)
         self.classes = present.tolist()
         self.buckets = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-        # epoch, and how many images each bucket has given before it: a shortcut for the next epoch, not a state
-        self._reached = 0, np.zeros(len(self.buckets), dtype=np.int64)
 
     def __len__(self) -> int:
         return self.n
 
     def __call__(self, epoch: int) -> np.ndarray:
         draws = self._draw_classes(check_integer(epoch, "epoch", 0))
-        before = self._drawn_before(epoch)
-        places = np.split(np.argsort(draws, kind="stable"), np.cumsum(self._count(draws))[:-1])
+        before = sum((self._count(self._draw_classes(earlier)) for earlier in range(epoch)), self._count(draws[:0]))
+        positions = np.split(np.argsort(draws, kind="stable"), np.cumsum(self._count(draws))[:-1])
         order = np.empty(self.n, dtype=np.int64)
-        for k, (bucket, place) in enumerate(zip(self.buckets, places, strict=True)):
-            if len(place):
-                order[place] = bucket[self._bucket_sequence(k, int(before[k]), len(place))]
+        for k, (bucket, position) in enumerate(zip(self.buckets, positions, strict=True)):
+            if len(position):
+                order[position] = bucket[self._bucket_sequence(k, int(before[k]), len(position))]
         return order
 
     def _draw_classes(self, epoch: int) -> np.ndarray:
-        """Which bucket each draw of the epoch takes from, [N]."""
+        """The bucket of each draw of an epoch, [N]."""
         return np.random.default_rng([self.seed, CLASS, epoch]).integers(len(self.buckets), size=self.n)
 
     def _count(self, draws: np.ndarray) -> np.ndarray:
         return np.bincount(draws, minlength=len(self.buckets))
 
-    def _drawn_before(self, epoch: int) -> np.ndarray:
-        """How many images each bucket has given before this epoch."""
-        reached, total = self._reached if self._reached[0] <= epoch else (0, np.zeros_like(self._reached[1]))
-        for earlier in range(reached, epoch):
-            total = total + self._count(self._draw_classes(earlier))
-        self._reached = epoch, total
-        return total
-
     def _bucket_sequence(self, k: int, start: int, length: int) -> np.ndarray:
-        """Entries start … start+length-1 of bucket k's endless sequence of permutations."""
+        """Entries start ... start+length-1 of bucket k's endless sequence of permutations."""
         size = len(self.buckets[k])
         first, last = start // size, (start + length - 1) // size
-        # Permutation j sorts the random keys j*size … (j+1)*size-1 of the class' stream, which can be entered anywhere.
+        # permutation j sorts the random keys j*size ... (j+1)*size-1 of the class' stream, which can start anywhere
         bits = np.random.PCG64([self.seed, BUCKET, self.classes[k]]).advance(first * size)
         keys = np.random.Generator(bits).random((last - first + 1, size))
         permutations = np.argsort(keys, axis=1, kind="stable").reshape(-1)
         return permutations[start - first * size :][:length]
 
 
-class Share(NamedTuple):
-    """One step: the global batch start … stop-1 of the epoch, and low … high-1 of it that this rank takes."""
+class Slice(NamedTuple):
+    """One step: the global batch start ... stop-1 of the epoch, and low ... high-1 of it, which this rank takes."""
 
     step: int
     start: int
@@ -128,12 +119,12 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shares:
-    """An epoch of `num_draws` cut into global batches, and those into contiguous shares that differ by at most one.
+class RankSlices:
+    """An epoch of `num_draws` cut into global batches, and those into a contiguous slice per rank.
 
-    The last, partial batch is kept. In training, all ranks take the same number of steps, so a last batch with fewer
-    samples than processes is dropped: a rank without samples could not join the others' gradient exchange. In
-    evaluation nothing is dropped or repeated; a rank just skips a batch that has nothing for it.
+    Slices of a batch differ by at most one image. The last, partial batch is kept. In training, all ranks take the same
+    number of steps, so a last batch with fewer images than processes is dropped: a rank without images could not join
+    the gradient exchange. In evaluation no image is dropped or repeated; a rank skips a batch in which it has none.
     """
 
     num_draws: int
@@ -151,21 +142,21 @@ class Shares:
             what = (
                 f"batch size {self.batch_size}" if self.batch_size < self.num_processes else f"{self.num_draws} images"
             )
-            raise InputError(f"{what} cannot serve {self.num_processes} processes: each needs a sample in every step")
+            raise InputError(f"{what} cannot serve {self.num_processes} processes: each needs an image in every step")
 
     @property
     def fewest(self) -> tuple[int, int]:
-        """The fewest samples that a rank takes in a training step of a whole batch, and in the last one."""
+        """The fewest images that a rank takes in a training step of a full batch, and in the last one."""
         rest = self.num_draws % self.batch_size
-        whole = self.batch_size // self.num_processes
-        return whole, rest // self.num_processes if rest >= self.num_processes else whole
+        full = self.batch_size // self.num_processes
+        return full, rest // self.num_processes if rest >= self.num_processes else full
 
-    def __iter__(self) -> Iterator[Share]:
+    def __iter__(self) -> Iterator[Slice]:
         for step, start in enumerate(range(0, self.num_draws, self.batch_size)):
             stop = min(start + self.batch_size, self.num_draws)
             low, high = (start + (stop - start) * r // self.num_processes for r in (self.rank, self.rank + 1))
             if (stop - start >= self.num_processes) if self.train else high > low:
-                yield Share(step, start, stop, low, high)
+                yield Slice(step, start, stop, low, high)
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_draws, self.batch_size)
@@ -173,3 +164,26 @@ class Shares:
         if self.train:
             return steps - (0 < rest < self.num_processes)
         return sum(1 for _ in self)
+
+
+def torch_seed(*key: int) -> int:
+    """A seed for torch's generators, from a key of integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+class Batches:
+    """Base of all loaders: the slices of this rank, and the epoch."""
+
+    def __init__(self, slices: RankSlices, seed: int, device: str | torch.device) -> None:
+        self.slices = slices
+        self.seed = check_integer(seed, "seed", 0)
+        self.device = torch.device(device)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, counted from 0, of the next iteration."""
+        self.epoch = check_integer(epoch, "epoch", 0)
+
+    def __len__(self) -> int:
+        """Steps of this rank in an epoch."""
+        return len(self.slices)

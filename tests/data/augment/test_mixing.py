@@ -40,7 +40,7 @@ def test_the_share_follows_from_numpys_seed():
     shares = []
     for seed in (0, 0, 1):
         np.random.seed(seed)
-        shares.append(Mixing(0.4)(*batch(4))[1].share)
+        shares.append(Mixing(0.4)(*batch(4))[1].fraction)
     assert shares[0] == shares[1] != shares[2]
 
 

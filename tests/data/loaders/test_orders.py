@@ -1,4 +1,4 @@
-"""Orders and shares: exact, repeatable at any epoch, and covering every batch."""
+"""Orders and slices: exact, repeatable at any epoch, and covering every batch."""
 
 import pickle
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ride_timm.data.loaders.orders import ClassBalancedOrder, SequentialOrder, Shares, ShuffledOrder
+from ride_timm.data.loaders.orders import ClassBalancedOrder, RankSlices, SequentialOrder, ShuffledOrder
 from ride_timm.errors import InputError
 
 
@@ -90,23 +90,23 @@ def test_orders_leave_the_global_generators_alone():
 @pytest.mark.parametrize("batch_size", [3, 8, 100])
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 @pytest.mark.parametrize("train", [True, False])
-def test_shares_of_all_ranks_make_the_batches(n, batch_size, num_processes, train):
+def test_slices_of_all_ranks_make_the_batches(n, batch_size, num_processes, train):
     if train and n < num_processes:
         with pytest.raises(InputError, match=f"{n} images cannot serve {num_processes} processes"):
-            Shares(n, batch_size, train, 0, num_processes)
+            RankSlices(n, batch_size, train, 0, num_processes)
         return
-    ranks = [list(Shares(n, batch_size, train, r, num_processes)) for r in range(num_processes)]
-    assert [len(shares) for shares in ranks] == [
-        len(Shares(n, batch_size, train, r, num_processes)) for r in range(num_processes)
+    ranks = [list(RankSlices(n, batch_size, train, r, num_processes)) for r in range(num_processes)]
+    assert [len(slices) for slices in ranks] == [
+        len(RankSlices(n, batch_size, train, r, num_processes)) for r in range(num_processes)
     ]
     by_step = {}
-    for share in (share for shares in ranks for share in shares):
-        assert share.start <= share.low < share.high <= share.stop == min(share.start + batch_size, n)
-        by_step.setdefault(share.step, []).append(range(share.low, share.high))
+    for part in (part for slices in ranks for part in slices):
+        assert part.start <= part.low < part.high <= part.stop == min(part.start + batch_size, n)
+        by_step.setdefault(part.step, []).append(range(part.low, part.high))
     covered = [i for step in sorted(by_step) for part in by_step[step] for i in part]
     dropped = n % batch_size if train and n % batch_size < num_processes else 0
     assert covered == list(range(n - dropped))
     for parts in by_step.values():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     if train:
-        assert len({len(shares) for shares in ranks}) == 1
+        assert len({len(slices) for slices in ranks}) == 1

@@ -31,7 +31,7 @@ from stage import stage  # noqa: E402
 from staged import Staged  # noqa: E402
 from verify import data_of, verify  # noqa: E402
 
-from ride_timm.data.augment.transforms import get_policy  # noqa: E402
+from ride_timm.data.augment.policies import get_policy  # noqa: E402
 from ride_timm.training.recipe import load_recipe  # noqa: E402
 from ride_timm.training.run_folder import RunFolder  # noqa: E402
 

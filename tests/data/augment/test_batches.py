@@ -1,14 +1,12 @@
-"""Batch augmentation gives torchvision's pixels; the policies are the authors'."""
+"""Batch augmentation gives torchvision's pixels."""
 
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
-from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-from ride_timm.data.augment import transforms
-from ride_timm.data.augment.transforms import POLICIES, BatchAugment, Draws, Fit, build_transform, get_policy
+from ride_timm.data.augment.batches import BatchAugment, Draws
+from ride_timm.data.augment.images import build_transform
 from ride_timm.errors import InputError
 
 
@@ -101,65 +99,6 @@ def test_test_transform_only_normalises_small_images():
     torch.testing.assert_close(expected, ((images / 255 - mean) / std).permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("name, size, resize", [("imagenet", 224, 256), ("inat", 224, 256), ("imagenet", 96, 109)])
-def test_large_images_are_resized_and_cropped_at_the_centre(name, size, resize):
-    image = Image.fromarray(torch.randint(0, 256, (300, 400, 3), dtype=torch.uint8).numpy())
-    policy = POLICIES[name]
-    steps = [T.Resize(resize), T.CenterCrop(size), T.ToTensor(), T.Normalize(policy.mean, policy.std)]
-    assert torch.equal(build_transform(name, train=False, input_size=size)(image), T.Compose(steps)(image))
-
-
-def timm_test_transform(name: str, size: int) -> T.Compose:
-    """The test transform that timm builds from the config.json of a model trained with this policy."""
-    return create_transform(**POLICIES[name].data_config(size))
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_the_test_transform_resizes_as_timm_does_at_every_size(name):
-    resized = {size: build_transform(name, False, size).transforms[0].resize for size in range(64, 513)}
-    assert resized == {size: timm_test_transform(name, size).transforms[0].size for size in range(64, 513)}
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("size", [64, 96, 160, 224, 256, 320, 384, 511, 512])
-def test_the_test_transform_equals_timms_bit_for_bit(name, size):
-    pixels = torch.randint(0, 256, (300, 401, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
-    image = Image.fromarray(pixels.numpy())
-    assert torch.equal(build_transform(name, False, size)(image), timm_test_transform(name, size)(image))
-
-
-@pytest.mark.parametrize(
-    "name, kinds",
-    [
-        ("cifar", [Fit, T.RandomCrop, T.RandomHorizontalFlip, T.RandomRotation, T.ToTensor, T.Normalize]),
-        ("fashion", [Fit, T.RandomCrop, T.RandomHorizontalFlip, T.RandomRotation, T.ToTensor, T.Normalize]),
-        ("imagenet", [transforms.RandomResizedCrop, T.RandomHorizontalFlip, T.ColorJitter, T.ToTensor, T.Normalize]),
-        ("inat", [transforms.RandomResizedCrop, T.RandomHorizontalFlip, T.ToTensor, T.Normalize]),
-    ],
-)
-def test_training_transforms_are_the_authors_in_their_order(name, kinds):
-    transform = build_transform(name, train=True)
-    assert [type(step) for step in transform.transforms] == kinds
-    image = Image.fromarray(random_images(1, 50)[0].numpy())
-    assert transform(image).shape == (3, POLICIES[name].size, POLICIES[name].size)
-    assert build_transform(name, True, input_size=40)(image).shape == (3, 40, 40)
-
-
-def test_numbers_of_the_policies():
-    cifar = build_transform("cifar", train=True).transforms
-    assert cifar[1].size == (32, 32) and cifar[1].padding == 4 and cifar[3].degrees == [-15.0, 15.0]
-    assert cifar[3].interpolation == T.InterpolationMode.NEAREST and cifar[3].fill == 0
-    jitter = build_transform("imagenet", train=True).transforms[2]
-    assert jitter.brightness == jitter.contrast == jitter.saturation == (0.6, 1.4) and jitter.hue is None
-
-
-def test_wrong_arguments_are_refused():
-    with pytest.raises(
-        InputError, match="unknown augmentation 'cifar11'; choose one of cifar, fashion, imagenet, inat"
-    ):
-        get_policy("cifar11")
-    with pytest.raises(InputError, match="image by image"):
+def test_policies_of_large_images_are_refused():
+    with pytest.raises(InputError, match="augments single images"):
         BatchAugment("imagenet")
-    for size in (0, -1, 1.5, True, "32"):
-        with pytest.raises(InputError, match="not a positive number of pixels"):
-            build_transform("cifar", True, size)

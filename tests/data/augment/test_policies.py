@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 
 from ride_timm import InputError
-from ride_timm.data.augment.auto_augment import TimmAugment
-from ride_timm.data.augment.transforms import Draws, build_augment, get_policy
+from ride_timm.data.augment.batches import Draws
+from ride_timm.data.augment.images import build_augment
+from ride_timm.data.augment.policies import TimmAugment, get_policy
 from ride_timm.data.load import load_longtail
-from ride_timm.data.loaders.loader import decode, make_loader
+from ride_timm.data.loaders import make_loader
+from ride_timm.data.loaders.in_memory import decode
 
 DESCRIPTIONS = ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1", "original", "v0", "augmix-m3-w3", "3a"]
 MEAN = (0.5, 0.4, 0.3)
@@ -97,5 +99,14 @@ def test_a_batch_of_small_images_is_changed_before_its_crop(colours, monkeypatch
 
 @pytest.mark.parametrize("description", ["hope", "rand-q9", "augmix-x1", ""])
 def test_a_description_that_timm_does_not_know_is_named(description):
-    with pytest.raises(InputError, match=f"auto_augment='{description}': expected timm's words"):
+    with pytest.raises(InputError, match=f"auto_augment='{description}': expected timm's name"):
         get_policy("cifar").with_auto_augment(description)
+
+
+def test_unknown_policies_and_sizes_are_refused():
+    known = "cifar, fashion, imagenet, inat"
+    with pytest.raises(InputError, match=f"unknown augmentation 'cifar11'; choose one of {known}"):
+        get_policy("cifar11")
+    for size in (0, -1, 1.5, True, "32"):
+        with pytest.raises(InputError, match="not a positive number of pixels"):
+            get_policy("cifar").input_size(size)

@@ -9,9 +9,10 @@ from listed import LISTS, jpeg, shade, write_lists, write_rows
 from torch.utils.data import DataLoader, IterableDataset
 
 from ride_timm.data import lists as annotations
+from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.lists import Published
 from ride_timm.data.load import hold_out, load_longtail
-from ride_timm.data.loaders.loader import make_loader
+from ride_timm.data.loaders import make_loader
 from ride_timm.errors import InputError, RunError
 from ride_timm.training.run_folder import RunFolder
 
@@ -30,11 +31,11 @@ def data(tmp_path):
 
 def load(tmp_path, num_shards, **settings):
     rows, lists = write_rows(tmp_path / "hub", num_shards), write_lists(tmp_path / "lists")
-    return load_longtail("imagenet_lt", rows, annotations=lists, streaming=True, **settings)
+    return load_longtail("imagenet_lt", rows, annotations=lists, streaming=True, shuffle_buffer=5, **settings)
 
 
 def loader(images, train=True, **settings):
-    settings = dict(batch_size=4, seed=0, input_size=8, shuffle_buffer=5) | settings
+    settings = dict(batch_size=4, seed=0, input_size=8) | settings
     return make_loader(images, "imagenet", train=train, **settings)
 
 
@@ -136,6 +137,16 @@ def test_all_processes_take_the_same_steps_in_training(data, num_processes):
     assert [sum(step) for step in zip(*sizes, strict=True)][:2] == [6, 6]
 
 
+def test_two_views_of_a_stream_are_those_of_two_loaders(data):
+    plain, strong = get_policy("imagenet"), get_policy("imagenet").with_auto_augment("rand-m5-mstd0.5")
+    settings = dict(train=True, batch_size=6, seed=0, input_size=8, rank=1, num_processes=2)
+    both = make_loader(data.train, strong, views=2, **settings)
+    alone = [make_loader(data.train, one, **settings) for one in (plain, strong)]
+    for (images, labels), (weak, targets), (changed, _) in zip(both, *alone, strict=True):
+        assert torch.equal(labels, targets) and torch.equal(images, torch.cat([weak, changed]))
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_held_out_part_and_its_rest_are_streams(data):
     rest, held = hold_out(data.train, 0.3, 0)
     seen = [list(part.part(0, 1)) for part in (rest, held)]
@@ -145,7 +156,7 @@ def test_a_held_out_part_and_its_rest_are_streams(data):
 
 def test_what_a_stream_cannot_do_is_refused(tmp_path, data):
     with pytest.raises(InputError, match="class-balanced batches draw single images"):
-        loader(data.train, order="balanced")
+        loader(data.train, balanced=True)
     with pytest.raises(InputError, match="holds all images in memory"):
         make_loader(data.train, "cifar", train=True, batch_size=4, seed=0)
     lists = write_lists(tmp_path / "more", lists=LISTS | {"test": [*LISTS["test"], "val/n01440764/other.JPEG 0"]})

@@ -1,0 +1,136 @@
+"""Transforms of single images: decode, crop, augment, normalise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, floor
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torchvision import transforms as T
+
+from .policies import Policy, TimmAugment, get_policy
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+# (width, height) of the full, upright image -> box in it, (width, height) to resize the box to
+Plan = Callable[[int, int], tuple[Box, tuple[int, int]]]
+# Decodes the planned box of an image, resized: (image as opened, plan) -> RGB image of the planned size
+Decoder = Callable[[Image.Image, Plan], Image.Image]
+
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats of at most 16 bits, which some releases of Pillow open as 32: mode "I"
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decode an image, apply its EXIF orientation and convert it to RGB.
+
+    16-bit grayscale is scaled to 8 bits, where Pillow would clip it at 255 and make it white. Raises `OSError`, as for
+    corrupt images, for wider pixels, whose range the file does not state.
+    """
+    image.load()
+    kind = image.format  # the transposed image has none
+    if ExifTags.Base.Orientation in image.getexif():
+        image = ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else _eight_bits(image, kind).convert("RGB")
+
+
+def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BITS):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # 65535 / 255
+    if image.mode == "I":
+        low, high = image.getextrema()  # 8-bit integers are often stored in 32 bits, as by `datasets` from int64
+        if low < 0 or high > 255:
+            raise OSError(f"pixels of mode I from {low} to {high} have no known range; save it with 8 or 16 bits")
+    if image.mode == "F":
+        raise OSError("pixels of mode F have no known range; save it with 8 or 16 bits")
+    return image
+
+
+def decode_full(image: Image.Image, plan: Plan) -> Image.Image:
+    """The planned box of an image, with torchvision's pixels bit for bit. Raises what Pillow raises."""
+    image = upright(image)
+    return resize_box(image, *plan(*image.size))
+
+
+def resize_box(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """Resize a box, with antialiasing. It is cropped first, as in torchvision: pixels around it do not bleed in."""
+    left, top, right, bottom = box
+    outer = floor(left), floor(top), ceil(right), ceil(bottom)
+    if outer != (0, 0, *image.size):
+        image = image.crop(outer)
+    inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
+    return image.resize(size, Image.Resampling.BILINEAR, inner)
+
+
+class Fit:
+    """Resize the shorter image size to `resize` (default `size`), then crop the centre to size x size."""
+
+    def __init__(self, size: int, resize: int | None = None, decoder: Decoder = decode_full) -> None:
+        self.resize, self.decoder = resize or size, decoder
+        self.crop = T.CenterCrop(size)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.crop(self.decoder(image, self.plan))
+
+    def plan(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
+        """The full image, and the size that torchvision's Resize gives it."""
+        short = min(width, height)
+        return (0, 0, width, height), (int(self.resize * width / short), int(self.resize * height / short))
+
+
+class RandomResizedCrop(T.RandomResizedCrop):
+    """torchvision's random resized crop, planned before the image is decoded: the same boxes by any decoder."""
+
+    def __init__(self, size: int, decoder: Decoder = decode_full) -> None:
+        super().__init__(size)
+        self.decoder = decoder
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        return self.decoder(image, self.plan)
+
+    def plan(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
+        """A random box, and the output size."""
+        shape = torch.empty(height, width, device="meta")  # get_params reads the size alone
+        top, left, h, w = self.get_params(shape, self.scale, self.ratio)
+        return (left, top, left + w, top + h), (self.size[1], self.size[0])
+
+
+def build_crop(
+    policy: str | Policy, train: bool, input_size: int | None = None, decoder: Decoder = decode_full
+) -> Fit | RandomResizedCrop:
+    """The first step of a transform: PIL image, not decoded yet -> RGB PIL image [S, S]."""
+    policy = get_policy(policy)
+    size = policy.input_size(input_size)
+    if not train:
+        return Fit(size, policy.resize_at(size), decoder)
+    if policy.padding is not None:
+        return Fit(size, decoder=decoder)
+    return RandomResizedCrop(size, decoder)
+
+
+def build_augment(policy: str | Policy, train: bool, input_size: int | None = None) -> Callable:
+    """The steps after the crop: RGB PIL image [S, S] -> normalised float32 [3, S, S]."""
+    policy = get_policy(policy)
+    steps = []
+    if train:
+        size, changes = policy.input_size(input_size), []
+        if policy.auto_augment is not None:
+            changes = [TimmAugment(policy.auto_augment, size, policy.mean)]
+        if policy.padding is not None:
+            steps += [*changes, T.RandomCrop(size, padding=policy.padding), T.RandomHorizontalFlip()]
+        else:
+            steps += [T.RandomHorizontalFlip(), *changes]
+        steps += [T.RandomRotation(policy.degrees)] if policy.degrees else []
+        steps += [T.ColorJitter(policy.jitter, policy.jitter, policy.jitter)] if policy.jitter else []
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(policy.mean, policy.std)])
+
+
+def build_transform(
+    policy: str | Policy, train: bool, input_size: int | None = None, decoder: Decoder = decode_full
+) -> Callable:
+    """The complete transform of an image: PIL image -> normalised float32 [3, S, S].
+
+    S is `input_size`, or the policy's size. Random choices come from torch's global generator, as torchvision's do.
+    """
+    crop = build_crop(policy, train, input_size, decoder)
+    return T.Compose([crop, *build_augment(policy, train, input_size).transforms])

@@ -1,0 +1,144 @@
+"""Augmentation policies: one row per family of data sets, and timm's AutoAugment on top."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from torch import Tensor
+
+from ...errors import InputError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How images become inputs, for training and testing.
+
+    mean, std: per channel, for pixels in [0, 1].
+    size: default input size in pixels; resize: shorter image size before the centre crop at test time, at that size.
+    padding, degrees: padded crop and rotation of small images; without padding, a random resized crop instead.
+    jitter: strength of the brightness, contrast and saturation changes.
+    in_memory: decode the set once, hold it in memory and augment whole batches.
+    auto_augment: timm's name of a policy, see `TimmAugment`; applied before the padded crop, or after the random
+        resized crop and its flip.
+    """
+
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    size: int
+    resize: int
+    padding: int | None = None
+    degrees: float = 0.0
+    jitter: float = 0.0
+    in_memory: bool = False
+    auto_augment: str | None = None
+
+    def with_auto_augment(self, description: str) -> Policy:
+        """The policy with timm's AutoAugment on top; `InputError` for an unknown description."""
+        TimmAugment(description, self.size, self.mean)
+        return replace(self, auto_augment=description)
+
+    def input_size(self, input_size: int | None = None) -> int:
+        """The given input size, or the policy's default. Raises `InputError` unless it is a positive integer."""
+        if input_size is None:
+            return self.size
+        if isinstance(input_size, bool) or not isinstance(input_size, Integral) or input_size < 1:
+            raise InputError(f"input size {input_size!r} is not a positive number of pixels")
+        return int(input_size)
+
+    @property
+    def crop_pct(self) -> float:
+        """Test crop over resized image, as timm defines it."""
+        return self.size / self.resize
+
+    def resize_at(self, input_size: int) -> int:
+        """Shorter image size before the centre crop, floored as timm does."""
+        return math.floor(input_size / self.crop_pct)
+
+    def data_config(self, input_size: int) -> dict[str, Any]:
+        """The test transform as timm's data config, for a model's config.json."""
+        shape = dict(input_size=(3, input_size, input_size), mean=self.mean, std=self.std)
+        return shape | dict(crop_pct=self.crop_pct, interpolation="bilinear")
+
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "size": 224, "resize": 256}
+_CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "size": 32, "resize": 32}
+_INAT = {"mean": (0.466, 0.471, 0.380), "std": (0.195, 0.194, 0.192), "size": 224, "resize": 256}
+_FASHION = {"mean": (0.2860,) * 3, "std": (0.3530,) * 3, "size": 28, "resize": 28}
+
+# arXiv:2010.01809 and its code: CIFAR crops, flips and rotates; ImageNet-LT crops, flips and jitters; iNat crops, flips
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("cifar", **_CIFAR, padding=4, degrees=15.0, in_memory=True),
+        Policy("fashion", **_FASHION, padding=2, degrees=15.0, in_memory=True),
+        Policy("imagenet", **_IMAGENET, jitter=0.4),
+        Policy("inat", **_INAT),
+    )
+}
+
+
+def get_policy(policy: str | Policy) -> Policy:
+    """The policy of this name; a `Policy` is passed through. Raises `InputError` for an unknown name."""
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in POLICIES:
+        raise InputError(f"unknown augmentation {policy!r}; choose one of {', '.join(POLICIES)}")
+    return POLICIES[policy]
+
+
+class TimmAugment:
+    """timm's AutoAugment, RandAugment or AugMix: RGB PIL image -> RGB PIL image.
+
+    description: timm's name of a policy, such as "rand-m9-mstd0.5" or "original"; mean: colour per channel, for pixels
+    in [0, 1], that fills uncovered pixels. timm draws from Python's and NumPy's global generators: they are seeded from
+    torch's for each image and restored afterwards, so every random choice follows from torch's generator.
+
+    Raises `InputError` for an unknown description. Cubuk et al. 2020, arXiv:1909.13719; 2019, arXiv:1805.09501;
+    Hendrycks et al. 2020, arXiv:1912.02781.
+    """
+
+    def __init__(self, description: str, size: int, mean: tuple[float, float, float]) -> None:
+        fill = tuple(min(255, round(255 * value)) for value in mean)
+        params = dict(translate_const=int(size * 0.45), img_mean=fill)  # the values of timm's own transforms
+        kind = description.split("-")[0]
+        make = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(kind, auto_augment_transform)
+        if kind == "augmix":
+            params["translate_pct"] = 0.3
+        try:
+            self.transform = make(description, params)
+        except (AssertionError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"auto_augment={description!r}: expected timm's name of a policy, such as rand-m9-mstd0.5, original, "
+                f"v0 or augmix-m3-w3 ({str(error) or type(error).__name__})"
+            ) from error
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.each([image], torch.randint(2**32, (1,)))[0]
+
+    def each(self, images: Iterable[Image.Image], seeds: Tensor) -> list[Image.Image]:
+        """Augment each image with a seed of its own, in [0, 2**32)."""
+        state, numpy_state, changed = random.getstate(), np.random.get_state(), []
+        try:
+            for image, seed in zip(images, seeds.tolist(), strict=True):
+                random.seed(seed)
+                np.random.seed(seed)
+                changed.append(self.transform(image))
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+        return changed
+
+    def batch(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Augment images uint8 [B, S, S, 3] with a seed each, on the CPU; same shape and type."""
+        changed = self.each(map(Image.fromarray, images.numpy()), seeds)
+        return torch.from_numpy(np.stack([np.asarray(image) for image in changed]))

@@ -1,0 +1,152 @@
+"""Batches of large images, decoded and augmented one by one, by worker processes if there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ...errors import RunError
+from ..augment.images import Decoder, build_augment, build_crop, decode_full
+from ..augment.policies import Policy, get_policy
+from ..image_set import ImageSet
+from .orders import SAMPLE, Batches, Order, RankSlices, check_integer, torch_seed
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed torch's CPU generator, which torchvision draws from, and restore it afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(torch_seed(*key))
+        yield
+
+
+class ViewTransform:
+    """Crop an image once, then augment it in each view from the same random state.
+
+    Of two views, the first is that of the policy without `auto_augment`; their crops and flips are the same.
+    """
+
+    def __init__(
+        self,
+        policy: str | Policy,
+        train: bool,
+        input_size: int | None = None,
+        decoder: Decoder = decode_full,
+        views: int = 1,
+    ) -> None:
+        policy = get_policy(policy)
+        self.crop = build_crop(policy, train, input_size, decoder)
+        policies = [replace(policy, auto_augment=None), policy][-views:]
+        self.augments = [build_augment(view, train, input_size) for view in policies]
+
+    def augment(self, image: Image) -> Tensor:
+        """Cropped image -> normalised float32 [V, 3, S, S]."""
+        state, views = torch.get_rng_state(), []
+        for augment in self.augments:
+            torch.set_rng_state(state)
+            views.append(augment(image))
+        return torch.stack(views)
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor] | RunError:
+    """Samples ([V, 3, S, S], label) -> (images [V*b, 3, S, S] view by view, channels last; labels [b])."""
+    failed = next((sample for sample in samples if isinstance(sample, RunError)), None)
+    if failed is not None:
+        return failed
+    images, labels = zip(*samples, strict=True)
+    batch = torch.stack(images, 1).flatten(0, 1)
+    return batch.contiguous(memory_format=torch.channels_last), torch.tensor(labels, dtype=torch.int64)
+
+
+class _Samples:
+    """Map-style data set for the workers: (epoch, position in the epoch, index) -> ([V, 3, S, S], label)."""
+
+    def __init__(self, image_set: ImageSet, transform: ViewTransform, train: bool, seed: int) -> None:
+        self.image_set, self.transform, self.train, self.seed = image_set, transform, train, seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int] | RunError:
+        epoch, position, index = key
+        if not self.train:
+            return self._sample(index)
+        with seeded(self.seed, SAMPLE, epoch, position):
+            return self._sample(index)
+
+    def _sample(self, index: int) -> tuple[Tensor, int] | RunError:
+        try:
+            image, label = self.image_set.read(index, self.transform.crop)
+        except RunError as error:
+            return error  # raised in a worker, it would arrive buried in a traceback
+        return self.transform.augment(image), label
+
+
+class WorkerBatches(Batches):
+    """Batches of large images, by worker processes if there are any.
+
+    Yields as `TensorBatches` does. The random choices of an image depend on the seed, the epoch and its position in the
+    epoch alone; the global generators are neither read nor advanced.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        transform: ViewTransform,
+        *,
+        order: Order,
+        slices: RankSlices,
+        seed: int,
+        num_workers: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(slices, seed, device)
+        num_workers = check_integer(num_workers, "number of workers", 0)
+        self.keys = _Keys(order, slices)
+        self.loader = DataLoader(
+            _Samples(image_set, transform, slices.train, self.seed),
+            batch_sampler=self.keys,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=num_workers > 0,
+            prefetch_factor=2 if num_workers else None,  # per worker; a batch of 256 at 224 pixels takes 154 MB
+            generator=torch.Generator(),  # its own: DataLoader always draws a base seed
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.keys.epoch = self.epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.loader:
+            if isinstance(batch, RunError):
+                try:
+                    raise batch
+                finally:  # else frame and error form a cycle, and workers freed by the garbage collector stop late
+                    del batch
+            images, labels = batch
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Keys:
+    """Batch sampler: this rank's (epoch, position, index) of every step. The keys carry the epoch to the workers.
+
+    It does not refer to its `WorkerBatches`: in a reference cycle, the queues would be finalised before the workers are
+    told to stop, and each would take five seconds to notice.
+    """
+
+    def __init__(self, order: Order, slices: RankSlices) -> None:
+        self.order, self.slices, self.epoch = order, slices, 0
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch = self.epoch
+        order = self.order(epoch)
+        for part in self.slices:
+            yield [(epoch, position, int(order[position])) for position in range(part.low, part.high)]

@@ -1,0 +1,145 @@
+"""Transforms of single images: timm's and torchvision's pixels, the authors' steps, every depth of grayscale."""
+
+import numpy as np
+import pytest
+import torch
+from pictures import difference, encoded, image_set, opened, plainly, smooth
+from PIL import Image
+from timm.data import create_transform
+from torchvision import transforms as T
+
+from ride_timm.data.augment.images import Fit, RandomResizedCrop, build_transform, decode_full, upright
+from ride_timm.data.augment.policies import POLICIES
+from ride_timm.data.loaders import make_loader
+from ride_timm.errors import RunError
+
+
+def pixels(height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("name, size, resize", [("imagenet", 224, 256), ("inat", 224, 256), ("imagenet", 96, 109)])
+def test_large_images_are_resized_and_cropped_at_the_centre(name, size, resize):
+    image = Image.fromarray(pixels(300, 400).numpy())
+    policy = POLICIES[name]
+    steps = [T.Resize(resize), T.CenterCrop(size), T.ToTensor(), T.Normalize(policy.mean, policy.std)]
+    assert torch.equal(build_transform(name, train=False, input_size=size)(image), T.Compose(steps)(image))
+
+
+def timm_test_transform(name: str, size: int) -> T.Compose:
+    """The test transform that timm builds from the config.json of a model trained with this policy."""
+    return create_transform(**POLICIES[name].data_config(size))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_test_transform_resizes_as_timm_does_at_every_size(name):
+    resized = {size: build_transform(name, False, size).transforms[0].resize for size in range(64, 513)}
+    assert resized == {size: timm_test_transform(name, size).transforms[0].size for size in range(64, 513)}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("size", [64, 96, 160, 224, 256, 320, 384, 511, 512])
+def test_the_test_transform_equals_timms_bit_for_bit(name, size):
+    image = Image.fromarray(pixels(300, 401).numpy())
+    assert torch.equal(build_transform(name, False, size)(image), timm_test_transform(name, size)(image))
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("cifar", [Fit, T.RandomCrop, T.RandomHorizontalFlip, T.RandomRotation, T.ToTensor, T.Normalize]),
+        ("fashion", [Fit, T.RandomCrop, T.RandomHorizontalFlip, T.RandomRotation, T.ToTensor, T.Normalize]),
+        ("imagenet", [RandomResizedCrop, T.RandomHorizontalFlip, T.ColorJitter, T.ToTensor, T.Normalize]),
+        ("inat", [RandomResizedCrop, T.RandomHorizontalFlip, T.ToTensor, T.Normalize]),
+    ],
+)
+def test_training_transforms_are_the_authors_in_their_order(name, kinds):
+    transform = build_transform(name, train=True)
+    assert [type(step) for step in transform.transforms] == kinds
+    image = Image.fromarray(pixels(50, 50).numpy())
+    assert transform(image).shape == (3, POLICIES[name].size, POLICIES[name].size)
+    assert build_transform(name, True, input_size=40)(image).shape == (3, 40, 40)
+
+
+def test_numbers_of_the_policies():
+    cifar = build_transform("cifar", train=True).transforms
+    assert cifar[1].size == (32, 32) and cifar[1].padding == 4 and cifar[3].degrees == [-15.0, 15.0]
+    assert cifar[3].interpolation == T.InterpolationMode.NEAREST and cifar[3].fill == 0
+    jitter = build_transform("imagenet", train=True).transforms[2]
+    assert jitter.brightness == jitter.contrast == jitter.saturation == (0.6, 1.4) and jitter.hue is None
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("policy", ["imagenet", "inat"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_whole_transform_equals_torchvision(policy, train, kind):
+    data = encoded(smooth(300, 260), kind)
+    transform = build_transform(policy, train, 48)
+    plain = [T.RandomResizedCrop(48)] if train else [T.Resize(54), T.CenterCrop(48)]
+    torch.manual_seed(3)
+    expected = T.Compose([*plain, *transform.transforms[1:]])(plainly(data))
+    torch.manual_seed(3)
+    assert torch.equal(transform(opened(data)), expected)
+
+
+# grayscale of more than 8 bits
+
+
+GREY = np.array([[0, 1, 77], [128, 254, 255]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "orientation"),
+    [
+        ("PNG", "I;16", None),
+        ("PNG", "I;16", 6),
+        ("TIFF", "I;16", 6),
+        ("TIFF", "I;16B", None),
+        ("TIFF", "I;16B", 6),
+        ("PPM", "I", None),
+        ("JPEG2000", "I;16", None),
+    ],
+)
+def test_grey_of_16_bits_becomes_that_of_8(kind, mode, orientation):
+    pixels = Image.fromarray((257 * GREY).astype(np.uint16))
+    if mode == "I;16B":
+        pixels = Image.frombytes(mode, pixels.size, (257 * GREY).astype(">u2").tobytes())
+    data = encoded(pixels, kind, orientation)
+    assert opened(data).mode == mode
+    image = upright(opened(data))
+    expected = GREY if orientation is None else np.rot90(GREY, -1)
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.repeat(expected[..., None], 3, axis=2))
+    assert difference(decode_full(opened(data), lambda w, h: ((0, 0, w, h), (w, h))), image).max() == 0
+
+
+def test_a_png_that_pillow_opens_as_32_bits_has_16():
+    """As its older versions do."""
+    image = Image.fromarray((257 * GREY).astype(np.int32))
+    image.format = "PNG"
+    assert np.array_equal(np.asarray(upright(image))[..., 0], GREY)
+
+
+def test_integers_of_8_bits_in_32_stay_as_they_are():
+    data = encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF")
+    assert opened(data).mode == "I" and np.array_equal(np.asarray(upright(opened(data)))[..., 1], GREY)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (GREY.astype(np.float32) / 255, "pixels of mode F have no known range; save it with 8 or 16 bits"),
+        (GREY.astype(np.int32) + 1, "pixels of mode I from 1 to 256 have no known range"),
+        (GREY.astype(np.int32) - 1, "pixels of mode I from -1 to 254 have no known range"),
+    ],
+)
+def test_pixels_of_no_known_range_are_refused_by_their_row(pixels, message):
+    data = encoded(Image.fromarray(pixels), "TIFF")
+    with pytest.raises(OSError, match=message):
+        upright(opened(data))
+    images = image_set(encoded(smooth(4, 4)), data)
+    with pytest.raises(RunError, match=rf"row 1 of split 'train' cannot be read \(OSError: {message}"):
+        images[1]
+    for train in (True, False):
+        with pytest.raises(RunError, match=rf"row 1 of split 'train' cannot be read \(OSError: {message}"):
+            list(make_loader(images, "imagenet", train=train, batch_size=2, seed=0, input_size=8))

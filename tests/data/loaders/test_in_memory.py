@@ -1,0 +1,106 @@
+"""Batches from memory: exact, and independent of the number of processes."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from pictures import encoded, image_set, png_set, smooth
+
+from ride_timm.data.augment.images import build_transform
+from ride_timm.data.augment.policies import get_policy
+from ride_timm.data.image_set import ImageSet
+from ride_timm.data.loaders import make_loader
+from ride_timm.data.loaders.in_memory import TensorBatches, decode
+from ride_timm.errors import InputError
+
+
+def joined(loader) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    return [images for images, _ in batches], [labels for _, labels in batches]
+
+
+STRONG = get_policy("cifar").with_auto_augment("rand-m9-mstd0.5")
+
+
+@pytest.mark.parametrize("policy", ["cifar", STRONG], ids=["plain", "auto_augment"])
+@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize("train, balanced", [(True, False), (True, True), (False, False)])
+def test_ranks_jointly_see_the_images_of_one_process(num_processes, train, balanced, policy):
+    data = png_set(13)
+    common = {"train": train, "batch_size": 5, "seed": 1, "balanced": balanced, "num_processes": num_processes}
+    one = make_loader(data, policy, **{**common, "num_processes": 1})
+    ranks = [make_loader(data, policy, rank=r, **common) for r in range(num_processes)]
+    assert isinstance(one, TensorBatches)
+    for epoch in (0, 2):
+        for loader in (one, *ranks):
+            loader.set_epoch(epoch)
+        parts = [list(loader) for loader in ranks]
+        for step, (images, labels) in enumerate(one):
+            mine = [part[step] for part in parts if step < len(part)]
+            assert torch.equal(torch.cat([image for image, _ in mine]), images)
+            assert torch.equal(torch.cat([label for _, label in mine]), labels)
+        assert max(map(len, parts)) == len(one)
+
+
+def test_training_batches_change_with_the_epoch_and_repeat_exactly():
+    data = png_set(13)
+    loader, other = (make_loader(data, "cifar", train=True, batch_size=5, seed=0) for _ in range(2))
+    first, labels = joined(loader)
+    assert [len(images) for images in first] == [5, 5, 3]  # the last, partial batch is kept
+    assert all(torch.equal(a, b) for a, b in zip(first, joined(loader)[0], strict=True))
+    other.set_epoch(1)
+    second = joined(other)[0]
+    assert not torch.equal(first[0], second[0])
+    loader.set_epoch(1)
+    assert all(torch.equal(a, b) for a, b in zip(second, joined(loader)[0], strict=True))
+    assert sorted(torch.cat(labels).tolist()) == sorted(data.labels.tolist())
+    assert first[0].dtype == torch.float32 and first[0].is_contiguous(memory_format=torch.channels_last)
+    assert labels[0].dtype == torch.int64
+
+
+def test_evaluation_gives_every_image_once_in_order():
+    data = png_set(13)
+    images, labels = joined(make_loader(data, "cifar", train=False, batch_size=5, seed=0))
+    transform = build_transform("cifar", train=False)
+    assert torch.equal(torch.cat(images), torch.stack([transform(data[i][0]) for i in range(13)]))
+    assert torch.cat(labels).tolist() == data.labels.tolist()
+
+
+def test_small_images_of_another_size_are_fitted():
+    data = png_set(4, size=(40, 24))
+    ((images, _),) = make_loader(data, "cifar", train=False, batch_size=4, seed=0)
+    assert torch.equal(images, torch.stack([build_transform("cifar", False)(data[i][0]) for i in range(4)]))
+    ((images, _),) = make_loader(data, "fashion", train=True, batch_size=4, seed=0, input_size=20)
+    assert images.shape == (4, 3, 20, 20)
+
+
+def test_decode():
+    data = png_set(3, size=(5, 4))
+    pixels = decode(data)
+    assert pixels.shape == (3, 4, 5, 3) and pixels.dtype == torch.uint8
+    assert np.array_equal(pixels[2].numpy(), np.asarray(data[2][0]))
+    mixed = datasets.concatenate_datasets([data.images, png_set(1, size=(6, 4)).images])
+    mixed = ImageSet(mixed, np.arange(4), np.zeros(4, dtype=np.int64), "img")
+    with pytest.raises(InputError, match="row 3 of split 'train' is 6x4 pixels, the first one 5x4"):
+        decode(mixed)
+    assert decode(mixed, 8).shape == (4, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("train", "policy", "device"), [(True, "cifar", "meta"), (False, "cifar", "meta"), (True, STRONG, "cpu")]
+)
+def test_batches_are_made_where_the_pixels_are_and_wait_for_nothing(train, policy, device):
+    """A tensor on "meta" holds no values: asking for one, as a synchronisation would, raises."""
+    loader = make_loader(png_set(5), policy, train=train, batch_size=3, seed=0, device="meta")
+    assert loader.pixels.device.type == device and loader.labels.device.type == "meta"
+    assert loader.pixels.dtype == torch.uint8
+    for (images, labels), size in zip(loader, (3, 2), strict=True):
+        assert images.device.type == labels.device.type == "meta"
+        assert images.shape == (size, 3, 32, 32) and images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_small_images_held_in_memory_are_decoded_in_full(decoded):
+    data = image_set(encoded(smooth(200, 150)))
+    list(make_loader(data, "cifar", train=True, batch_size=1, seed=0, reduced_decode=True))
+    assert decoded == [(200, 150)]
