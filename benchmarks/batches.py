@@ -44,6 +44,12 @@ def random_images(class_counts: list[int], size: int) -> ArrayImages:
     return ArrayImages(pixels, labels)
 
 
+def labels_only(class_counts: list[int]) -> ArrayImages:
+    """An image set whose images are never read."""
+    labels = np.repeat(np.arange(len(class_counts)), class_counts)
+    return ArrayImages(np.empty((len(labels), 0)), labels)
+
+
 def random_batch(batch_size: int, num_classes: int, size: int) -> tuple[Tensor, Tensor]:
     """Images float32 [B, 3, S, S] in the default memory layout, and targets [B]."""
     generator = torch.Generator().manual_seed(0)

@@ -40,7 +40,7 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
 
         keys = VARIANTS[name]
         training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images, 100)
-        loop, loader = training.train_batches, training.training_loader(training.stage)
+        loop, loader = training.train_batches, training.stage.loader
 
     def step() -> float:
         clocked = Clocked(loader, args.steps, args.warm_up)

@@ -8,11 +8,10 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from batches import Clocked, class_counts_of, random_batch
+from batches import Clocked, class_counts_of, labels_only, random_batch, random_images
 from record import alternate, parse, parser, record, show, summary
 from variants import VARIANTS, add_variants_flag, default_variants
 
@@ -36,8 +35,8 @@ def train(side: str, model: str, batch_size: int, size: int, steps: int) -> None
         from ours import Training, make_recipe
 
         imported = peak_megabytes()
-        image_set = SimpleNamespace(labels=np.repeat(np.arange(num_classes), class_counts))
         recipe = make_recipe(model, batch_size, size, **VARIANTS[side])
+        image_set = random_images(class_counts, size) if size <= 64 else labels_only(class_counts)
         loop = Training(recipe, image_set, num_classes).train_batches
         images = images.contiguous(memory_format=torch.channels_last)
     loop(Clocked([(images, targets)] * steps, steps))

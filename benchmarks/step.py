@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from batches import Clocked, class_counts_of, random_batch
+from batches import Clocked, class_counts_of, labels_only, random_batch, random_images
 from record import alternate, parse, parser, processes, record, show, summary
 from variants import VARIANTS, add_variants_flag, default_variants, ratios_of
 
@@ -27,7 +26,7 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
         from ours import Training, make_recipe
 
         recipe = make_recipe(args.model, args.batch_size, args.image_size, args.num_experts, **VARIANTS[name])
-        image_set = SimpleNamespace(labels=np.repeat(np.arange(num_classes), class_counts))
+        image_set = random_images(class_counts, args.image_size) if args.image_size <= 64 else labels_only(class_counts)
         loop = Training(recipe, image_set, num_classes).train_batches
         images = images.contiguous(memory_format=torch.channels_last)
 

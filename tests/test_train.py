@@ -85,15 +85,15 @@ def test_a_killed_run_resumes_bit_identical(finished, colours, tmp_path):
     assert _kill_when(process, output, "experts", 1, signal.SIGTERM) == 143
     error = process.stderr.read().splitlines()[-1]
     assert error.startswith("error: interrupted") and "--resume" in error
-    assert RunFolder(output).state()["stage"] == "experts"
+    assert RunFolder(output).state().stage == "experts"
     process = subprocess.Popen([sys.executable, SCRIPT, "--output", str(output), "--resume", "--threads", "1"], **pipes)
     assert _kill_when(process, output, "router", 1, signal.SIGKILL) == -signal.SIGKILL
     assert run_script("--output", output, "--resume", "--threads", "1").returncode == 0
     assert rows_of(output) == rows_of(whole)
     ours, theirs = RunFolder(output).state(), RunFolder(whole).state()
-    assert ours["model"].keys() == theirs["model"].keys()
-    for name, value in theirs["model"].items():
-        assert torch.equal(ours["model"][name], value), name
+    assert ours.model.keys() == theirs.model.keys()
+    for name, value in theirs.model.items():
+        assert torch.equal(ours.model[name], value), name
     assert (output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     mine, one_go = (RunFolder(path).results()["stages"] for path in (output, whole))
     assert mine == one_go

@@ -13,6 +13,7 @@ from journeys import (
 
 from ride_timm.cli.main import main
 from ride_timm.data.augment import mixing
+from ride_timm.training import stages
 from ride_timm.training.run_folder import RunFolder
 
 
@@ -36,7 +37,7 @@ def test_the_heads_of_a_run_are_rebalanced_with_its_own_recipe(train, finished, 
     results = RunFolder(output).results()
     assert results["recipe"] == f"whole_{method}" and list(results["stages"]) == ["experts"]
     assert results["stages"]["experts"]["epochs"] == (2 if method in ("crt", "lws") else 0)
-    ours, theirs = RunFolder(output).state()["model"], RunFolder(source).state()["model"]
+    ours, theirs = RunFolder(output).state().model, RunFolder(source).state().model
     for name, value in ours.items():
         if ".fc." not in name:
             assert torch.equal(value, theirs[name]), name
@@ -49,9 +50,9 @@ def test_the_heads_of_a_run_are_rebalanced_with_its_own_recipe(train, finished, 
         assert list(results["stages"]) == ["experts", "router"] and results["source"] == str(source)
 
 
-def test_experts_of_different_priors_are_brought_to_one_once(train, script, colours, tmp_path, monkeypatch, capsys):
+def test_experts_of_different_priors_are_brought_to_one_once(train, colours, tmp_path, monkeypatch, capsys):
     def heads(folder):
-        state = RunFolder(folder).state()["model"]
+        state = RunFolder(folder).state().model
         return [state[f"experts.{e}.fc.affine.bias"] for e in (0, 1)]
 
     flags = ["--loss", "balpoe", "--epochs", "2", "--router-epochs", "2"]
@@ -68,7 +69,7 @@ def test_experts_of_different_priors_are_brought_to_one_once(train, script, colo
     for stage, epoch in (("experts", 2), ("router", 1)):  # torn before the experts are moved, and after
         torn = tmp_path / f"torn_{stage}"
         with monkeypatch.context() as patched:
-            stop_after_epoch(patched, script, stage, epoch)
+            stop_after_epoch(patched, stage, epoch)
             assert train(flags_of(colours, torn, *flags)) == 143
         assert train(["--output", torn, "--resume", "--threads", "1"]) == 0
         assert (torn / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
@@ -87,14 +88,14 @@ def test_experts_of_different_priors_are_brought_to_one_once(train, script, colo
         ["--decouple", "lws", "--decouple-epochs", "2", "--decouple-batch-size", "16"],
     ],
 )
-def test_methods_resume_bit_identical(train, script, finished, colours, tmp_path, monkeypatch, more):
+def test_methods_resume_bit_identical(train, finished, colours, tmp_path, monkeypatch, more):
     flags = ["--stage", "experts", "--epochs", "2", *more]
     if "--decouple" in more:
         flags += ["--from", finished[0]]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert train(flags_of(colours, whole, *flags)) == 0
     with monkeypatch.context() as patched:
-        stop_after_epoch(patched, script)
+        stop_after_epoch(patched)
         assert train(flags_of(colours, torn, *flags)) == 143
     assert train(["--output", torn, "--resume", "--stage", "experts", "--threads", "1"]) == 0
     assert rows_of(torn) == rows_of(whole)
@@ -139,13 +140,13 @@ def test_what_is_done_to_batches_in_stage_one(train, finished, colours, tmp_path
     assert bool(done) == bool(expected)
 
 
-def test_the_moving_average_is_what_is_evaluated_and_kept(train, script, colours, tmp_path, capsys):
+def test_the_moving_average_is_what_is_evaluated_and_kept(train, colours, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(flags_of(colours, output, "--stage", "experts", "--ema-decay", "0.99")) == 0
     state, results = RunFolder(output).state(), RunFolder(output).results()
     plain = tmp_path / "plain"
     assert train(flags_of(colours, plain, "--stage", "experts")) == 0
-    ours, last = state["model"], RunFolder(plain).state()["model"]
+    ours, last = state.model, RunFolder(plain).state().model
     assert any(not torch.equal(ours[name], value) for name, value in last.items())
     assert [row["loss"] for row in rows_of(output)] == [row["loss"] for row in rows_of(plain)]  # training is the same
     capsys.readouterr()
@@ -154,29 +155,29 @@ def test_the_moving_average_is_what_is_evaluated_and_kept(train, script, colours
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_only_an_average_from_scratch_warms_up(train, script, finished, colours, tmp_path, monkeypatch, begun):
+def test_only_an_average_from_scratch_warms_up(train, finished, colours, tmp_path, monkeypatch, begun):
     decays = []
 
-    class Watched(script.ModelEmaV3):
+    class Watched(stages.ModelEmaV3):
         def get_decay(self, step=None):
             decays.append(super().get_decay(step))
             return decays[-1]
 
-    monkeypatch.setattr(script, "ModelEmaV3", Watched)
+    monkeypatch.setattr(stages, "ModelEmaV3", Watched)
     flags = ["--stage", "experts", "--epochs", "2", "--ema-decay", "0.9", *(["--from", finished[0]] if begun else [])]
     assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
     assert len(decays) > 3 and max(decays) <= 0.9
     assert all(decay == 0.9 for decay in decays[2:]) == begun  # timm's first two steps take the weights as they are
 
 
-def test_an_average_follows_the_optimizers_steps(train, script, colours, tmp_path, monkeypatch):
+def test_an_average_follows_the_optimizers_steps(train, colours, tmp_path, monkeypatch):
     steps = []
 
-    class Watched(script.ModelEmaV3):
+    class Watched(stages.ModelEmaV3):
         def update(self, model, step=None):
             steps.append(step)
 
-    monkeypatch.setattr(script, "ModelEmaV3", Watched)
+    monkeypatch.setattr(stages, "ModelEmaV3", Watched)
     flags = ["--stage", "experts", "--ema-decay", "0.9", "--epochs", "3", "--batch-size", "8"]  # 7 batches an epoch
     assert train(flags_of(colours, tmp_path / "run", *flags, "--gradient-accumulation", "3")) == 0
     assert steps == list(range(3 * 3))
@@ -218,7 +219,7 @@ def test_a_teacher_in_train_mode_teaches_two_processes_as_one_with_ghost_batches
     assert done.returncode == 0, done.stderr
     assert train([*flags("one", "train"), "--ghost-batch", "9"]) == 0
     assert train([*flags("eval", "eval"), "--ghost-batch", "9"]) == 0
-    two, one, other = (RunFolder(tmp_path / name).state()["model"] for name in ("two", "one", "eval"))
+    two, one, other = (RunFolder(tmp_path / name).state().model for name in ("two", "one", "eval"))
     # step by step they differ by rounding, which a ReLU near zero makes more of: judged as a whole
     apart, by_mode = (
         sum((b[name].double() - a[name].double()).square().sum().item() for name in a) ** 0.5

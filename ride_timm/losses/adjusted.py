@@ -45,7 +45,7 @@ class OffsetExpertsLoss(ExpertsLoss):
     def __init__(self, class_counts: Sequence[int] | Tensor, offsets: Tensor, label_smoothing: float = 0.0):
         super().__init__(class_counts)
         self.label_smoothing = check_smoothing(label_smoothing)
-        self._keep("offsets", offsets)
+        self.register_buffer("offsets", offsets, persistent=False)
 
     def adjusted(self, expert_logits: Tensor) -> Tensor:
         """The logits plus each expert's offsets, [B, E, C]."""
@@ -108,6 +108,7 @@ class MdcsLoss(OffsetExpertsLoss):
     1, 2.5 and the warm-up are those of their code.
     """
 
+    num_views = 2
     warmup_epochs = 20
 
     def __init__(

@@ -16,6 +16,9 @@ class ExpertsLoss(nn.Module):
     expert_logits [B, E, C], targets [B] -> scalar. InputError where C is not the number of class counts.
     """
 
+    num_views = 1  # of each image in a batch
+    offsets: Tensor | None = None  # [E, C], added to the logits where experts are trained for different priors
+
     def __init__(self, class_counts: Sequence[int] | Tensor | None = None):
         super().__init__()
         self.num_classes = None if class_counts is None else len(class_counts)

@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight
 
 from ..errors import InputError, first_line
 from .objectives import Objective
-from .recipe import Stage
+from .recipe import StageSettings
 
 _FUSED = ("sgd", "momentum", "adam", "adamw")  # torch's own, which update all parameters in one pass where told to
 
@@ -25,7 +25,7 @@ def check_optimizer(name: str, device: torch.device) -> None:
         raise InputError(f"optimizer={name!r} does not work here ({first_line(error)}): choose another.") from error
 
 
-def make_optimizer(stage: Stage, objective: Objective, momentum: float) -> torch.optim.Optimizer:
+def make_optimizer(stage: StageSettings, objective: Objective, momentum: float) -> torch.optim.Optimizer:
     """A stage's optimizer of what its objective trains."""
     parameters = objective.trainable_parameters()
     if not stage.decay_norm_and_bias:

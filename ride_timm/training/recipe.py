@@ -25,8 +25,8 @@ _PUBLIC_DATA = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What the training loop needs to know of one stage."""
+class StageSettings:
+    """Epochs, batches, optimizer and learning rate of one stage."""
 
     name: str
     epochs: int
@@ -202,14 +202,19 @@ class Recipe:
         return self.many_shot, self.few_shot
 
     @property
+    def num_views(self) -> int:
+        """Views of each image that the loss compares."""
+        return LOSSES[self.loss][0].num_views
+
+    @property
     def loss_args(self) -> dict[str, Any]:
         """Arguments for `losses.make_loss`."""
         return methods.loss_args(self)
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> StageSettings:
         """The settings of stage "experts" or "router"."""
         if name == "router":
-            return Stage(
+            return StageSettings(
                 name,
                 self.router_epochs,
                 self.router_batch_size,
@@ -222,7 +227,7 @@ class Recipe:
             )
         if self.decouple != "none":
             learns = self.decouple in ("crt", "lws")
-            return Stage(
+            return StageSettings(
                 name,
                 self.decouple_epochs if learns else 0,
                 self.decouple_batch_size,
@@ -240,7 +245,7 @@ class Recipe:
             warmup_epochs=self.warmup_epochs,
         )
         decay = (self.weight_decay, self.decay_norm_and_bias)
-        return Stage(name, self.epochs, self.batch_size, self.optimizer, self.lr, *decay, schedule, False)
+        return StageSettings(name, self.epochs, self.batch_size, self.optimizer, self.lr, *decay, schedule, False)
 
     def override(self, values: dict[str, Any]) -> Recipe:
         """These values over the recipe's; `epochs` alone scales decay and re-weighting epochs with it."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ride_timm.cli.process import Interrupted
+from ride_timm.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "train_accelerate.py")
@@ -42,12 +43,12 @@ def rows_of(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
 
 
-def stop_after_epoch(monkeypatch, script, of="experts", last=1):
-    original = script.Run.save
+def stop_after_epoch(monkeypatch, of="experts", last=1):
+    original = RunFolder.save
 
-    def save(self, stage, epoch, **more):
-        original(self, stage, epoch, **more)
-        if (stage, epoch) == (of, last):
+    def save(self, state):
+        original(self, state)
+        if (state.stage, state.epoch) == (of, last):
             raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(script.Run, "save", save)
+    monkeypatch.setattr(RunFolder, "save", save)

@@ -9,82 +9,82 @@ import torch
 from ride_timm import InputError, RunError
 from ride_timm.models.load import load_model
 from ride_timm.training.recipe import Recipe, load_recipe
-from ride_timm.training.run_folder import RunFolder, create_model, provenance
+from ride_timm.training.run_folder import RunFolder, provenance
+from ride_timm.training.state import TrainingState
 
 SHAPE = dict(input_size=(3, 28, 28), mean=(0.3,) * 3, std=(0.4,) * 3, crop_pct=1.0, interpolation="bilinear")
 TINY = Recipe(model="test_ride_resnet", num_experts=2)
 
 
-def _state(stage="experts", epoch=1, stages=None):
-    return dict(stage=stage, epoch=epoch, stages=stages or {}, history=[dict(epoch=1, loss=0.5)], model={})
+def _state(stage="experts", epoch=1, results=None):
+    return TrainingState(stage=stage, epoch=epoch, results=results or {}, history=[dict(epoch=1, loss=0.5)])
 
 
 def test_a_failed_torch_save_leaves_the_old_state(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
-    folder.start(TINY)
-    folder.save_state(_state(epoch=1))
+    folder.begin(TINY, TrainingState())
+    folder.save(_state(epoch=1))
 
     def fails(*args, **kwargs):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(RunError, match="could not be written"):
-        folder.save_state(_state(epoch=2))
-    assert folder.state()["epoch"] == 1
+        folder.save(_state(epoch=2))
+    assert folder.state().epoch == 1
 
 
 def test_claim_of_a_new_folder_writes_nothing(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    assert folder.claim(TINY, "both", resume=False, from_here=False) is None
+    assert folder.claim(TINY, "both", resume=False, router_in_place=False) is None
     assert not folder.path.exists()
 
 
 def test_an_existing_run_is_left_alone(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.start(TINY)
-    folder.save_state(_state())
+    folder.begin(TINY, _state())
     with pytest.raises(InputError, match=r"already holds a run: .*--resume.*--output"):
-        folder.claim(TINY, "both", resume=False, from_here=False)
-    assert folder.claim(TINY, "both", resume=True, from_here=False)["epoch"] == 1
+        folder.claim(TINY, "both", resume=False, router_in_place=False)
+    assert folder.claim(TINY, "both", resume=True, router_in_place=False).epoch == 1
     with pytest.raises(InputError, match=r"disagrees .*: lr \(0\.1 there\), seed \(0 there\)\. Leave --recipe"):
-        folder.claim(TINY.override({"lr": 0.2, "seed": 3}), "both", resume=True, from_here=False)
+        folder.claim(TINY.override({"lr": 0.2, "seed": 3}), "both", resume=True, router_in_place=False)
 
 
 def test_claim_refuses_foreign_folders_and_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no run"):
-        RunFolder(tmp_path).claim(TINY, "both", resume=False, from_here=False)
+        RunFolder(tmp_path).claim(TINY, "both", resume=False, router_in_place=False)
     with pytest.raises(InputError, match="is a file: name a folder"):
-        RunFolder(tmp_path / "thesis.txt").claim(TINY, "both", resume=False, from_here=False)
+        RunFolder(tmp_path / "thesis.txt").claim(TINY, "both", resume=False, router_in_place=False)
 
 
 def test_router_stage_from_the_folder_itself(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(InputError, match=r"no stage one to start from.*--from"):
-        folder.claim(TINY, "router", resume=False, from_here=True)
-    folder.start(TINY)
-    folder.save_state(_state("experts", 3))
+        folder.claim(TINY, "router", resume=False, router_in_place=True)
+    folder.begin(TINY, TrainingState())
+    folder.save(_state("experts", 3))
     with pytest.raises(InputError):
-        folder.claim(TINY, "router", resume=False, from_here=True)
-    folder.save_state(_state("router", 0, {"experts": {}}))
+        folder.claim(TINY, "router", resume=False, router_in_place=True)
+    folder.save(_state("router", 0, {"experts": {}}))
     other_gates = TINY.override({"pos_weight": 5, "router_epochs": 2})
-    assert folder.claim(other_gates, "router", resume=False, from_here=True)["stage"] == "router"
+    assert folder.claim(other_gates, "router", resume=False, router_in_place=True).stage == "router"
     with pytest.raises(InputError, match="disagrees"):
-        folder.claim(TINY.override({"lr": 0.5}), "router", resume=False, from_here=True)
+        folder.claim(TINY.override({"lr": 0.5}), "router", resume=False, router_in_place=True)
 
 
 def test_a_router_on_experts_from_elsewhere_resumes_as_a_router_only(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.start(TINY)
-    folder.save_state(_state("router", 1))
-    with pytest.raises(InputError, match=r"experts from elsewhere: go on by --stage router --resume"):
-        folder.claim(TINY, "both", resume=True, from_here=False)
-    assert folder.claim(TINY, "router", resume=True, from_here=True)["epoch"] == 1
+    folder.begin(TINY, TrainingState())
+    folder.save(_state("router", 1))
+    with pytest.raises(InputError, match=r"a router on other experts: resume it with --stage router --resume"):
+        folder.claim(TINY, "both", resume=True, router_in_place=False)
+    assert folder.claim(TINY, "router", resume=True, router_in_place=True).epoch == 1
 
 
 def test_a_torn_state_is_named(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.start(TINY)
+    folder.begin(TINY, TrainingState())
     (folder.path / "state.pt").write_bytes(b"not a state")
     with pytest.raises(InputError, match=r"state.pt is not a readable state"):
         folder.state()
@@ -96,7 +96,7 @@ def test_exported_weights_load_through_timm_and_load_model(tmp_path, router):
     args = dict(num_experts=2, num_classes=5, router=router, top_choices_num=4)
     model = timm.create_model("test_ride_resnet", **args).to(memory_format=torch.channels_last).eval()
     folder = RunFolder(tmp_path / "run")
-    folder.start(TINY)
+    folder.begin(TINY, TrainingState())
     folder.export(model, SHAPE, tuple("abcde"))
     images = torch.randn(4, 3, 28, 28)
     for loaded in (
@@ -110,44 +110,6 @@ def test_exported_weights_load_through_timm_and_load_model(tmp_path, router):
         assert loaded.pretrained_cfg["mean"] == [0.3] * 3
     config = json.loads((folder.path / "config.json").read_text())
     assert config["architecture"] == "test_ride_resnet" and config["label_names"] == list("abcde")
-
-
-def test_create_model_is_seeded_and_takes_weights(tmp_path):
-    first, second = create_model(TINY, 5), create_model(TINY, 5)
-    other = create_model(TINY.override({"seed": 1}), 5)
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name])
-    assert not torch.equal(first.trunk.conv1.weight, other.trunk.conv1.weight)
-    folder = RunFolder(tmp_path / "run")
-    folder.start(TINY)
-    folder.export(other, SHAPE, tuple("abcde"))
-    started = create_model(TINY, 5, str(folder.path))
-    assert torch.equal(started.trunk.conv1.weight, other.trunk.conv1.weight)
-    with pytest.raises(InputError, match=r"holds another model than the recipe's"):
-        create_model(TINY.override({"num_experts": 3}), 5, str(folder.path))
-
-
-@pytest.mark.parametrize(("backbone", "size"), [("test_vit", 64), ("test_vit", 160), ("test_resnet", 64)])
-def test_networks_that_are_made_for_one_side_are_made_for_the_datas(backbone, size):
-    model = create_model(Recipe(model="ride", backbone=backbone, num_experts=2), 5, size=size).eval()
-    assert model(torch.randn(2, 3, size, size)).shape == (2, 5)
-    assert model._model_args.get("img_size") == (size if backbone == "test_vit" else None)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"model": "ride", "backbone": "test_vitt"}, r"model ride: backbone='test_vitt': timm has no such model"),
-        ({"model": "ride", "backbone": "test_vit", "split": "blocks.99"}, r"split='blocks.99': test_vit can be split"),
-        ({"model": "resnet18"}, r"model='resnet18': no network with experts; there are .*ride_resnet10"),
-        ({"model": "nope"}, r"model='nope'"),
-        ({"model": "ride_resnet32", "share_layer3": True}, r"ride_resnet32: it does not take 'share_layer3'"),
-        ({"model": "ride_resnet32", "layer2_output_dim": 8}, r"layer2_output_dim=8"),
-    ],
-)
-def test_create_model_errors(values, message):
-    with pytest.raises(InputError, match=message):
-        create_model(Recipe(**values), 5)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +133,7 @@ def test_load_model_of_an_empty_folder(tmp_path):
 def test_results_state_what_they_depend_on(tmp_path):
     folder = RunFolder(tmp_path / "run")
     recipe = load_recipe("fashion_lt")
-    folder.start(recipe)
+    folder.begin(recipe, TrainingState())
     folder.write_results(recipe, torch.device("cpu"), {"experts": {"all": 1.0}}, num_processes=1)
     results = folder.results()
     assert results["recipe"] == "fashion_lt" and results["precision"] == "bf16" and results["device"].startswith("cpu")

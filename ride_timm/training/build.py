@@ -1,0 +1,199 @@
+"""Build the parts of a run: accelerator, data, model and teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.augment.policies import Policy, get_policy
+from ..data.image_set import ImageSet, LongTailData
+from ..data.load import hold_out, load_longtail
+from ..data.loaders import make_loader
+from ..errors import InputError
+from ..evaluation.evaluate import evaluation_batch
+from ..models import Ride, add_class_affine, has_class_affine
+from ..models.load import create_ride_model, load_model, load_teacher
+from .options import Options
+from .recipe import Recipe, StageSettings
+from .state import TrainingState
+
+
+def build_accelerator(recipe: Recipe, options: Options) -> Accelerator:
+    """Accelerate's device placement, precision, compilation and trackers for a run."""
+    return Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        dynamo_backend="inductor" if recipe.compile else None,
+        log_with=list(options.trackers) or None,
+        project_dir=options.output if options.trackers else None,
+    )
+
+
+def hyperparameters(recipe: Recipe) -> dict[str, int | float | str | bool]:
+    """The recipe's keys for a tracker: numbers stay numbers, what a tracker cannot plot becomes text."""
+    values = dataclasses.asdict(recipe)
+    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The image sets of a run, and the loaders over them.
+
+    train, held_out: training images without and with those held out for selection; size: of the input, in pixels.
+    policy, train_policy: augmentation without and with AutoAugment.
+    """
+
+    longtail: LongTailData
+    train: ImageSet
+    held_out: ImageSet | None
+    policy: Policy
+    train_policy: Policy
+    size: int
+    recipe: Recipe
+    accelerator: Accelerator
+
+    @classmethod
+    def of(cls, longtail: LongTailData, recipe: Recipe, accelerator: Accelerator) -> RunData:
+        """Augmentation, image size and held-out images as the recipe says."""
+        policy = train_policy = get_policy(recipe.augment)
+        if recipe.auto_augment is not None and recipe.decouple == "none":
+            train_policy = policy.with_auto_augment(recipe.auto_augment)
+        train, held_out = longtail.train, longtail.val
+        if recipe.holdout:
+            train, held_out = hold_out(longtail.train, recipe.holdout, recipe.split_seed)
+        size = policy.input_size(recipe.input_size)
+        return cls(longtail, train, held_out, policy, train_policy, size, recipe, accelerator)
+
+    @property
+    def num_classes(self) -> int:
+        return self.longtail.num_classes
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images of each class, held-out ones included, [C]."""
+        return self.longtail.class_counts
+
+    def train_loader(self, settings: StageSettings, policy: Policy, num_views: int = 1) -> Any:
+        """Augmented batches (images [num_views * b, C, H, W], labels [b]) of this process."""
+        options = dict(batch_size=settings.batch_size, balanced=settings.balanced, views=num_views)
+        return self._loader(self.train, policy, train=True, **options)
+
+    def test_loader(self, image_set: ImageSet) -> Any:
+        """Every image once, test transform: this process' batches."""
+        return self._loader(image_set, self.policy, train=False, batch_size=evaluation_batch(self.size))
+
+    def _loader(self, image_set: ImageSet, policy: Policy, **options: Any) -> Any:
+        return make_loader(
+            image_set,
+            policy,
+            seed=self.recipe.seed,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            num_workers=self.recipe.workers,
+            device=self.accelerator.device,
+            input_size=self.size,
+            reduced_decode=self.recipe.reduced_decode,
+            **options,
+        )
+
+
+def load_data(recipe: Recipe, accelerator: Accelerator) -> RunData:
+    """Read the recipe's data set, and hold out the training images that select the epoch."""
+    with accelerator.local_main_process_first():  # the other processes read its cache
+        longtail = load_longtail(**recipe.data_args)
+    return RunData.of(longtail, recipe, accelerator)
+
+
+def build_model(recipe: Recipe, data: RunData, options: Options, state: TrainingState | None) -> Ride:
+    """The recipe's network: from its seed, from `--from`, or from the state of the resumed run."""
+    model = create_model(recipe, data.num_classes, None if state else options.source, data.size)
+    if recipe.fused_norm and data.accelerator.device.type == "cpu":
+        model.fuse_training()
+    if state is None or not state.model:
+        return model
+    weights = _without_router(state.model)
+    if any(".fc.affine." in name for name in weights):
+        add_class_affine(model)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the weights in {options.output} do not fit a network of the {data.num_classes} classes that the data "
+            f"have now ({reason}): restore the data, or choose another --output."
+        ) from error
+    return model
+
+
+def create_model(recipe: Recipe, num_classes: int, source: str | None = None, size: int | None = None) -> Ride:
+    """The recipe's network without a router, from its seed, or with the trunk and experts of `source`.
+
+    size: image size in pixels. Raises `InputError` for an argument the network does not take, or weights of another.
+    """
+    torch.manual_seed(recipe.seed)
+    model = create_ride_model(recipe.model, size, num_classes=num_classes, router=False, **recipe.model_args)
+    if source is not None:
+        loaded = load_model(source)
+        if has_class_affine(loaded):
+            add_class_affine(model)
+        try:
+            model.load_state_dict(_without_router(loaded.state_dict()))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{source} holds another model than the recipe's {recipe.model}: {reason}") from error
+    return model.to(memory_format=torch.channels_last)
+
+
+def _without_router(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in weights.items() if not name.startswith("router.")}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The network that distillation learns from, and its identity in the run's state."""
+
+    model: nn.Module
+    spec: str
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Where it was loaded from, and the hash of its weights."""
+        return dict(spec=self.spec, sha256=weights_sha256(self.model))
+
+
+def build_teacher(recipe: Recipe, data: RunData, options: Options, state: TrainingState | None) -> Teacher | None:
+    """The teacher of stage one, if the recipe distils; a resumed run's own, by path and hash.
+
+    Raises `InputError` where none is named, or where the weights are not those the run began with.
+    """
+    begun = state is not None and "experts" in state.results
+    if not recipe.distillation or recipe.decouple != "none" or "experts" not in options.stages or begun:
+        return None
+    known = None if state is None else state.teacher
+    spec = options.teacher or (known and known["spec"])
+    if spec is None:
+        raise InputError("this recipe learns from a teacher: name one by --teacher.")
+    if known is not None and options.teacher is None and spec.startswith((".", "/")) and not Path(spec).exists():
+        raise InputError(f"the teacher of this run, {spec}, is gone: name its new path by --teacher.")
+    teacher = Teacher(load_teacher(spec, data.num_classes, (3, data.size, data.size)), str(spec))
+    if known is not None and teacher.identity["sha256"] != known["sha256"]:
+        raise InputError(
+            f"teacher={spec}: its weights differ from those of {known['spec']}, which the run in {options.output} "
+            "began with; leave --teacher out, or choose another --output."
+        )
+    return teacher
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of a state dict, in the order of its names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""The training script's options: which stages, from which weights, into which folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from .arguments import Parser, add_flags, flags_given
+from .recipe import DEFAULT_RECIPE, Recipe, listing, load_recipe
+from .run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags that are not recipe keys.
+
+    stages: those to train, in order. fixed: recipe keys that the machine must not change, since a flag, the launcher
+    or the resumed run states them.
+    """
+
+    stage: str
+    stages: tuple[str, ...]
+    source: str | None
+    teacher: str | None
+    output: str
+    resume: bool
+    trackers: tuple[str, ...]
+    threads: int | None
+    fixed: frozenset[str]
+
+    @property
+    def router_in_place(self) -> bool:
+        """The router is trained on the experts of the run folder itself."""
+        return self.stage == "router" and self.source is None
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
+    """Parse the command line; flags override the recipe, the recipe overrides the defaults.
+
+    Raises `InputError` for flags that do not go together, and `SystemExit` after `--help` or a bare `--recipe`.
+    """
+    args = _parser().parse_args(argv)
+    if args.recipe == "":
+        print(listing())
+        raise SystemExit(0)
+    flags = flags_given(args)
+    rebalanced = _run_to_rebalance(args, flags)
+    name = Path(args.recipe or DEFAULT_RECIPE).stem
+    if rebalanced is not None:
+        name = flags.setdefault("name", f"{rebalanced.path.resolve().name}_{flags['decouple']}")
+    output = args.output or os.path.join("runs", name)
+    folder = RunFolder(output)
+    if args.resume and args.recipe is None and not flags and not folder.occupied:
+        raise InputError(f"nothing to resume: {output} holds no run; pass --output DIR or --recipe NAME.")
+    continued = folder.occupied and (args.resume or (args.stage == "router" and args.source is None))
+    own = rebalanced or (folder if continued and args.recipe is None else None)
+    recipe = load_recipe(args.recipe or DEFAULT_RECIPE) if own is None else own.recipe()
+    if (launched := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        flags.setdefault("mixed_precision", launched)
+    fixed = frozenset(flags)
+    if continued:
+        flags.setdefault("mixed_precision", folder.recipe().mixed_precision)
+        fixed |= {"mixed_precision"}
+    if args.teacher:
+        flags.setdefault("distillation", True)
+    recipe = recipe.override(flags)
+    if args.stage == "router" and recipe.num_experts == 1:
+        raise InputError("num_experts=1: a router needs at least 2 experts to choose from.")
+    both = ("experts", "router") if recipe.num_experts > 1 else ("experts",)
+    options = Options(
+        stage=args.stage,
+        stages=both if args.stage == "both" else (args.stage,),
+        source=args.source,
+        teacher=args.teacher,
+        output=output,
+        resume=args.resume,
+        trackers=tuple(args.tracker),
+        threads=args.threads,
+        fixed=fixed,
+    )
+    return options, recipe
+
+
+def _parser() -> Parser:
+    parser = Parser(description="Train RIDE: experts, then router.", allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?", const="", metavar="NAME|FILE",
+                        help=f"recipe (default: {DEFAULT_RECIPE}); without a value: list all")  # fmt: skip
+    parser.add_argument("--stage", choices=("both", "experts", "router"), default="both")
+    parser.add_argument("--from", dest="source", metavar="RUN|FILE|SPEC", help="initial weights")
+    parser.add_argument("--teacher", metavar="RUN|FILE|SPEC", help="teacher for distillation")
+    parser.add_argument("--output", metavar="DIR", help="run folder (default: runs/<recipe>)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue after the last finished epoch of the run folder"
+    )
+    parser.add_argument("--tracker", metavar="NAME", action="append", default=[],
+                        help="a tracker of Accelerate, such as tensorboard or wandb; may be repeated")  # fmt: skip
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per process (default: all cores, shared)")
+    add_flags(parser)
+    return parser
+
+
+def _run_to_rebalance(args: argparse.Namespace, flags: dict[str, object]) -> RunFolder | None:
+    """The run whose heads are re-balanced by its own recipe, if `--from` names one and `--recipe` is absent."""
+    if args.source is None or args.recipe is not None or flags.get("decouple", "none") == "none":
+        return None
+    run = RunFolder(args.source)
+    return run if run.occupied else None

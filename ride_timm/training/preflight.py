@@ -1,0 +1,107 @@
+"""Everything that can be refused before a run begins, and what this machine decides for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from ..data.loaders.orders import RankSlices
+from ..errors import InputError
+from ..hardware import bf16_pays, has_compiler
+from ..models import Ride
+from .build import RunData
+from .ghost_batches import check_parts
+from .optimizers import check_optimizer
+from .options import Options
+from .recipe import Recipe
+from .state import TrainingState
+
+
+def adapt_to_machine(recipe: Recipe, options: Options) -> Recipe:
+    """The recipe with bf16 and fused norms only where they pay; decided by the main process, for all of them.
+
+    What a flag, the launcher or the resumed run states is left as it is.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    changes: dict[str, object] = {}
+    if state.is_main_process:
+        if recipe.mixed_precision == "bf16" and "mixed_precision" not in options.fixed and not bf16_pays():
+            changes["mixed_precision"] = "no"
+            print("notice: bf16 is not faster on this machine, training in fp32", file=sys.stderr)
+        on_cpu = state.device.type == "cpu"
+        if recipe.fused_norm and "fused_norm" not in options.fixed and on_cpu and not has_compiler():
+            changes["fused_norm"] = False
+            print("notice: no C++ compiler with Python.h, BatchNorm and ReLU are not fused", file=sys.stderr)
+    return recipe.override(broadcast_object_list([changes])[0])
+
+
+def check_machine(recipe: Recipe, options: Options, accelerator: Accelerator) -> None:
+    """InputError for an optimizer, precision, normalisation or tracker that does not work on this machine."""
+    on_cpu = accelerator.device.type == "cpu"
+    for name in {recipe.optimizer, recipe.router_optimizer}:
+        check_optimizer(name, accelerator.device)
+    if recipe.mixed_precision == "fp16" and on_cpu:
+        raise InputError("mixed_precision=fp16 needs a GPU: use bf16 or no on a CPU.")
+    if recipe.sync_bn and on_cpu:
+        raise InputError("sync_bn needs GPUs: leave it out on CPUs.")
+    if recipe.fused_norm and on_cpu and not has_compiler():
+        raise InputError("fused_norm needs a C++ compiler (g++) and Python.h: install both or leave it out.")
+
+
+def check_options(recipe: Recipe, options: Options) -> None:
+    """InputError for a tracker that is not installed, or class-balanced batches from a stream, which has none."""
+    installed = [str(name) for name in get_available_trackers()]
+    for name in options.trackers:
+        if name not in installed:
+            raise InputError(f"tracker={name!r}: installed are {', '.join(installed) or 'none'}.")
+    balanced = [name for name in options.stages if recipe.stage(name).balanced]
+    if not recipe.streaming or not balanced:
+        return
+    if balanced[0] == "experts":
+        ways = "train it by --stage experts without --streaming"
+    elif options.stage == "router":
+        ways = "add --no-router-balanced, or leave --streaming out here"
+    else:
+        ways = (
+            "add --no-router-balanced, or train --stage experts with --streaming, and then, without it and with "
+            "another --output, --stage router --from that run"
+        )
+    raise InputError(f"streaming=True: a stream cannot draw the class-balanced batches of stage {balanced[0]}; {ways}.")
+
+
+def check_source(recipe: Recipe, options: Options, state: TrainingState | None) -> None:
+    """InputError for initial weights that are missing, or are not those that the resumed run began with."""
+    if state is None and options.source is None and recipe.decouple != "none" and "experts" in options.stages:
+        raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
+    if state is None or options.source is None:
+        return
+    if Path(options.source).resolve() in [Path(path).resolve() for path in (options.output, state.source) if path]:
+        return
+    if state.source is None or Path(state.source).exists():
+        began = f"from {state.source}" if state.source else "without --from"
+        raise InputError(
+            f"from={options.source}: the run in {options.output} began {began}; leave --from out to resume it."
+        )
+    print(f"notice: the run resumes with its own weights, {options.source} is not read", file=sys.stderr)
+
+
+def preflight(
+    recipe: Recipe, options: Options, data: RunData, model: Ride, state: TrainingState | None, accelerator: Accelerator
+) -> None:
+    """The last checks before the first write: machine, initial weights, batches and BatchNorm of the stages to come."""
+    check_machine(recipe, options, accelerator)
+    check_source(recipe, options, state)
+    processes = accelerator.num_processes
+    for name in options.stages:
+        settings = recipe.stage(name)
+        slices = RankSlices(len(data.train), settings.batch_size, True, accelerator.process_index, processes)
+        trains_norms = name == "experts" and recipe.decouple == "none" and not recipe.sync_bn
+        if trains_norms and not (state and name in state.results):
+            num_views = recipe.num_views if data.train_policy != data.policy else 1
+            batches = f"{slices.num_draws} images in batches of {settings.batch_size} (processes: {processes})"
+            check_parts(model, data.size, [num_views * n for n in slices.fewest], recipe.ghost_batch, batches)
+    accelerator.wait_for_everyone()  # no process writes before all have passed

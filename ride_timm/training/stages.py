@@ -1,0 +1,240 @@
+"""The stages of a run: experts, re-balanced heads, router."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from ..data.augment.mixing import MixedTargets, batch_changes
+from ..evaluation.evaluate import evaluate, with_macs
+from ..evaluation.plots import plot_run
+from ..losses import make_loss
+from ..models import Ride, Router, has_class_affine
+from .build import RunData, Teacher
+from .objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
+from .optimizers import make_optimizer
+from .rebalance import align_experts, decouple
+from .recipe import Recipe
+from .run_folder import RunFolder
+from .selection import Selection
+from .state import TrainingState
+from .watch import Watch
+
+GROUPS = ("all", "many", "medium", "few")
+
+
+class Stage:
+    """One stage of training: everything the loop needs of it.
+
+    name: its key in results.json. objective: model and loss; `wrapped`: the same prepared by Accelerate, which is what
+    the loop calls. Subclasses make the objective and say what differs.
+    """
+
+    name: str
+    next_stage = "router"
+    routed = False
+
+    def __init__(self, recipe: Recipe, data: RunData, accelerator: Accelerator, objective: Objective) -> None:
+        self.recipe, self.data, self.accelerator = recipe, data, accelerator
+        self.settings = recipe.stage(self.name)
+        self.objective, self.model = objective, objective.model
+        optimizer = make_optimizer(self.settings, objective, recipe.momentum)
+        if recipe.sync_bn:
+            convert_sync_batchnorm(objective)
+        self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.loader = self.make_loader() if self.settings.epochs else []
+        self.test_loader = data.test_loader(data.longtail.test)
+        self.held_out_loader = None if data.held_out is None else data.test_loader(data.held_out)
+        self.selection = Selection(recipe.patience, recipe.eval_every)
+        self.ema: ModelEmaV3 | None = None
+        self.changes: list[Any] = []
+        self.metrics: dict[str, Any] | None = None  # of the weights as they are now, if measured
+
+    def make_loader(self) -> Any:
+        """Training batches of this process."""
+        return self.data.train_loader(self.settings, self.data.policy)
+
+    def is_done(self, epochs: int) -> bool:
+        """All epochs are trained, or patience has run out."""
+        return epochs >= self.settings.epochs or self.selection.exhausted(epochs)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Move seeds, learning rate, order, loss and mode to an epoch, counted from 0."""
+        seed_epoch(self.recipe.seed, epoch, self.accelerator.process_index)
+        self.objective.set_epoch(epoch)
+        self.loader.set_epoch(epoch)
+        self.wrapped.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr_at(epoch)
+        self.num_updates = epoch * -(-len(self.loader) // self.recipe.gradient_accumulation)
+
+    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+        """(images, targets, number of batches in this optimizer step, last of them), the last step's being the rest."""
+        accumulation = self.recipe.gradient_accumulation
+        for i, (images, targets) in enumerate(self.loader):
+            start = i - i % accumulation
+            size = min(accumulation, len(self.loader) - start)
+            yield images, targets, size, i + 1 == start + size
+
+    def transform_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | MixedTargets]:
+        """Random erasing, mixup and CutMix, where the stage has them."""
+        for change in self.changes:
+            images, targets = change(images, targets)
+        return images, targets
+
+    def step(self) -> None:
+        """Clip the gradients, update the weights and their EMA."""
+        if self.recipe.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.objective.trainable_parameters(), self.recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, self.num_updates)
+        self.num_updates += 1
+
+    def evaluate_epoch(self, epochs: int, watch: Watch) -> dict[str, float | None]:
+        """Test and held-out accuracy after so many epochs, None where this epoch is not evaluated; notes the best."""
+        row: dict[str, float | None] = dict.fromkeys((*GROUPS, "held_out"))
+        self.metrics = None
+        if epochs % self.recipe.eval_every and epochs < self.settings.epochs:
+            return row
+        model = self.model if self.ema is None else self.ema.module
+        self.metrics = self.measure(model, self.test_loader, watch)
+        row |= {name: self.metrics[name] for name in GROUPS}
+        if self.held_out_loader is not None:
+            row["held_out"] = accuracy = self.measure(model, self.held_out_loader, watch)["class_mean"]
+            self.selection.update(accuracy, epochs, model)
+        return row
+
+    def measure(self, model: Ride, loader: Any, watch: Watch) -> dict[str, Any]:
+        """Metrics in full precision, with the buffers of the main process, which are the ones that are saved."""
+        if self.accelerator.num_processes > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        counts, recipe = self.data.class_counts, self.recipe
+        return evaluate(model, watch.batches(loader), counts, self.routed, recipe.threshold, shots=recipe.shots)
+
+    def conclude(self, epochs: int, watch: Watch) -> dict[str, Any]:
+        """Settle the weights that the stage leaves; returns their test metrics."""
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        if self.recipe.select == "best" and self.selection.best["model"]:
+            epochs, self.metrics = self.selection.best["epoch"], None
+            self.model.load_state_dict(self.selection.best["model"])
+        self.settle()
+        metrics = self.metrics or self.measure(self.model, self.test_loader, watch)
+        return metrics | dict(epochs=epochs)
+
+    def finish(self, epochs: int, state: TrainingState, run: RunFolder, watch: Watch) -> None:
+        """Write the stage's weights, results and plots, and the state from which the next stage begins."""
+        metrics, shape = self.conclude(epochs, watch), (self.model.in_chans, self.data.size, self.data.size)
+        state.results[self.name] = with_macs(metrics, self.model, shape)
+        state.advance(self.next_stage, self.model.state_dict())
+        if self.accelerator.is_main_process:
+            run.export(self.model, self.data.policy.data_config(self.data.size), self.data.longtail.class_names)
+            facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
+            facts |= dict(seconds=round(state.seconds, 1))
+            facts |= {key: value for key in ("source", "teacher") if (value := getattr(state, key))}
+            run.write_results(self.recipe, self.accelerator.device, state.results, **facts)
+            run.save(state)
+            plot_run(run.path, state.history, run.results())
+        self.accelerator.wait_for_everyone()
+
+    def settle(self) -> None:
+        """Change the weights once more after the last epoch; sets `metrics` to None where it does."""
+
+
+class ExpertsStage(Stage):
+    """Stage one: trunk and experts under the recipe's loss, with a teacher or not. RIDE, section 3.2.
+
+    from_scratch: the weights are random, so that an EMA warms up.
+    """
+
+    name = "experts"
+
+    def __init__(
+        self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator, teacher: Teacher | None,
+        from_scratch: bool,
+    ) -> None:  # fmt: skip
+        class_counts = np.bincount(data.train.labels, minlength=data.num_classes).tolist()
+        self.loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
+        self.num_views = self.loss.num_views if data.train_policy != data.policy else 1
+        if self.loss.offsets is not None and has_class_affine(model):
+            align_experts(model, -self.loss.offsets)  # back to the priors they are trained for
+        if teacher is None:
+            objective = ExpertsObjective(model, self.loss, recipe.ghost_batch)
+        else:
+            taught = (teacher.model, recipe.distill_temperature, recipe.teacher_mode)
+            objective = DistillationObjective(model, self.loss, *taught, recipe.ghost_batch)
+        super().__init__(recipe, data, accelerator, objective)
+        self.changes = batch_changes(
+            recipe.random_erasing, recipe.mixup_alpha, recipe.cutmix_alpha, views=self.loss.num_views
+        )
+        if recipe.ema_decay is not None:
+            self.ema = ModelEmaV3(model, recipe.ema_decay, use_warmup=from_scratch)
+
+    def make_loader(self) -> Any:
+        return self.data.train_loader(self.settings, self.data.train_policy, self.num_views)
+
+    def settle(self) -> None:
+        """Align the experts' priors: the router judges by the first experts alone, which must not be biased."""
+        if self.loss.offsets is not None and self.model.num_experts > 1:
+            align_experts(self.model, self.loss.offsets)
+            self.metrics = None
+
+
+class HeadsStage(Stage):
+    """Re-balanced heads on a frozen network, in place of stage one; closed-form methods have no epochs."""
+
+    name = "experts"
+
+    def __init__(self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator) -> None:
+        class_counts = np.bincount(data.train.labels, minlength=data.num_classes).tolist()
+        objective = decouple(model, recipe.decouple, class_counts, recipe.decouple_tau, recipe.seed)
+        super().__init__(recipe, data, accelerator, objective)
+
+
+class RouterStage(Stage):
+    """Stage two: a router on frozen experts. RIDE, section 3.3."""
+
+    name = "router"
+    next_stage = "done"
+    routed = True
+
+    def __init__(self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator) -> None:
+        torch.manual_seed(recipe.seed)
+        gates = (recipe.num_experts, model.experts[0].head_hidden_size, data.num_classes)
+        model.add_router(Router(*gates, recipe.top_choices_num, recipe.share_expert_help_pred_fc))
+        super().__init__(recipe, data, accelerator, RouterObjective(model, recipe.pos_weight))
+
+    def conclude(self, epochs: int, watch: Watch) -> dict[str, Any]:
+        return super().conclude(epochs, watch) | dict(threshold=self.recipe.threshold)
+
+
+def build_stage(
+    name: str, recipe: Recipe, data: RunData, model: Ride, teacher: Teacher | None, accelerator: Accelerator,
+    from_scratch: bool = True,
+) -> Stage:  # fmt: skip
+    """The stage "experts" or "router" of a recipe, ready for its first epoch."""
+    if name == "router":
+        return RouterStage(recipe, data, model, accelerator)
+    if recipe.decouple != "none":
+        return HeadsStage(recipe, data, model, accelerator)
+    return ExpertsStage(recipe, data, model, accelerator, teacher, from_scratch)
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Seed Python, NumPy and torch so that no two (epoch, rank) pairs of a run share a stream."""
+    words = np.random.SeedSequence([seed, epoch, rank]).generate_state(4)
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    torch.manual_seed(int.from_bytes(words[:2].tobytes(), "little"))

@@ -1,0 +1,84 @@
+"""Signals and non-finite losses, noticed by all processes at the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..errors import RunError
+
+CHECK_EVERY = 20  # steps between two looks at the losses, each of which waits for the device
+
+
+class Signals(Protocol):
+    """SIGINT and SIGTERM, caught by a handler and raised by `check`."""
+
+    caught: int | None
+
+    def check(self) -> object: ...
+
+
+class Watch:
+    """Collects the losses of an epoch and ends the run where it must end.
+
+    Processes agree before any of them raises: one that left alone would leave the others waiting in a collective. A
+    single process raises a signal at once, several at the next check.
+    """
+
+    def __init__(self, accelerator: Accelerator, signals: Signals, mixed_precision: str) -> None:
+        self.accelerator, self.signals = accelerator, signals
+        self.advice = "a lower --lr" + ("" if mixed_precision == "no" else " or --mixed-precision no")
+
+    def begin_epoch(self, epoch: int, num_steps: int) -> None:
+        """epoch: counted from 0, for the error."""
+        self.epoch, self.step = epoch, 0
+        self.losses = torch.zeros(num_steps, device=self.accelerator.device)
+
+    def update(self, loss: Tensor) -> None:
+        """Record the loss of a step; raises as `check` does, every `CHECK_EVERY` steps."""
+        self.losses[self.step] = loss.detach()
+        self.step += 1
+        if self.accelerator.num_processes == 1:
+            self.signals.check()
+        if self.step % CHECK_EVERY == 0:
+            self._check_losses()
+
+    def mean(self) -> float:
+        """The epoch's mean loss over all processes."""
+        self._check_losses()
+        return self.accelerator.reduce(self.losses, "mean").mean().item()
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's batches; a single process raises a signal between two of them."""
+        for batch in loader:
+            if self.accelerator.num_processes == 1:
+                self.signals.check()
+            yield batch
+
+    def check(self) -> None:
+        """Raise on all processes if a signal has come to any of them."""
+        self._agree(torch.tensor([self.signals.caught or 0], device=self.accelerator.device))
+
+    def _check_losses(self) -> None:
+        """`check`, and `RunError` for the first loss that is not finite."""
+        bad = ~self.losses[: self.step].isfinite()
+        # as a maximum over the processes, the first bad step is the one with the most steps from it to the end
+        remaining = torch.where(bad, torch.arange(self.step, 0, -1, device=bad.device), 0).amax()
+        remaining = self._agree(torch.stack([remaining.new_tensor(self.signals.caught or 0), remaining]))[1]
+        if remaining:
+            step = self.step - remaining + 1
+            raise RunError(f"the loss is not finite at epoch {self.epoch + 1}, step {step}: try {self.advice}.")
+
+    def _agree(self, numbers: Tensor) -> list[int]:
+        """Maxima over the processes of a signal and other numbers; raises the signal."""
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        found = numbers.tolist()
+        self.signals.caught = found[0] or None
+        self.signals.check()
+        return found

@@ -1,0 +1,51 @@
+"""Models, data and teachers as a run builds them."""
+
+import pytest
+import torch
+
+from ride_timm import InputError
+from ride_timm.training.build import create_model
+from ride_timm.training.recipe import Recipe
+from ride_timm.training.run_folder import RunFolder
+from ride_timm.training.state import TrainingState
+
+SHAPE = dict(input_size=(3, 28, 28), mean=(0.3,) * 3, std=(0.4,) * 3, crop_pct=1.0, interpolation="bilinear")
+TINY = Recipe(model="test_ride_resnet", num_experts=2)
+
+
+def test_create_model_is_seeded_and_takes_weights(tmp_path):
+    first, second = create_model(TINY, 5), create_model(TINY, 5)
+    other = create_model(TINY.override({"seed": 1}), 5)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+    assert not torch.equal(first.trunk.conv1.weight, other.trunk.conv1.weight)
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(TINY, TrainingState())
+    folder.export(other, SHAPE, tuple("abcde"))
+    started = create_model(TINY, 5, str(folder.path))
+    assert torch.equal(started.trunk.conv1.weight, other.trunk.conv1.weight)
+    with pytest.raises(InputError, match=r"holds another model than the recipe's"):
+        create_model(TINY.override({"num_experts": 3}), 5, str(folder.path))
+
+
+@pytest.mark.parametrize(("backbone", "size"), [("test_vit", 64), ("test_vit", 160), ("test_resnet", 64)])
+def test_networks_that_are_made_for_one_side_are_made_for_the_datas(backbone, size):
+    model = create_model(Recipe(model="ride", backbone=backbone, num_experts=2), 5, size=size).eval()
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 5)
+    assert model._model_args.get("img_size") == (size if backbone == "test_vit" else None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "ride", "backbone": "test_vitt"}, r"model ride: backbone='test_vitt': timm has no such model"),
+        ({"model": "ride", "backbone": "test_vit", "split": "blocks.99"}, r"split='blocks.99': test_vit can be split"),
+        ({"model": "resnet18"}, r"model='resnet18': no network with experts; there are .*ride_resnet10"),
+        ({"model": "nope"}, r"model='nope'"),
+        ({"model": "ride_resnet32", "share_layer3": True}, r"ride_resnet32: it does not take 'share_layer3'"),
+        ({"model": "ride_resnet32", "layer2_output_dim": 8}, r"layer2_output_dim=8"),
+    ],
+)
+def test_create_model_errors(values, message):
+    with pytest.raises(InputError, match=message):
+        create_model(Recipe(**values), 5)
