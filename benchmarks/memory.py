@@ -9,7 +9,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from batches import Clocked, class_counts_of, labels_only, random_batch, random_images
 from record import alternate, parse, parser, record, show, summary

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from batches import Clocked, class_counts_of, labels_only, random_batch, random_images
 from record import alternate, parse, parser, processes, record, show, summary

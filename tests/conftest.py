@@ -44,7 +44,9 @@ def train(script, monkeypatch):
     from ride_timm.cli.process import exit_code
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr("ride_timm.training.stages.plot_run", lambda *_: None)  # takes half of a tiny run; whole processes draw
+    monkeypatch.setattr(
+        "ride_timm.training.stages.plot_run", lambda *_: None
+    )  # takes half of a tiny run; whole processes draw
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     yield lambda argv: exit_code(script.train, [str(part) for part in argv])

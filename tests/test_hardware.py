@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ride_timm import hardware as processor
-from ride_timm.training.recipe import load_recipe
 
 
 @pytest.fixture
@@ -71,17 +70,3 @@ def test_a_gpu_decides_for_itself(supported, cpuinfo, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert processor.bf16_pays() is supported
-
-
-def test_training_falls_back_to_fp32_unless_told(script, monkeypatch, capsys, tmp_path):
-    def precision(*flags):
-        return script.parse_arguments(["--recipe", "cifar100_lt", "--output", str(tmp_path), *flags])[1].mixed_precision
-
-    monkeypatch.setattr(script, "bf16_pays", lambda: False)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert precision() == "no" and "bf16 is not faster" in capsys.readouterr().err
-    assert precision("--mixed-precision", "bf16") == "bf16"
-    for begun in ("bf16", "no"):  # a run goes on as it was begun, by its recipe's name as well
-        (tmp_path / "recipe.yaml").write_text(load_recipe("cifar100_lt").override({"mixed_precision": begun}).to_yaml())
-        assert precision("--resume") == precision("--stage", "router") == begun
-    assert "bf16" not in capsys.readouterr().err

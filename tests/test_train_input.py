@@ -8,6 +8,7 @@ import torch
 from journeys import flags_of, stop_after_epoch
 
 from ride_timm import RunError
+from ride_timm.training import run_folder
 from ride_timm.training.run_folder import RunFolder
 
 SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
@@ -149,7 +150,7 @@ def test_what_a_full_disk_left_of_a_beginning_is_no_run(train, colours, tmp_path
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts", "--epochs", "1")
     with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "start", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
+        patched.setattr(run_folder, "write_text", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
         assert train(flags) == 1
     assert [path.name for path in output.iterdir()] == ["state.pt"]
     (output / ".recipe.yaml.partial").touch()

@@ -1,6 +1,7 @@
 """Methods from flag to result: teachers, re-balanced and aligned heads, moving averages, changed batches."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -25,6 +26,30 @@ def test_distillation_and_one_expert(train, finished, colours, tmp_path, capsys)
     results = RunFolder(tmp_path / "student").results()
     assert list(results["stages"]) == ["experts"]  # one expert: nothing to route
     assert "routed" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_teacher(train, finished, colours, tmp_path, monkeypatch, capsys):
+    """By path and hash: it need not be named again, may have moved, and no other one is taken."""
+    teacher, output = tmp_path / "teacher", tmp_path / "student"
+    shutil.copytree(finished[0], teacher)
+    flags = flags_of(colours, output, "--stage", "experts", "--loss", "ce", "--epochs", "2")
+    with monkeypatch.context() as patched:
+        stop_after_epoch(patched)
+        assert train([*flags, "--teacher", teacher]) == 143
+    resume = ["--output", output, "--resume", "--stage", "experts", "--threads", "1"]
+    assert train([*flags_of(colours, tmp_path / "other", "--stage", "experts", "--epochs", "1")]) == 0
+    assert train([*resume, "--teacher", tmp_path / "other"]) == 2
+    assert "its weights differ from those of" in capsys.readouterr().err
+    teacher.rename(tmp_path / "moved")
+    assert train(resume) == 2
+    assert "name its new path by --teacher" in capsys.readouterr().err
+    assert train([*resume, "--teacher", tmp_path / "moved"]) == 0
+    found = RunFolder(output).results()["teacher"]
+    assert found == dict(spec=str(tmp_path / "moved"), sha256=found["sha256"]) and len(found["sha256"]) == 64
+
+    whole = tmp_path / "whole"
+    assert train([*flags_of(colours, whole, *flags[4:])[:4], *flags[4:], "--teacher", tmp_path / "moved"]) == 0
+    assert (whole / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["crt", "lws", "tau_norm", "logit_adjustment"])

@@ -17,10 +17,10 @@ class ExpertsLoss(nn.Module):
     """
 
     num_views = 1  # of each image in a batch
-    offsets: Tensor | None = None  # [E, C], added to the logits where experts are trained for different priors
 
     def __init__(self, class_counts: Sequence[int] | Tensor | None = None):
         super().__init__()
+        self.register_buffer("offsets", None)  # [E, C], added to the logits where experts differ in their prior
         self.num_classes = None if class_counts is None else len(class_counts)
 
     def set_epoch(self, epoch: int) -> None:

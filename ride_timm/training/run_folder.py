@@ -63,14 +63,6 @@ class RunFolder:
         state = self.state()
         return state is None or not state.begun
 
-    def check_state(self, state: TrainingState | None) -> None:
-        """InputError where a run with weights would begin anew because its state is gone."""
-        if state is None and (self.path / "model.safetensors").exists():
-            raise InputError(
-                f"{self.path} holds a run without its state.pt, so there is nothing to resume from: choose another "
-                "--output, or delete the folder to begin again."
-            )
-
     def claim(self, recipe: Recipe, stage: str, resume: bool, router_in_place: bool) -> TrainingState | None:
         """Check that a run may use this folder, without writing; returns the state to resume from, if any.
 
@@ -96,6 +88,11 @@ class RunFolder:
             raise InputError(f"{self.path} holds a router on other experts: resume it with --stage router --resume.")
         if router_in_place and not finished and not (resume and state is not None and state.stage == "router"):
             raise InputError(f"stage one in {self.path} is not finished: resume it with --resume --stage both.")
+        if state is None and (self.path / "model.safetensors").exists():
+            raise InputError(
+                f"{self.path} holds a run without its state.pt, so there is nothing to resume from: choose another "
+                "--output, or delete the folder to begin again."
+            )
         return state
 
     def check_recipe(self, recipe: Recipe, but_router: bool = False) -> None:

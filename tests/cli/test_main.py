@@ -13,6 +13,7 @@ from ride_timm.cli.models import describe
 from ride_timm.cli.process import exit_code
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
+from ride_timm.training.state import TrainingState
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 FASHION = dict(input_size=(3, 28, 28), mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0, interpolation="bilinear")
@@ -36,7 +37,7 @@ def run_folder(path, num_classes=10, router=True):
     torch.manual_seed(0)
     model = timm.create_model("ride_resnet32", num_classes=num_classes, router=router, top_choices_num=3)
     folder = RunFolder(path)
-    folder.start(load_recipe("fashion_lt"))
+    folder.begin(load_recipe("fashion_lt"), TrainingState())
     folder.export(model.eval(), FASHION, CLASSES[:num_classes])
     return path
 
@@ -430,7 +431,7 @@ def test_images_that_a_network_does_not_take(capsys, photos, tmp_path):
         ("grey", timm.create_model("test_ride_resnet", num_classes=10, in_chans=1)),
         ("patches", timm.create_model("ride", backbone="test_vit", num_classes=10, num_experts=2)),
     ):
-        RunFolder(tmp_path / name).save_state(dict(history=[]))
+        RunFolder(tmp_path / name).save(TrainingState())
         RunFolder(tmp_path / name).export(model, dict(input_size=(model.in_chans, 160, 160)), CLASSES)
     grey, patches = tmp_path / "grey", tmp_path / "patches"
     found = json.loads(output(capsys, "predict", "--model", grey, *photos, "--json"))

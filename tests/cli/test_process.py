@@ -150,16 +150,6 @@ def test_a_compiler_is_the_one_that_torch_will_run(monkeypatch, tmp_path, name, 
     cpp_builder.cpp_compiler_search.cache_clear()
 
 
-@pytest.mark.parametrize(("recipe", "told"), [("cifar100_lt", True), ("fashion_lt", False)])
-def test_without_a_compiler_norms_stay_plain(script, monkeypatch, capsys, recipe, told):
-    monkeypatch.setattr(script, "has_compiler", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not script.parse_arguments(["--recipe", recipe])[1].fused_norm
-    assert ("no C++ compiler" in capsys.readouterr().err) == told
-    with pytest.raises(InputError, match="fused_norm needs a C\\+\\+ compiler"):
-        script.parse_arguments(["--recipe", recipe, "--fused-norm"])
-
-
 MALLOC_CHOICES = (
     "MALLOC_MMAP_MAX_",
     "MALLOC_MMAP_THRESHOLD_",

@@ -24,6 +24,7 @@ from ride_timm.evaluation.routing_curve import (
 )
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
+from ride_timm.training.state import TrainingState
 
 COUNTS = [300, 150, 50, 40, 20, 10, 5]
 MACS = Macs(10.0, (5.0, 5.0, 5.0), (0.5, 0.5), 0)
@@ -187,7 +188,9 @@ def run_folder(path, colours, router=True, **recipe):
     torch.manual_seed(0)
     model = timm.create_model("ride_resnet32", num_classes=3, router=router, top_choices_num=3)
     folder = RunFolder(path)
-    folder.start(load_recipe("fashion_lt").override(dict(dataset=str(colours), imb_type="none", **recipe)))
+    folder.begin(
+        load_recipe("fashion_lt").override(dict(dataset=str(colours), imb_type="none", **recipe)), TrainingState()
+    )
     config = dict(input_size=(3, 28, 28), mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0, interpolation="bilinear")
     folder.export(model.eval(), config, ("a", "b", "c"))
     return str(path)

@@ -25,6 +25,7 @@ def make_run(tmp_path_factory):
 
     from ride_timm.training.recipe import Recipe
     from ride_timm.training.run_folder import RunFolder
+    from ride_timm.training.state import TrainingState
 
     def make(seed=0, accuracy=50.0, **kwargs):
         path = tmp_path_factory.mktemp("run")
@@ -34,7 +35,7 @@ def make_run(tmp_path_factory):
         places = dict(data_dir="/home/somebody/data", annotations="/home/somebody/lists")
         recipe = Recipe(**args, **places, name="beetles", num_experts=model.num_experts)
         folder = RunFolder(path)
-        folder.start(recipe)
+        folder.begin(recipe, TrainingState())
         folder.export(model, dict(input_size=(3, SIZE, SIZE), crop_pct=1.0), ("ant", "bee", "cicada", "drone"))
         metrics = dict(all=accuracy, many=60.0, medium=50.0, few=None, top5=100.0, per_class=[70.0, 50.0, 60.0, 20.0])
         stages = dict(experts=metrics | dict(macs=1000, epochs=3))

@@ -16,6 +16,7 @@ from ride_timm import InputError
 from ride_timm.cli.process import exit_code
 from ride_timm.training.recipe import Recipe
 from ride_timm.training.run_folder import RunFolder
+from ride_timm.training.state import TrainingState
 
 COUNTS = [30, 16, 8]
 
@@ -32,7 +33,7 @@ def measured_run(recipe, tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model("test_ride_resnet", num_classes=3, router=True, top_choices_num=3).eval()
     folder = RunFolder(tmp_path_factory.mktemp("measured"))
-    folder.start(recipe)
+    folder.begin(recipe, TrainingState())
     folder.export(model, dict(input_size=(3, SIZE, SIZE), crop_pct=1.0), ("red", "green", "blue"))
     stages = {name: dict(figures, epochs=3) for name, figures in measure(model, recipe)["stages"].items()}
     folder.write_results(recipe, torch.device("cpu"), stages, class_counts=COUNTS)

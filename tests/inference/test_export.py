@@ -15,6 +15,7 @@ from ride_timm.inference import export as export_module
 from ride_timm.inference.export import export
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
+from ride_timm.training.state import TrainingState
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -176,7 +177,7 @@ def test_a_model_that_is_exported_stays_as_it_was(tmp_path, monkeypatch, model):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = RunFolder(tmp_path_factory.mktemp("run"))
-    folder.start(load_recipe("fashion_lt").override(dict(threshold=0.3)))
+    folder.begin(load_recipe("fashion_lt").override(dict(threshold=0.3)), TrainingState())
     plain = timm.create_model("test_ride_resnet", num_classes=3)
     config = dict(input_size=(3, 32, 32), mean=(0.2,) * 3, std=(0.3,) * 3, crop_pct=1.0, interpolation="bilinear")
     folder.export(plain, config, ("a", "b", "c"))

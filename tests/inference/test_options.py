@@ -15,6 +15,7 @@ from ride_timm.inference import options as inference
 from ride_timm.inference.options import Inference, Timed, fuse_conv_bn, prepare
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
+from ride_timm.training.state import TrainingState
 
 
 def build(name="test_ride_resnet", **kwargs):
@@ -158,7 +159,7 @@ def threads():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, colours):
     folder = RunFolder(tmp_path_factory.mktemp("run"))
-    folder.start(load_recipe("fashion_lt").override(dict(dataset=str(colours), imb_type="none")))
+    folder.begin(load_recipe("fashion_lt").override(dict(dataset=str(colours), imb_type="none")), TrainingState())
     config = dict(input_size=(3, 28, 28), mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0, interpolation="bilinear")
     folder.export(build("ride_resnet32", num_classes=3, top_choices_num=3), config, ("a", "b", "c"))
     return str(folder.path)

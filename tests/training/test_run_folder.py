@@ -1,6 +1,7 @@
 """The run folder and the loading of models."""
 
 import json
+import subprocess
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 
 from ride_timm import InputError, RunError
 from ride_timm.models.load import load_model
+from ride_timm.training import run_folder
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import RunFolder, provenance
 from ride_timm.training.state import TrainingState
@@ -139,3 +141,22 @@ def test_results_state_what_they_depend_on(tmp_path):
     assert results["recipe"] == "fashion_lt" and results["precision"] == "bf16" and results["device"].startswith("cpu")
     assert {"torch", "timm", "ride-timm"} <= set(results["versions"]) and "commit" in results
     assert set(provenance()) == {"commit", "versions"}
+
+
+def test_a_commit_with_changes_is_marked(tmp_path, monkeypatch):
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *args], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "module.py"))
+    (tmp_path / "module.py").write_text("1")
+    assert provenance()["commit"] is None
+    git("init", "-q")
+    assert provenance()["commit"] is None  # not a file of this checkout
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit = provenance()["commit"]
+    assert len(commit) == 40
+    (tmp_path / "untracked").touch()
+    assert provenance()["commit"] == commit
+    (tmp_path / "module.py").write_text("2")
+    assert provenance()["commit"] == f"{commit}+dirty"

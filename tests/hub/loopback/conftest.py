@@ -34,6 +34,7 @@ from verify import data_of, verify  # noqa: E402
 from ride_timm.data.augment.policies import get_policy  # noqa: E402
 from ride_timm.training.recipe import load_recipe  # noqa: E402
 from ride_timm.training.run_folder import RunFolder  # noqa: E402
+from ride_timm.training.state import TrainingState  # noqa: E402
 
 NAME = "ride_resnet32.fashion_lt"
 SMALL = dict(num_experts=2, layer2_output_dim=16, layer3_output_dim=16)
@@ -61,7 +62,7 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model("ride_resnet32", num_classes=10, router=True, top_choices_num=5, **SMALL).eval()
     found = measure(model, recipe)
-    folder.start(recipe)
+    folder.begin(recipe, TrainingState())
     folder.export(model, get_policy("fashion").data_config(28), tuple(found["class_names"]))
     stages = {stage: metrics | dict(epochs=1) for stage, metrics in found["stages"].items()}
     facts = dict(num_processes=1, class_counts=found["class_counts"], seconds=1.0)

@@ -1,0 +1,110 @@
+"""Signals and non-finite losses end all processes at the same step."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ride_timm import RunError
+from ride_timm.cli.process import Interrupted
+from ride_timm.training.watch import CHECK_EVERY, Watch
+
+
+class Caught:
+    caught = None
+
+    def check(self):
+        if self.caught is not None:
+            raise Interrupted(self.caught)
+
+
+def watch_of(num_steps, signals=None, precision="no"):
+    watch = Watch(Accelerator(cpu=True), signals or Caught(), precision)
+    watch.begin_epoch(2, num_steps)
+    return watch
+
+
+@pytest.mark.parametrize("bad", [0, 7, CHECK_EVERY - 1, CHECK_EVERY, 49])
+def test_a_non_finite_loss_is_found_within_the_epoch(bad):
+    watch, seen = watch_of(50, precision="bf16"), 0
+    with pytest.raises(RunError, match=rf"epoch 3, step {bad + 1}: try a lower --lr or --mixed-precision no"):
+        for step in range(50):
+            seen = step
+            watch.update(torch.tensor(float("nan") if step == bad else 1.0))
+        watch.mean()
+    assert seen - bad < CHECK_EVERY
+
+
+def test_the_mean_is_over_all_steps():
+    watch = watch_of(3)
+    for loss in (1.0, 2.0, 6.0):
+        watch.update(torch.tensor(loss))
+    assert watch.mean() == 3.0
+
+
+def test_one_process_raises_a_signal_at_once():
+    signals = Caught()
+    watch = watch_of(3, signals)
+    watch.update(torch.tensor(1.0))
+    signals.caught = 15
+    with pytest.raises(Interrupted):
+        watch.update(torch.tensor(1.0))
+    with pytest.raises(Interrupted):
+        next(iter(watch.batches([1, 2])))
+
+
+TWO = """
+import sys
+import torch
+from accelerate import Accelerator
+from ride_timm import RunError
+from ride_timm.cli.process import Interrupted
+from ride_timm.training.watch import Watch
+
+class Caught:
+    caught = None
+    def check(self):
+        if self.caught is not None:
+            raise Interrupted(self.caught)
+
+accelerator, signals = Accelerator(cpu=True), Caught()
+watch = Watch(accelerator, signals, "no")
+watch.begin_epoch(0, 100)
+step = -1
+try:
+    for step in range(100):
+        if accelerator.process_index == 1 and step == 25 and sys.argv[1] == "signal":
+            signals.caught = 15
+        bad = accelerator.process_index == 1 and step == 25 and sys.argv[1] == "nan"
+        watch.update(torch.tensor(float("nan") if bad else 1.0))
+except (Interrupted, RunError) as error:
+    print(step, type(error).__name__, *error.args)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("signal", "39 Interrupted 15"), ("nan", "39 RunError the loss is not finite at epoch 1, step 26")],
+)
+def test_two_processes_stop_at_the_same_step(kind, expected):
+    shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29549")
+    shared |= dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
+    shared |= dict(PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, kind],
+            env=os.environ | shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(output.startswith(expected) for output in outputs), outputs
