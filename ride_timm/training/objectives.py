@@ -1,6 +1,6 @@
-"""What is trained: a model joined to a loss. `objective(images, targets)` gives a loss and the ensemble's logits.
+"""Objectives: a model joined to its loss, what `timm.task` calls a task. `objective(images, targets)` -> loss, logits.
 
-Wrap the objective, not the model, when going distributed: gradients are synchronised through its `forward` alone.
+Prepare the objective with Accelerate, not the model: DDP synchronises gradients only through the wrapped `forward`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from .ghost_batches import forward_in_parts
 
 
 class Objective(nn.Module):
-    """A model with what it is trained for.
+    """A model and the loss it is trained with.
 
     images [B, in_chans, H, W], targets [B] -> {"loss": scalar, "logits": [B, C], detached mean over the experts}.
     """
@@ -26,7 +26,7 @@ class Objective(nn.Module):
         self.model = model
 
     def set_epoch(self, epoch: int) -> None:
-        """Begins an epoch, counted from 0."""
+        """Begin an epoch, counted from 0."""
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters for the optimizer, in the model's order."""
@@ -34,10 +34,10 @@ class Objective(nn.Module):
 
 
 class ExpertsObjective(Objective):
-    """Stage one: trunk and experts under a loss of all experts' logits.
+    """Stage one: trunk and experts under a loss over all experts' logits.
 
-    ghost_batch: images that BatchNorm takes its statistics from, all of a process' batch at once where None.
-    InputError for a model with a router, which would be left without gradients. RIDE, arXiv:2010.01809, section 3.
+    ghost_batch: images per BatchNorm statistic; None takes the process' batch.
+    Raises `InputError` for a model with a router, which would get no gradients. RIDE, arXiv:2010.01809, section 3.
     """
 
     def __init__(self, model: nn.Module, loss: ExpertsLoss, ghost_batch: int | None = None):
@@ -48,7 +48,7 @@ class ExpertsObjective(Objective):
         self.loss = loss
 
     def set_epoch(self, epoch: int) -> None:
-        """Begins an epoch, counted from 0, for the loss."""
+        """Begin an epoch of the loss, counted from 0."""
         self.loss.set_epoch(epoch)
 
     def expert_logits(self, images: Tensor) -> Tensor:
@@ -71,12 +71,13 @@ class ExpertsObjective(Objective):
 class DistillationObjective(ExpertsObjective):
     """Stage one with a frozen teacher: E * (loss + distillation of the mean logits).
 
-    The teacher is any module with images -> logits [B, C]. It is no submodule: neither an optimizer, nor DDP, nor
-    `state_dict` sees it, but it follows device moves. Kept from the authors: the mean of the experts learns from the
-    teacher, not each expert, and the whole is counted once for each expert; in their runs the teacher was in train
-    mode, so it normalised by the statistics of each process' own batch (`teacher_mode="train"`; its running
-    statistics then move too, without effect on what it teaches). InputError for a temperature not above 0, an unknown
-    mode, or a teacher of other classes. RIDE, arXiv:2010.01809, section 3.
+    teacher: any module, images -> logits [B, C]. It is not a submodule: optimizer, DDP and `state_dict` do not see it,
+    but it follows device moves. As in the authors' code, the mean of the experts learns from the teacher, not each
+    expert, and the sum counts once per expert; their teacher ran in train mode, normalising by the statistics of each
+    process' batch (`teacher_mode="train"`).
+
+    Raises `InputError` for a temperature of 0 or less, an unknown mode, or a teacher with other classes. RIDE,
+    arXiv:2010.01809, section 3.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class DistillationObjective(ExpertsObjective):
         return self._teacher[0]
 
     def train(self, mode: bool = True) -> "DistillationObjective":
-        """Sets the mode; the teacher is in train mode only where `teacher_mode` says so and training goes on."""
+        """Set the mode; the teacher follows only with `teacher_mode="train"`."""
         self.teacher.train(mode and self.teacher_mode == "train")
         return super().train(mode)
 
@@ -126,11 +127,11 @@ class DistillationObjective(ExpertsObjective):
 
 
 class HeadsObjective(Objective):
-    """Second stage of decoupled training: some of the heads' parameters learn, all else is frozen and in eval mode.
+    """Decoupled training: some parameters of the heads learn, all others are frozen and in eval mode.
 
-    trained: names of the parameters that learn, such as every expert's classifier. The loss is the cross entropy of
-    each expert on its own, summed; class-balanced batches make it the balanced one. InputError for a name that the
-    model does not have. Kang et al. 2020, arXiv:1910.09217, section 4.
+    trained: names of the parameters that learn, such as every expert's classifier. The loss is cross entropy per
+    expert, summed; the batches are class-balanced. Raises `InputError` for a name that the model does not have. Kang
+    et al. 2020, arXiv:1910.09217, section 4.
     """
 
     def __init__(self, model: nn.Module, trained: Sequence[str]):
@@ -145,7 +146,7 @@ class HeadsObjective(Objective):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "HeadsObjective":
-        """Sets the objective's mode; the model stays in eval mode, so BatchNorm keeps its statistics."""
+        """Set the objective's mode; the model stays in eval mode, so BatchNorm keeps its statistics."""
         super().train(mode)
         self.model.eval()
         return self
@@ -157,9 +158,9 @@ class HeadsObjective(Objective):
 
 
 class RouterObjective(Objective):
-    """Stage two: the router alone learns when a further expert helps; all else is frozen and stays in eval mode.
+    """Stage two: the router learns where the next expert helps; trunk and experts are frozen, in eval mode.
 
-    InputError for a model without a router or with a single expert. RIDE, arXiv:2010.01809, section 3.
+    Raises `InputError` for a model without a router or with a single expert. RIDE, arXiv:2010.01809, section 3.
     """
 
     def __init__(self, model: nn.Module, pos_weight: float = 20.0):
@@ -176,7 +177,7 @@ class RouterObjective(Objective):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "RouterObjective":
-        """Sets the router's mode; frozen BatchNorm keeps its statistics, frozen dropout stays off."""
+        """Set the router's mode; frozen BatchNorm keeps its statistics, frozen dropout stays off."""
         super().train(mode)
         self.model.eval()
         self.model.router.train(mode)

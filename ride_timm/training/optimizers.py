@@ -1,4 +1,4 @@
-"""timm's optimizers as both stages use them."""
+"""Optimizers of both stages, by timm."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..errors import InputError, first_line
 from .objectives import Objective
 from .recipe import StageSettings
 
-_FUSED = ("sgd", "momentum", "adam", "adamw")  # torch's own, which update all parameters in one pass where told to
+_FUSED = ("sgd", "momentum", "adam", "adamw")  # torch's own, which can update all parameters in one pass
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
-    """InputError for an optimizer that timm does not know, or that does not work on the device as training uses it."""
+    """InputError for an optimizer that timm does not know, or that fails on this device."""
     if name not in list_optimizers():
         raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
     weight = torch.nn.Parameter(torch.ones(2, 2, device=device))
@@ -26,7 +26,7 @@ def check_optimizer(name: str, device: torch.device) -> None:
 
 
 def make_optimizer(stage: StageSettings, objective: Objective, momentum: float) -> torch.optim.Optimizer:
-    """A stage's optimizer of what its objective trains."""
+    """The optimizer of a stage over the parameters its objective trains."""
     parameters = objective.trainable_parameters()
     if not stage.decay_norm_and_bias:
         exempt = {f"model.{name}" for name in objective.model.no_weight_decay()}

@@ -1,7 +1,7 @@
 """Re-balancing the heads of a trained network: cRT, LWS, tau-normalization, post-hoc logit adjustment, alignment.
 
-Every expert's head is treated on its own. Cosine heads divide the norms of their class vectors out, so that scales and
-offsets stand behind the heads (`models.ClassAffine`), linear ones included; the class vectors stay as they are.
+Each expert's head is re-balanced on its own. Cosine heads divide out the norms of their class vectors, so scales and
+offsets are a per-class affine layer after the head (`models.ClassAffine`), after linear heads too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _affine_heads(model: Ride) -> list[ClassAffine]:
 
 
 def _class_vectors(head: nn.Module) -> Tensor:
-    """The weights of a classifier, [C, D]; InputError for a head of another kind."""
+    """The weights of a classifier, [C, D]; InputError for a head without class vectors."""
     weight = getattr(head, "weight", None)
     if weight is None:
         raise InputError(
@@ -34,13 +34,12 @@ def _class_vectors(head: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def tau_normalize(model: Ride, tau: float) -> None:
-    """Divide every class vector of every head by its norm to the power tau, and drop the offsets: w_c / |w_c|^tau.
+    """tau-normalisation: divide each class vector by its norm to the power tau, and drop the biases.
 
-    Of offsets behind the heads their mean is dropped; what brings the experts to one prior (`align_experts`) stays.
-
-    tau 0 leaves a linear head but for its bias, tau 1 leaves a cosine head, which divides by the norms itself; larger
-    values favour classes of small norm, the rare ones. InputError for a tau below 0. Kang et al. 2020,
-    arXiv:1910.09217, section 4, equation 5; for a cosine head the features stay normalised.
+    w_c / |w_c|^tau. Of the per-class offsets the mean over experts is dropped; the alignment of experts
+    (`align_experts`) stays. tau 0 leaves a linear head but for its bias, tau 1 leaves a cosine head; larger values
+    favour classes of small norm, the rare ones. Raises `InputError` for a tau below 0. Kang et al. 2020,
+    arXiv:1910.09217, section 4, equation 5; the features of a cosine head stay normalised.
     """
     if not 0 <= tau < float("inf"):
         raise InputError(f"tau must be at least 0, got {tau}")
@@ -56,10 +55,10 @@ def tau_normalize(model: Ride, tau: float) -> None:
 
 @torch.no_grad()
 def adjust_logits(model: Ride, class_counts: Sequence[int] | Tensor, tau: float) -> None:
-    """Take tau * log(prior) off the logits of every head, for a balanced test set after training on a long-tailed one.
+    """Post-hoc logit adjustment: subtract tau * log(prior) from the logits of every head.
 
-    class_counts [C], those of the training set. InputError for a tau below 0, an empty class or other classes than the
-    model's. Menon et al. 2021, arXiv:2007.07314, equation 9.
+    class_counts [C], of the training set. Raises `InputError` for a tau below 0, an empty class, or a number of classes
+    that is not the model's. Menon et al. 2021, arXiv:2007.07314, equation 9.
     """
     if not 0 <= tau < float("inf"):
         raise InputError(f"tau must be at least 0, got {tau}")
@@ -72,12 +71,12 @@ def adjust_logits(model: Ride, class_counts: Sequence[int] | Tensor, tau: float)
 
 @torch.no_grad()
 def align_experts(model: Ride, offsets: Tensor) -> None:
-    """Move every expert to the class prior that the ensemble suits, so that answers of a few experts suit it too.
+    """Align the experts' priors: add offsets_e - mean(offsets) to the logits of expert e.
 
-    offsets [E, C], what the loss added to each expert's logits in training (`losses.OffsetExpertsLoss`): expert e gets
-    offsets_e - mean(offsets). These sum to zero, so that the mean of all experts stays as it is, while an answer of
-    one or two of them leans to frequent or rare classes no more than the ensemble does; a router needs such answers.
-    Once, on experts as they were trained; -offsets move them back. InputError for another number of experts or classes.
+    offsets [E, C], which the loss added to each expert's logits in training (`ExpertsLoss.offsets`). The additions sum
+    to zero over the experts, so the ensemble is unchanged, while the mean of the first experts, which the router judges
+    by, leans to frequent or rare classes no more than the ensemble does. Apply once to experts as they were trained;
+    -offsets reverts it. Raises `InputError` for another number of experts or classes.
     """
     if offsets.shape != (model.num_experts, model.num_classes):
         raise InputError(
@@ -88,10 +87,10 @@ def align_experts(model: Ride, offsets: Tensor) -> None:
 
 
 def decouple(model: Ride, method: str, class_counts: Sequence[int] | Tensor, tau: float, seed: int) -> HeadsObjective:
-    """Re-balance a trained network's heads, or make them ready for it; the objective trains what is left to train.
+    """Re-balance a trained network's heads; returns the objective for what is left to train.
 
-    method: "crt", new heads from `seed`, all of which learns; "lws", a scale for each class learns; "tau_norm" and
-    "logit_adjustment", done at once. Kang et al. 2020, arXiv:1910.09217, section 4 (the learned scales start at 1).
+    method: "crt" trains new heads, drawn from `seed`; "lws" trains one scale per class, from 1; "tau_norm" and
+    "logit_adjustment" are closed-form. Kang et al. 2020, arXiv:1910.09217, section 4.
     """
     if method == "crt":
         torch.manual_seed(seed)

@@ -28,10 +28,10 @@ _ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "t
 
 
 class RunFolder:
-    """One run's folder.
+    """The folder of one run.
 
-    recipe.yaml (as run), state.pt (resumable, epoch by epoch), metrics.csv, results.json, config.json and
-    model.safetensors (plain weights that `timm.create_model("local-dir:…")` loads).
+    recipe.yaml (as run), state.pt (see `TrainingState`), metrics.csv (one row per epoch), results.json, and
+    model.safetensors with config.json, which `timm.create_model("local-dir:DIR")` loads.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,7 +39,7 @@ class RunFolder:
 
     @property
     def occupied(self) -> bool:
-        """Whether a run has been started here."""
+        """A run has begun here."""
         return (self.path / "recipe.yaml").is_file()
 
     def recipe(self) -> Recipe:
@@ -57,7 +57,7 @@ class RunFolder:
             raise InputError(f"{path} is not a readable state ({str(error).splitlines()[0]}).") from error
 
     def _only_begun(self) -> bool:
-        """Whether all that stands in the folder, which has no recipe, is what a run writes before its first step."""
+        """The folder holds only the files that a run writes before its first step, and no recipe."""
         if {path.name for path in self.path.iterdir()} - {"state.pt", ".state.pt.partial", ".recipe.yaml.partial"}:
             return False
         state = self.state()

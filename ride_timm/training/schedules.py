@@ -15,11 +15,11 @@ def lr_factor(
     decay_rate: float = 0.1,
     warmup_epochs: int = 0,
 ) -> float:
-    """What the base learning rate is multiplied with in an epoch.
+    """Factor on the base learning rate in an epoch.
 
-    Linear warm-up (1 + epoch) / warmup_epochs first. "step": decay_rate to the number of decay epochs reached, the
-    authors' rule; "cosine": half a cosine from 1 towards 0 over all epochs (arXiv:1608.03983, equation 5, without
-    restarts). InputError for an unknown schedule.
+    First a linear warm-up, (1 + epoch) / warmup_epochs. "step": decay_rate to the power of the decay epochs reached, as
+    the authors do; "cosine": half a cosine from 1 towards 0 (arXiv:1608.03983, equation 5, without restarts). Raises
+    `InputError` for an unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise InputError(f"schedule={schedule!r}: expected one of {', '.join(SCHEDULES)}.")

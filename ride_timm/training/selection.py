@@ -1,4 +1,4 @@
-"""Which epoch to keep and when to stop, judged on held-out training images, never on the test set."""
+"""Model selection and early stopping on held-out images, never on the test set."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 class Selection:
-    """Remembers the weights of the best held-out accuracy.
+    """Keeps the weights with the best held-out accuracy.
 
-    patience: evaluations without a better accuracy after which to stop, or None; eval_every: epochs between them.
+    patience: stop after so many evaluations without improvement, None never; eval_every: epochs between evaluations.
     """
 
     def __init__(self, patience: int | None, eval_every: int) -> None:
@@ -18,11 +18,11 @@ class Selection:
         self.best: dict[str, Any] = dict(accuracy=None, epoch=0, model={})
 
     def update(self, accuracy: float, epoch: int, model: nn.Module) -> None:
-        """Take note of the accuracy after an epoch, counted from 1; of equal ones the first is kept."""
+        """Record the accuracy after an epoch, counted from 1; ties keep the earlier one."""
         if self.best["accuracy"] is None or accuracy > self.best["accuracy"]:
             weights = {name: value.clone() for name, value in model.state_dict().items()}
             self.best = dict(accuracy=accuracy, epoch=epoch, model=weights)
 
     def exhausted(self, epochs: int) -> bool:
-        """Whether patience has run out after so many epochs."""
+        """Patience has run out after so many epochs."""
         return self.patience is not None and epochs - self.best["epoch"] >= self.patience * self.eval_every
