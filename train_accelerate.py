@@ -41,14 +41,16 @@ def train(argv: list[str] | None) -> None:
     data = load_data(recipe, accelerator)
     model = build_model(recipe, data, options, state)
     teacher = build_teacher(recipe, data, options, state)
-    preflight(recipe, options, data, model, state, accelerator)  # the last line that may raise InputError
+    preflight(recipe, options, data, model, state, accelerator)
     watch = Watch(accelerator, Signals(), recipe.mixed_precision)
     resumed = state is not None and options.resume
     state = state or TrainingState(stage=options.stages[0], source=options.source)
     if teacher is not None:
         state.teacher = teacher.identity
-    if accelerator.is_main_process and not resumed:
-        run.begin(recipe, state)  # the first line that writes
+    if accelerator.is_main_process:
+        run.lock()  # the last line that may raise InputError, the first that writes
+        if not resumed:
+            run.begin(recipe, state)
     if options.trackers:
         accelerator.init_trackers("ride_timm", hyperparameters(recipe))
 

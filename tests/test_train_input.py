@@ -48,7 +48,7 @@ SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
         (["--loss", "sade", "--num-experts", "2"], r"num_experts=2: SADE"),
         (["--loss", "logit_adjustment", "--tau", "-1"], r"tau='-1'"),
         (["--mixup-alpha", "-0.4"], r"mixup_alpha='-0.4'"),
-        (["--auto-augment", "hope"], r"auto_augment='hope': expected timm's words"),
+        (["--auto-augment", "hope"], r"auto_augment='hope': expected timm's name of a policy"),
         (["--decouple", "hope"], r"decouple='hope': expected one of none, crt"),
         (["--decouple", "crt"], r"decouple=crt re-balances a trained network: name one by --from"),
         (["--decouple", "tau_norm", "--decouple-tau", "nan"], r"decouple_tau='nan'"),
@@ -152,7 +152,7 @@ def test_what_a_full_disk_left_of_a_beginning_is_no_run(train, colours, tmp_path
     with monkeypatch.context() as patched:
         patched.setattr(run_folder, "write_text", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
         assert train(flags) == 1
-    assert [path.name for path in output.iterdir()] == ["state.pt"]
+    assert {path.name for path in output.iterdir()} == {"state.pt", ".lock", ".owner"}
     (output / ".recipe.yaml.partial").touch()
     assert train(flags) == 0
     (output / "recipe.yaml").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..errors import InputError
@@ -25,6 +27,7 @@ from .recipe import Recipe, load_recipe
 from .state import TrainingState
 
 _ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "threshold")
+_FIRST_FILES = {".lock", ".owner", "state.pt", ".state.pt.partial", ".recipe.yaml.partial"}
 
 
 class RunFolder:
@@ -58,7 +61,13 @@ class RunFolder:
 
     def _only_begun(self) -> bool:
         """The folder holds only the files that a run writes before its first step, and no recipe."""
-        if {path.name for path in self.path.iterdir()} - {"state.pt", ".state.pt.partial", ".recipe.yaml.partial"}:
+        if {path.name for path in self.path.iterdir()} - {
+            "state.pt",
+            ".state.pt.partial",
+            ".recipe.yaml.partial",
+            ".lock",
+            ".owner",
+        }:
             return False
         state = self.state()
         return state is None or not state.begun
@@ -115,17 +124,32 @@ class RunFolder:
         self.check_recipe(recipe)
         return stage in self.results()["stages"]
 
+    def lock(self) -> None:
+        """Keep other runs out of the folder until this process ends, however it ends; creates the folder.
+
+        Raises `InputError` where another process trains here, naming it. NFS honours the lock from version 4 on.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output {self.path} cannot be created ({error.strerror}).") from error
+        self._lock = FileLock(self.path / ".lock")
+        owner = self.path / ".owner"
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            name = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+            raise InputError(f"output {self.path}: {name} is training here; choose another --output.") from error
+        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+
     def begin(self, recipe: Recipe, state: TrainingState) -> None:
-        """The first write: state, then recipe, so that where a recipe is there is a state to resume from."""
+        """Write the state, then the recipe, so that where a recipe is there is a state to resume from."""
+        self.path.mkdir(parents=True, exist_ok=True)
         self.save(state)
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
 
     def save(self, state: TrainingState) -> None:
         """Write state.pt and metrics.csv."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output {self.path} cannot be created ({error.strerror}).") from error
         write_atomically(self.path / "state.pt", lambda partial: torch.save(vars(state), partial))
         if state.history:
             text = io.StringIO()

@@ -1,7 +1,10 @@
 """The run folder and the loading of models."""
 
 import json
+import os
+import platform
 import subprocess
+import sys
 
 import pytest
 import timm
@@ -160,3 +163,27 @@ def test_a_commit_with_changes_is_marked(tmp_path, monkeypatch):
     assert provenance()["commit"] == commit
     (tmp_path / "module.py").write_text("2")
     assert provenance()["commit"] == f"{commit}+dirty"
+
+
+def test_one_folder_is_for_one_run_as_long_as_it_lives(tmp_path):
+    code = "import sys; from ride_timm.training.run_folder import RunFolder; folder = RunFolder(sys.argv[1])"
+    code += "; folder.lock(); print('locked', flush=True); sys.stdin.read()"
+    path = os.pathsep.join(part for part in sys.path if part)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match=rf"run: process {other.pid} on {platform.node()} is training here"):
+            RunFolder(tmp_path / "run").lock()
+    finally:
+        other.kill()
+        other.wait()
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    folder.begin(TINY, TrainingState())
+    assert folder.occupied
