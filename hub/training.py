@@ -8,7 +8,7 @@ from typing import Any
 from staged import LICENCE, Staged
 
 from ride_timm.data.hub import HUB_IDS
-from ride_timm.losses import LOSSES, OffsetExpertsLoss
+from ride_timm.losses import LOSSES, PerExpertPriorLoss
 from ride_timm.training.recipe import Recipe
 
 METHODS = {  # by loss: name, paper, and what the loss does
@@ -52,7 +52,7 @@ def _cited(name: str, paper: str | None) -> str:
 
 def _moved(recipe: Recipe, args: dict[str, Any]) -> bool:
     """Whether the experts were moved to one class prior after their training."""
-    offsets = issubclass(LOSSES[recipe.loss][0], OffsetExpertsLoss)
+    offsets = issubclass(LOSSES[recipe.loss].loss, PerExpertPriorLoss)
     return offsets and recipe.decouple == "none" and bool(args.get("class_affine"))
 
 
@@ -197,8 +197,8 @@ def settings(recipe: Recipe, args: dict[str, Any], stages: dict[str, Any]) -> li
 
 def _loss(recipe: Recipe, args: dict[str, Any]) -> str:
     values = recipe.loss_args
-    if values.get("reweight_epoch", 0) < 0:
-        del values["reweight_epoch"]
+    if values.get("reweight_epoch", 0) < 0 or not values.get("reweight", True):
+        values.pop("reweight_epoch", None)
     told = [recipe.loss, *(text.format(values[key]) for key, text in _LOSS_KEYS.items() if key in values)]
     if "taus" in values:
         told.insert(1, f"taus {numbers(values['taus'])}")

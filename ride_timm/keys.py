@@ -1,66 +1,86 @@
-"""What a key of a recipe is: a text, a type and a range, and a value brought to them."""
-
-from __future__ import annotations
+"""Typed, range-checked keys: dataclass fields that a recipe, a flag or an argument of a loss sets."""
 
 import math
 from dataclasses import Field, field
+from decimal import Decimal
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 from .errors import InputError
 
-
-def key(group: str, help: str, default: Any = None, low: float | None = None, high: float | None = None,
-        above: float | None = None, choices: tuple = ()) -> Any:  # fmt: skip
-    """A recipe key: its group and text in --help, its default, and what values it takes."""
-    return field(
-        default=default, metadata=dict(group=group, help=help, low=low, high=high, above=above, choices=choices)
-    )
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def coerce(item: Field, hint: Any, value: Any) -> Any:
-    """The value of a key in its type (hint) and range, from YAML or from the command line's text; else InputError."""
-    kinds = get_args(hint) or (hint,)
-    flag = f"{item.name}={value!r}"
-    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in kinds):
-        if type(None) in kinds:
+def key(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    in_epochs: bool = False,
+) -> Any:
+    """Dataclass field with a default, a help text, and its range or choices.
+
+    in_epochs: points in training, which scale with its length.
+    """
+    meta = dict(help=help, low=low, high=high, above=above, choices=choices, in_epochs=in_epochs)
+    return field(default=default, metadata=meta)
+
+
+def kind_of(item: Field) -> type:
+    """Type of a key's values: float for `float`, `float | None` and `tuple[float, ...]`."""
+    return (*get_args(item.type), item.type)[0]
+
+
+def is_tuple(item: Field) -> bool:
+    """True for a key with any number of values."""
+    return get_origin(item.type) is tuple
+
+
+def coerce(item: Field, value: Any) -> Any:
+    """Convert a value, or its text, to the type of a key; InputError outside its type, range or choices."""
+    given, kind, optional = f"{item.name}={value!r}", kind_of(item), NoneType in get_args(item.type)
+    if value is None or (optional and isinstance(value, str) and value.lower() == "none"):
+        if optional:
             return None
-        raise InputError(f"{flag}: a value is needed.")
-    meta = item.metadata
-    if get_origin(hint) is tuple:
-        values = value if isinstance(value, list | tuple) else [value]
-        return tuple(_number(kinds[0], v, flag, meta) for v in values)
-    if bool in kinds:
+        raise InputError(f"{given}: expected a value.")
+    if is_tuple(item):
+        return tuple(_number(item, v, given) for v in (value if isinstance(value, list | tuple) else [value]))
+    if kind is bool:
+        value = _BOOLEANS.get(value.lower()) if isinstance(value, str) else value
         if not isinstance(value, bool):
-            raise InputError(f"{flag}: expected true or false.")
+            raise InputError(f"{given}: expected true or false.")
         return value
-    for kind in (int, float):
-        if kind in kinds:
-            return _number(kind, value, flag, meta)
+    if kind is not str:
+        return _number(item, value, given)
     if not isinstance(value, str):
-        raise InputError(f"{flag}: expected a text.")
-    if meta["choices"] and value not in meta["choices"]:
-        raise InputError(f"{flag}: expected one of {', '.join(meta['choices'])}.")
+        raise InputError(f"{given}: expected a string.")
+    choices = item.metadata["choices"]
+    if choices and value not in choices:
+        raise InputError(f"{given}: expected one of {', '.join(choices)}.")
     return value
 
 
-def _number(kind: type, value: Any, flag: str, meta: Any) -> int | float:
+def _number(item: Field, value: Any, given: str) -> int | float:
+    kind, meta = kind_of(item), item.metadata
     noun = "a whole number" if kind is int else "a number"
     try:
-        if isinstance(value, bool):
+        exact = Decimal(value)  # a float would round whole numbers above 2**53
+        if isinstance(value, bool) or not math.isfinite(exact) or (kind is int and exact != exact.to_integral_value()):
             raise ValueError
-        number = float(value)
-        if not math.isfinite(number) or (kind is int and number != int(number)):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise InputError(f"{flag}: expected {noun}.") from None
-    bounds = [f"above {meta['above']:g}"] if meta["above"] is not None else []
-    bounds += [f"{meta['low']:g} or more"] if meta["low"] is not None else []
-    bounds += [f"at most {meta['high']:.16g}"] if meta["high"] is not None else []
-    inside = (
-        (meta["above"] is None or number > meta["above"])
-        and (meta["low"] is None or number >= meta["low"])
-        and (meta["high"] is None or number <= meta["high"])
-    )
-    if not inside:
-        raise InputError(f"{flag}: expected {noun}, {' and '.join(bounds)}; it is: {meta['help']}.")
-    return kind(number)
+    except (TypeError, ValueError, ArithmeticError):
+        raise InputError(f"{given}: expected {noun}.") from None
+    number = kind(exact)
+    low, high, above = meta["low"], meta["high"], meta["above"]
+    bounds = [f"above {above:g}"] if above is not None else []
+    bounds += [f"{low:g} or more"] if low is not None else []
+    bounds += [f"at most {high:.16g}"] if high is not None else []
+    if (
+        (above is not None and number <= above)
+        or (low is not None and number < low)
+        or (high is not None and number > high)
+    ):
+        raise InputError(f"{given}: expected {noun}, {' and '.join(bounds)} ({meta['help']}).")
+    return number

@@ -50,6 +50,13 @@ def test_shot_groups_partition_the_classes_at_the_authors_bounds():
     assert [g.sum().item() for g in priors.shot_groups(counts, many=9, few=10).values()][1] == 0
 
 
+def test_the_inverse_prior_follows_ranks_not_positions():
+    counts = [5, 80, 20]
+    torch.testing.assert_close(priors.inverse_log_prior(counts), torch.tensor([80.0, 5.0, 20.0]).div(105).log())
+    ties = priors.inverse_log_prior([7, 7, 1])  # the first of two equals counts as the rarer
+    torch.testing.assert_close(ties, torch.tensor([7.0, 1.0, 7.0]).div(15).log())
+
+
 @pytest.mark.parametrize(
     "counts, match",
     [

@@ -47,8 +47,8 @@ def cross_entropy(
         shift = s * margins[targets, None] * F.one_hot(targets, num_classes)  # [B, C]
         expert_logits = expert_logits - shift[:, None]
     repeated = targets.repeat_interleave(num_experts)
-    kwargs = dict(reduction="none", label_smoothing=label_smoothing)
-    values = F.cross_entropy(expert_logits.flatten(0, 1), repeated, **kwargs)
+    flat = expert_logits.flatten(0, 1)
+    values = F.cross_entropy(flat, repeated, reduction="none", label_smoothing=label_smoothing)
     return batch_mean(values.view(-1, num_experts).sum(1), None if class_weights is None else class_weights[targets])
 
 
@@ -100,7 +100,7 @@ def router_targets(expert_logits: Tensor, targets: Tensor) -> Tensor:
     return (~right[:, :-1] & right_later).to(expert_logits.dtype)
 
 
-def router_loss(gate_logits: Tensor, expert_logits: Tensor, targets: Tensor, pos_weight: float = 20.0) -> Tensor:
+def router_loss(gate_logits: Tensor, expert_logits: Tensor, targets: Tensor, pos_weight: float) -> Tensor:
     """Binary cross entropy of every gate against whether asking for more experts helps, mean over gates and batch.
 
     gate_logits [B, E-1], expert_logits [B, E, C], targets [B] -> scalar. `pos_weight` multiplies the positives (their

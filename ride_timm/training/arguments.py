@@ -1,18 +1,20 @@
 """Command-line flags of the recipe keys."""
 
-from __future__ import annotations
-
 import argparse
-import dataclasses
 from collections.abc import Collection
+from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from ..errors import InputError
+from ..keys import is_tuple, kind_of
 from .recipe import Recipe
+from .recipe_keys import GROUPS
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are `InputError`s like all others."""
+    """argparse.ArgumentParser that raises InputError."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -20,31 +22,29 @@ class Parser(argparse.ArgumentParser):
 
 def keys_of(group: str) -> list[str]:
     """Names of the recipe keys of a group."""
-    return [item.name for item in dataclasses.fields(Recipe) if item.metadata["group"] == group]
+    return [item.name for item in fields(GROUPS[group])]
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """A flag for every recipe key, or for these; absent flags stay out of the parsed namespace."""
-    groups: dict[str, Any] = {}
-    for item in dataclasses.fields(Recipe):
-        if names is not None and item.name not in names:
-            continue
-        group = item.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        options: dict[str, Any] = dict(dest=item.name, default=argparse.SUPPRESS, help=item.metadata["help"])
-        if item.type == "bool":
-            options["action"] = argparse.BooleanOptionalAction
-        elif item.type.startswith("tuple["):
-            options.update(nargs="*", metavar="N" if "int" in item.type else "X")
-        elif item.metadata["choices"]:
-            options["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
-        else:
-            options["metavar"] = {"i": "N", "f": "X", "s": "TEXT"}[item.type[0]]
-        groups[group].add_argument("--" + item.name.replace("_", "-"), **options)
+    """Add a flag for each recipe key, or for these; absent flags stay out of the parsed namespace."""
+    for group, keys in GROUPS.items():
+        items = [item for item in fields(keys) if names is None or item.name in names]
+        section = parser.add_argument_group(group) if items else parser
+        for item in items:
+            flag = "--" + item.name.replace("_", "-")
+            section.add_argument(flag, dest=item.name, default=argparse.SUPPRESS, **_options(item))
+
+
+def _options(item: Field) -> dict[str, Any]:
+    help, kind = item.metadata["help"], kind_of(item)
+    if kind is bool:
+        return dict(help=help, action=argparse.BooleanOptionalAction)
+    choices = item.metadata["choices"]
+    metavar = "{" + ",".join(choices) + "}" if choices else _METAVARS[kind]
+    return dict(help=help, metavar=metavar, **(dict(nargs="*") if is_tuple(item) else {}))
 
 
 def flags_given(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe keys that were given on the command line."""
-    known = {item.name for item in dataclasses.fields(Recipe)}
+    """Recipe keys that were given on the command line."""
+    known = {item.name for item in fields(Recipe)}
     return {name: value for name, value in vars(args).items() if name in known}

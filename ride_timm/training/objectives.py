@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..data.augment.mixing import MixedTargets
 from ..errors import InputError
-from ..losses import ExpertsLoss, cross_entropy, distillation, router_loss, widen
+from ..losses import ExpertsLoss
+from ..losses.terms import cross_entropy, distillation, router_loss, widen
 from .ghost_batches import forward_in_parts
 
 
@@ -85,7 +86,7 @@ class DistillationObjective(ExpertsObjective):
         model: nn.Module,
         loss: ExpertsLoss,
         teacher: nn.Module,
-        temperature: float = 1.0,
+        temperature: float,
         teacher_mode: Literal["eval", "train"] = "eval",
         ghost_batch: int | None = None,
     ):
@@ -163,7 +164,7 @@ class RouterObjective(Objective):
     Raises `InputError` for a model without a router or with a single expert. RIDE, arXiv:2010.01809, section 3.
     """
 
-    def __init__(self, model: nn.Module, pos_weight: float = 20.0):
+    def __init__(self, model: nn.Module, pos_weight: float):
         super().__init__(model)
         if getattr(model, "router", None) is None:
             raise InputError("stage two trains a router, the model has none: create it with router=True")

@@ -13,7 +13,7 @@ from staged import HERE
 from training import DECOUPLED, METHODS
 
 from ride_timm.losses import LOSSES
-from ride_timm.training.methods import DECOUPLINGS
+from ride_timm.training.recipe_keys import DECOUPLINGS
 
 
 def render_with(staged, **changes):

@@ -112,7 +112,7 @@ def compare_loss(loss, recipe):
     args = loss["args"]
     if loss["type"] == "LDAMLoss":
         assert recipe.loss == "ldam" and args == {"reweight_epoch": recipe.reweight_epoch}
-        assert recipe.loss_args == {"max_m": 0.5, "reweight_epoch": args["reweight_epoch"]}
+        assert recipe.loss_args == {"max_margin": 0.5, "reweight": True, "reweight_epoch": args["reweight_epoch"]}
         return
     distilled = loss["type"] == "RIDELossWithDistill"
     assert distilled or loss["type"] == "RIDELoss"
@@ -120,8 +120,8 @@ def compare_loss(loss, recipe):
     if distilled:
         assert recipe.distill_temperature == args.pop("distill_temperature")
         assert recipe.teacher_mode == "train"  # theirs never left it
-    assert recipe.reweight == args.pop("reweight")
     expected = RIDE_DEFAULTS | args
+    expected["max_margin"] = expected.pop("max_m")
     assert expected.pop("base_loss_factor") == 1.0 and expected.pop("s") == 30  # ours by default, and no recipe's key
     assert recipe.loss_args == expected
 

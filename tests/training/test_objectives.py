@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ride_timm.data.augment.mixing import MixedTargets
 from ride_timm.errors import InputError
-from ride_timm.losses import LOSSES, distillation, make_loss, router_loss
+from ride_timm.losses import LOSSES, make_loss
+from ride_timm.losses.terms import distillation, router_loss
 from ride_timm.training.objectives import DistillationObjective, ExpertsObjective, HeadsObjective, RouterObjective
 
 COUNTS = [300, 120, 90, 40, 15, 4]
@@ -174,7 +175,7 @@ def test_distillation_counts_the_whole_once_per_expert():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_teacher_is_frozen_hidden_and_in_its_mode(mode):
     teacher = TinyExperts(6, seed=1)
-    objective = DistillationObjective(TinyExperts(), make_loss("ce"), teacher, teacher_mode=mode)
+    objective = DistillationObjective(TinyExperts(), make_loss("ce"), teacher, 1.0, teacher_mode=mode)
     assert teacher.training == (mode == "train")
     assert not objective.eval().teacher.training
     assert objective.train().teacher.training == (mode == "train")
@@ -224,9 +225,9 @@ def test_bad_combinations_are_named():
     with pytest.raises(InputError, match="create the model with router=False"):
         ExpertsObjective(routed, loss)
     with pytest.raises(InputError, match="create it with router=True"):
-        RouterObjective(plain)
+        RouterObjective(plain, 100)
     with pytest.raises(InputError, match="at least 2 experts, the model has 1"):
-        RouterObjective(TinyExperts(1, router=True))
+        RouterObjective(TinyExperts(1, router=True), 100)
     with pytest.raises(InputError, match=r"the model has no parameter heads\.7\.weight"):
         HeadsObjective(plain, ["heads.0.weight", "heads.7.weight"])
     with pytest.raises(InputError, match="the model has no parameter to train"):
@@ -236,9 +237,9 @@ def test_bad_combinations_are_named():
     with pytest.raises(InputError, match="temperature must be above 0, got 0"):
         DistillationObjective(plain, loss, TinyExperts(), temperature=0)
     with pytest.raises(InputError, match="teacher_mode must be 'eval' or 'train', got 'eva'"):
-        DistillationObjective(plain, loss, TinyExperts(), teacher_mode="eva")
+        DistillationObjective(plain, loss, TinyExperts(), 1.0, teacher_mode="eva")
     with pytest.raises(InputError, match="the teacher has 7 classes, the model 6"):
-        DistillationObjective(plain, loss, TinyExperts(C=7))
+        DistillationObjective(plain, loss, TinyExperts(C=7), 1.0)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "mdcs"])  # which takes two views, not a mixture
