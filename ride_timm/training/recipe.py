@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..keys import coerce
 from ..losses import LOSSES, ExpertsLoss
 from .recipe_keys import DataKeys, DecouplingKeys, LossKeys, ModelKeys, RouterKeys, RunKeys, StageOneKeys
+from .recipe_yaml import read_yaml
 from .schedules import lr_factor
 
 DEFAULT_RECIPE = "fashion_lt"
@@ -196,25 +197,19 @@ def listing() -> str:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by its name, or from a YAML file; InputError for an unknown name, bad YAML or other keys."""
+    """Load a recipe by its name or from a YAML file; InputError for an unknown name, bad YAML, or unknown keys."""
     if str(name) in available():
-        text = files("ride_timm").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+        data = files("ride_timm").joinpath("recipes", f"{name}.yaml").read_bytes()
     elif os.path.isfile(name):
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"recipe {name} is not UTF-8 text.") from error
+        data = Path(name).read_bytes()
     else:
-        raise InputError(f"recipe {str(name)!r}: no such recipe or file; there are {', '.join(available())} "
-                         "(--recipe alone describes them).")  # fmt: skip
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {name}: not YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(values, dict):
-        raise InputError(f"recipe {name}: expected `key: value` lines.")
+        raise InputError(
+            f"recipe {str(name)!r}: no such recipe or file; there are {', '.join(available())} (--recipe alone "
+            "describes them)."
+        )
+    values = read_yaml(data, str(name))
     known = [item.name for item in dataclasses.fields(Recipe)]
-    unknown = [str(k) for k in values if k not in known]
+    unknown = [str(key) for key in values if key not in known]
     if unknown:
         raise InputError(f"recipe {name}: unknown key {', '.join(unknown)}; the keys are {', '.join(known)}.")
     return Recipe(**dict(dict(name=Path(name).stem), **values))

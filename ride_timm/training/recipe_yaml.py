@@ -1,0 +1,47 @@
+"""YAML whose scalars stay text, so that the type of a key decides what a value means."""
+
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from ..errors import InputError
+
+_NULLS = ("", "~", "null", "Null", "NULL")
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML 1.1 would read `no` as False, 010 as 8, 1:30 as 90 and 1e-3 as a string."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        return None if node.style is None and text in _NULLS else text
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        values = super().construct_mapping(node, deep)
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
+            seen.add(key)
+        return values
+
+
+def read_yaml(data: bytes, name: str) -> dict[Any, Any]:
+    """Keys and values of a YAML mapping, as text, lists of text or None; InputError naming the recipe."""
+    if b"\0" in data:
+        raise InputError(f"recipe {name} is UTF-16 text: save it as UTF-8.")
+    try:
+        values = yaml.load(data.decode("utf-8-sig"), Loader=_TextLoader)
+    except UnicodeDecodeError as error:
+        raise InputError(f"recipe {name} is not UTF-8 text.") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"recipe {name} is not valid YAML: {line}{problem or str(error).splitlines()[0]}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {name}: expected `key: value` lines.")
+    return values
