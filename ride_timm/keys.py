@@ -1,4 +1,4 @@
-"""Typed, range-checked keys: dataclass fields that a recipe, a flag or an argument of a loss sets."""
+"""Typed, range-checked dataclass fields, for recipes, flags and losses."""
 
 import math
 from dataclasses import Field, field
@@ -30,7 +30,7 @@ def key(
 
 
 def kind_of(item: Field) -> type:
-    """Type of a key's values: float for `float`, `float | None` and `tuple[float, ...]`."""
+    """Type of a value: float for `float`, `float | None`, `tuple[float, ...]`."""
     return (*get_args(item.type), item.type)[0]
 
 
@@ -40,7 +40,7 @@ def is_tuple(item: Field) -> bool:
 
 
 def coerce(item: Field, value: Any) -> Any:
-    """Convert a value, or its text, to the type of a key; InputError outside its type, range or choices."""
+    """Convert a value, or its text, to the type of a key; InputError out of range."""
     given, kind, optional = f"{item.name}={value!r}", kind_of(item), NoneType in get_args(item.type)
     if value is None or (optional and isinstance(value, str) and value.lower() == "none"):
         if optional:

@@ -1,4 +1,4 @@
-"""Everything derived from class counts: class weights, margins, temperatures, log-priors, and the shot groups."""
+"""Class weights, margins, temperatures, priors and shot groups of class counts."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from .errors import InputError
 
 
 def _counts(class_counts: Sequence[int] | Tensor, least: int = 1) -> Tensor:
-    """Checked class counts, float64 [C] on the CPU; what follows from them is rounded to float32 once, at the end."""
+    """Checked class counts, float64 [C] on the CPU, so that float32 rounds once."""
     try:
         counts = torch.as_tensor(class_counts, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -27,10 +27,10 @@ def _counts(class_counts: Sequence[int] | Tensor, least: int = 1) -> Tensor:
 
 
 def effective_number_weights(class_counts: Sequence[int] | Tensor, beta: float = 0.9999) -> Tensor:
-    """Class weights by the effective number of samples, (1 - beta) / (1 - beta^n_c), scaled to sum to C.
+    """Class weights by the effective number of images, with sum C.
 
-    class_counts [C] -> weights [C], float32. InputError for an empty class or a beta outside (0, 1).
-    Cui et al. 2019, arXiv:1901.05555, section 4; the weights of RIDE's deferred re-weighting.
+    class_counts [C] -> weights [C], float32, proportional to (1 - beta) / (1 - beta^n_c). InputError for an empty class
+    or a beta outside (0, 1). Cui et al. 2019, arXiv:1901.05555, section 4; the weights of RIDE's deferred re-weighting.
     """
     counts = _counts(class_counts)
     if not 0 < beta < 1:
@@ -39,20 +39,20 @@ def effective_number_weights(class_counts: Sequence[int] | Tensor, beta: float =
 
 
 def ldam_margins(class_counts: Sequence[int] | Tensor, max_margin: float = 0.5) -> Tensor:
-    """Label-distribution-aware margins n_c^(-1/4), scaled so that the rarest class has `max_margin`.
+    """Label-distribution-aware margins n_c^(-1/4), at most `max_margin`.
 
-    class_counts [C] -> margins [C], float32, in units of a cosine (a loss multiplies them by its scale s).
-    InputError for an empty class. Cao et al. 2019, arXiv:1906.07413, section 3.
+    class_counts [C] -> margins [C], float32, `max_margin` at the rarest class, in units of a cosine (the loss scales
+    them by s). InputError for an empty class. Cao et al. 2019, arXiv:1906.07413, section 3.
     """
     margins = _counts(class_counts) ** -0.25
     return (margins * (max_margin / margins.max())).float()
 
 
 def class_temperature(class_counts: Sequence[int] | Tensor, base: float = 1.0, reweight_factor: float = 0.05) -> Tensor:
-    """Temperatures of the diversity term, base * t_c with t_c = (C n_c / N * r + 1 - r) / max over the classes.
+    """Class-wise temperatures of the diversity term, lower for rarer classes.
 
-    class_counts [C] -> temperatures [C], float32, at most `base`, lower for rarer classes. InputError for an empty
-    class or a factor that leaves a temperature at or below zero. RIDE, arXiv:2010.01809, section 3.
+    class_counts [C] -> temperatures [C], float32: base * t_c, with t_c = (C n_c / N * r + 1 - r) / max over classes.
+    InputError for an empty class or a factor that leaves no positive temperature. RIDE, arXiv:2010.01809, section 3.
     """
     counts = _counts(class_counts)
     temperature = len(counts) * counts / counts.sum() * reweight_factor + 1 - reweight_factor
@@ -64,19 +64,20 @@ def class_temperature(class_counts: Sequence[int] | Tensor, base: float = 1.0, r
 
 
 def log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
-    """Log-frequency of each class in training, log(n_c / N).
+    """Log-prior of each class, log(n_c / N).
 
-    class_counts [C] -> [C], float32, in nats. InputError for an empty class.
-    Added to logits in training or subtracted at test time: Menon et al. 2021, arXiv:2007.07314, sections 4 and 5.
+    class_counts [C] -> [C], float32, in nats. InputError for an empty class. Added to logits in training or subtracted
+    at test time: Menon et al. 2021, arXiv:2007.07314, sections 4 and 5.
     """
     counts = _counts(class_counts)
     return (counts / counts.sum()).log().float()
 
 
 def inverse_log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
-    """Log-frequencies in the opposite order: the k-th most frequent class has that of the k-th rarest.
+    """Log-priors in reverse order.
 
-    class_counts [C] -> [C], float32, in nats. Of classes with equal counts the first is taken for the rarer one.
+    class_counts [C] -> [C], float32, in nats: the k-th most frequent class has the log-prior of the k-th rarest. Of
+    classes with equal counts the first is the rarer one.
     InputError for an empty class. Zhang et al. 2022, arXiv:2107.09249, section 4.1.
     """
     prior = log_prior(class_counts)
@@ -87,10 +88,10 @@ def inverse_log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
 
 
 def shot_groups(class_counts: Sequence[int] | Tensor, many: int = 100, few: int = 20) -> dict[str, Tensor]:
-    """Classes by their number of training images: many above `many`, few below `few`, medium between, bounds included.
+    """Masks of many-shot (> `many`), few-shot (< `few`) and medium-shot classes.
 
-    class_counts [C], zeros allowed -> {"many", "medium", "few"}: bool [C], each class in exactly one. InputError
-    where `few` exceeds `many` + 1, which would put a class in two. Liu et al. 2019, arXiv:1904.05160, section 4.
+    class_counts [C], zeros allowed -> {"many", "medium", "few"}: bool [C], each class in exactly one. InputError if
+    `few` exceeds `many` + 1, so that groups overlap. Liu et al. 2019, arXiv:1904.05160, section 4.
     """
     counts = _counts(class_counts, least=0)
     if few > many + 1:

@@ -1,7 +1,8 @@
-"""Losses of all experts' logits, a file each: `expert_logits [B, E, C], targets [B]` -> scalar.
+"""Losses of all experts' logits, one file each.
 
-`LOSSES` lists them by their name in a recipe, with paper, summary and recipe keys. Logits of lower precision are
-widened to float32. In a distributed run all processes must call a loss together: its batch means are global.
+expert_logits [B, E, C], targets [B] -> scalar. `LOSSES` lists them by their name in a recipe, with paper, summary and
+recipe keys. Logits of lower precision are widened to float32. In a distributed run all processes must call a loss
+together: its batch means are global.
 """
 
 from importlib import import_module

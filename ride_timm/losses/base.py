@@ -41,7 +41,10 @@ class ExpertsLoss(nn.Module):
 
     @classmethod
     def arguments(cls, recipe: Any) -> dict[str, Any]:
-        """Arguments from the recipe keys of their names; InputError for keys that do not suit the loss."""
+        """Arguments, from the recipe keys of their names.
+
+        InputError for recipe keys that the loss does not support.
+        """
         names = [item.name for item in fields(cls)]
         if recipe.label_smoothing and "label_smoothing" not in names:
             raise InputError(f"label_smoothing={recipe.label_smoothing:g}: loss {recipe.loss!r} does not support it.")
@@ -67,13 +70,19 @@ class ExpertsLoss(nn.Module):
 
 
 class SmoothedLoss(ExpertsLoss):
-    """A loss of plain cross entropy, with label smoothing. Szegedy et al. 2016, arXiv:1512.00567, section 7."""
+    """A loss of plain cross entropy, with label smoothing.
+
+    Szegedy et al. 2016, arXiv:1512.00567, section 7.
+    """
 
     label_smoothing: float = key(0.0, "label smoothing", low=0, high=0.9)
 
 
 class ClassBalancedLoss(ExpertsLoss):
-    """A loss with class weights by effective numbers, if `class_balanced`. Cui et al. 2019, arXiv:1901.05555."""
+    """A loss with class weights by effective numbers, if `class_balanced`.
+
+    Cui et al. 2019, arXiv:1901.05555, section 4.
+    """
 
     class_balanced: bool = False
 
@@ -84,7 +93,7 @@ class ClassBalancedLoss(ExpertsLoss):
 
 
 class PerExpertPriorLoss(SmoothedLoss):
-    """Cross entropy of each expert's logits plus its own `offsets`, summed over experts.
+    """Cross entropy of each expert's logits plus its own offsets, summed.
 
     Adding tau * log(prior) in training gives bare logits for a test prior of prior^(1 - tau): the training prior for
     tau 0, a balanced one for 1, an inverted one for 2. InputError for a model with another number of experts.
@@ -130,7 +139,7 @@ class RegisteredLoss:
         return [item for item in fields(self.loss) if item.metadata and item.name not in self.fixed]
 
     def arguments(self, recipe: Any) -> dict[str, Any]:
-        """Arguments for `make_loss`; InputError for recipe keys that do not suit the loss."""
+        """Arguments for `make_loss`; InputError for unsupported recipe keys."""
         return {name: value for name, value in self.loss.arguments(recipe).items() if name not in self.fixed}
 
 
@@ -141,7 +150,7 @@ _Loss = TypeVar("_Loss", bound=type[ExpertsLoss])
 def register_loss(
     name: str, *, citation: str, summary: str, paper: str | None = None, **fixed: Any
 ) -> Callable[[_Loss], _Loss]:
-    """Class decorator: register a loss under its name in a recipe, see `RegisteredLoss`."""
+    """Class decorator: register a loss, with the fields of `RegisteredLoss`."""
 
     def register(loss: _Loss) -> _Loss:
         LOSSES[name] = RegisteredLoss(loss, citation, summary, paper, fixed)
@@ -160,9 +169,10 @@ def loss_keys() -> dict[str, tuple[Field, list[str]]]:
 
 
 def make_loss(name: str, class_counts: ClassCounts | None = None, **arguments: Any) -> ExpertsLoss:
-    """Build a loss by its name in a recipe; class_counts [C]: training images of each class.
+    """Build a loss by its name in a recipe.
 
-    InputError for an unknown name, a value out of range, or a loss of the prior without class counts.
+    class_counts [C]: training images of each class. InputError for an unknown name, a value out of range, or a loss of
+    the prior without class counts.
     """
     if name not in LOSSES:
         raise InputError(f"unknown loss {name!r}, expected one of: {', '.join(LOSSES)}")

@@ -15,9 +15,9 @@ from .terms import cross_entropy
 )
 @register_loss("ce", citation="cross entropy", summary="treats all images alike", class_balanced=False)
 class CrossEntropyLoss(ClassBalancedLoss, SmoothedLoss):
-    """Cross entropy of the ensemble's logits; `class_balanced` weights it by effective numbers from the first epoch.
+    """Cross entropy of the ensemble's logits.
 
-    Cui et al. 2019, arXiv:1901.05555, section 4.
+    `class_balanced` weights it by effective numbers from the first epoch: Cui et al. 2019, arXiv:1901.05555, section 4.
     """
 
     def compute(self, expert_logits: Tensor, targets: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class LDAMLoss(ExpertsLoss):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, counted from 0; class weights act in epochs >= reweight_epoch."""
+        """Begin an epoch, counted from 0; from reweight_epoch on, with class weights."""
         deferred = self.reweight and self.reweight_epoch != -1 and self.class_weights is not None
         self.reweighting = deferred and epoch >= self.reweight_epoch
 

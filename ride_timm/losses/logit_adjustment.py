@@ -24,10 +24,10 @@ from .terms import cross_entropy
     tau=1.0,
 )
 class LogitAdjustedLoss(SmoothedLoss):
-    """Cross entropy of the ensemble's logits plus tau * log(prior); tau 1 is balanced softmax.
+    """Cross entropy of the ensemble's logits plus tau * log(prior).
 
-    Menon et al. 2021, arXiv:2007.07314, equation 10. Balanced softmax: Ren et al. 2020, arXiv:2007.10740, section 3;
-    its n_c differ from the prior by a factor that cancels in the softmax.
+    tau 1 is balanced softmax. Menon et al. 2021, arXiv:2007.07314, equation 10. Balanced softmax: Ren et al. 2020,
+    arXiv:2007.10740, section 3; its n_c differ from the prior by a factor that cancels in the softmax.
     """
 
     tau: float = key(1.0, "strength of the adjustment", low=0, high=10)

@@ -1,4 +1,4 @@
-"""MDCS: BalPoE's adjustment, and self-distillation from a weak to a strong view of each image."""
+"""MDCS: BalPoE's adjustment, and a strong view distilled from a weak one."""
 
 from typing import Any, ClassVar
 
@@ -21,13 +21,13 @@ from .terms import batch_mean, cross_entropy
     "augmented view of each image into a strongly augmented one",
 )
 class MdcsLoss(BalPoELoss):
-    """Logit adjustment by a tau for each expert, and consistency of a strong view with a weak one, summed over experts.
+    """Logit adjustment by a tau for each expert, and consistency of two views.
 
     expert_logits [2B, E, C]: of B weakly augmented images, then of the same images strongly augmented; targets [B].
     Each expert, adjusted as in BalPoE, learns both views by cross entropy and, where it is right about the weak view,
-    the strong view by KL(weak || strong) with the weak one detached, averaged over those samples. This term is weighted
-    by `consistency`, after a linear warm-up of 20 epochs. InputError for logits that are not two per target. Zhao et
-    al. 2023, arXiv:2308.09922, section 3; consistency, taus and warm-up are those of their code.
+    the strong view by KL(weak || strong) with the weak one detached, averaged over those samples; summed over experts.
+    The KL is weighted by `consistency`, after a linear warm-up of 20 epochs. InputError for logits that are not two
+    per target. Zhao et al. 2023, arXiv:2308.09922, section 3; consistency, taus and warm-up are those of their code.
     """
 
     num_views: ClassVar[int] = 2

@@ -19,7 +19,7 @@ from .terms import diversity
     summary="drives the experts apart and asks for wider margins of rarer classes",
 )
 class RideLoss(LDAMLoss):
-    """RIDE's stage one: LDAM of each expert plus a distribution-aware diversity term, summed over experts.
+    """LDAM of each expert plus a distribution-aware diversity term.
 
     Sum over e of base_loss_factor * LDAM(z_e) + additional_diversity_factor * mean(T)^2 * KL(ensemble / T || z_e /
     T). A negative factor drives the experts apart. With re-weighting (see `LDAMLoss`) class weights enter LDAM and T

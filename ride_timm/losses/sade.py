@@ -13,7 +13,7 @@ from .base import PerExpertPriorLoss, register_loss
 
 @register_loss("sade", citation="SADE", paper="2107.09249", summary="trains each expert for another class prior")
 class SadeLoss(PerExpertPriorLoss):
-    """SADE's three experts: cross entropy, balanced softmax and inverse softmax, summed.
+    """Cross entropy, balanced softmax and inverse softmax, of one expert each.
 
     Offsets 0, log(prior), and log(prior) - inverse_tau * log(inverse prior), the last for a test set whose class
     frequencies are in reverse order (`priors.inverse_log_prior`). Zhang et al. 2022, arXiv:2107.09249, equations 1 to

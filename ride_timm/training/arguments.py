@@ -26,10 +26,13 @@ def keys_of(group: str) -> list[str]:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Add a flag for each recipe key, or for these; absent flags stay out of the parsed namespace."""
+    """Add a flag for each recipe key, or for these.
+
+    Absent flags stay out of the parsed namespace.
+    """
     for group, keys in GROUPS.items():
         items = [item for item in fields(keys) if names is None or item.name in names]
-        section = parser.add_argument_group(group) if items else parser
+        section = parser.add_argument_group(group, keys.__doc__) if items else parser
         for item in items:
             flag = "--" + item.name.replace("_", "-")
             section.add_argument(flag, dest=item.name, default=argparse.SUPPRESS, **_options(item))

@@ -44,7 +44,7 @@ class StageSettings:
 # A dataclass collects the fields of its last base first.
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelKeys, DataKeys):
-    """All settings of a run, from YAML and flags; InputError for values out of range or that exclude each other."""
+    """All settings of a run; InputError for values that are invalid or conflict."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -69,7 +69,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """Arguments for `timm.create_model`; those at None or off keep the network's own defaults."""
+        """Arguments for `timm.create_model`, without those left at None or off."""
         optional = ["backbone", "split", "backbone_pretrained", "layer2_output_dim", "layer3_output_dim"]
         optional += ["layer4_output_dim", "share_layer3", "drop_path_rate"]
         args = {name: getattr(self, name) for name in ("num_experts", "use_norm", "drop_rate")}
@@ -85,7 +85,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
 
     @property
     def on_disk(self) -> dict[str, str]:
-        """Keys that hold a local path, which a recipe from elsewhere must not; a data set by name is none."""
+        """Keys that hold a local path, which a published recipe must not."""
         found = {name: getattr(self, name) for name in ("data_dir", "annotations")}
         if not _PUBLIC_DATA.fullmatch(self.dataset):
             found["dataset"] = self.dataset
@@ -93,7 +93,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
 
     @property
     def shots(self) -> tuple[int, int]:
-        """Thresholds of many- and few-shot classes, for `priors.shot_groups`."""
+        """Arguments of `priors.shot_groups`: thresholds of many- and few-shot classes."""
         return self.many_shot, self.few_shot
 
     @property
@@ -162,13 +162,13 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         return dataclasses.replace(self, **values)
 
     def differing(self, other: "Recipe") -> list[str]:
-        """Keys in which two recipes disagree, of those that change a run's numbers."""
+        """Names of the keys that differ, of those that change the numbers of a run."""
         free = ("name", "workers", "data_dir", "annotations", "compile", "fused_norm")
         names = [item.name for item in dataclasses.fields(self) if item.name not in free]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, every key stated."""
+        """All keys as YAML."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -180,26 +180,33 @@ def _scaled(epochs: Any, scale: float) -> Any:
 
 
 def available() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in files("ride_timm").joinpath("recipes").iterdir()
-                  if entry.name.endswith(".yaml"))  # fmt: skip
+    """Names of the shipped recipes."""
+    entries = files("ride_timm").joinpath("recipes").iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def _shipped(name: str) -> Any:
+    return files("ride_timm").joinpath("recipes", f"{name}.yaml")
 
 
 def describe(name: str) -> str:
-    """What the head of a shipped recipe says: what it is, its paper, command, cost and result."""
-    text = files("ride_timm").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
-    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in text.splitlines() if line.startswith("#"))
+    """Head of a shipped recipe: title, paper, command, cost and result."""
+    lines = _shipped(name).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines if line.startswith("#"))
 
 
 def listing() -> str:
-    """All shipped recipes, each with what its head says."""
+    """Names and heads of all shipped recipes."""
     return "\n\n".join(f"{name}\n" + indent(describe(name), "  ") for name in available())
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """Load a recipe by its name or from a YAML file; InputError for an unknown name, bad YAML, or unknown keys."""
+    """Load a recipe by its name or from a YAML file.
+
+    InputError for an unknown name, invalid YAML, unknown keys or bad values.
+    """
     if str(name) in available():
-        data = files("ride_timm").joinpath("recipes", f"{name}.yaml").read_bytes()
+        data = _shipped(str(name)).read_bytes()
     elif os.path.isfile(name):
         data = Path(name).read_bytes()
     else:

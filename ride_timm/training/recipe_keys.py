@@ -68,7 +68,7 @@ class ModelKeys:
 
 
 def _of_losses(item: Field, losses: list[str]) -> Any:
-    help = f"{item.metadata['help']} ({', '.join(losses)})"
+    help = f"{', '.join(losses)}: {item.metadata['help']}"
     return field(default=item.default, metadata={**item.metadata, "help": help})
 
 
@@ -80,6 +80,7 @@ LossKeys: Any = make_dataclass(
     ],
     frozen=True,
     kw_only=True,
+    namespace={"__doc__": "; ".join(f"{name} {entry.summary}" for name, entry in LOSSES.items()) + "."},
 )
 
 

@@ -1,4 +1,4 @@
-"""YAML whose scalars stay text, so that the type of a key decides what a value means."""
+"""YAML whose scalars stay text: the type of a key decides the value."""
 
 from typing import Any
 
@@ -29,7 +29,10 @@ class _TextLoader(yaml.BaseLoader):
 
 
 def read_yaml(data: bytes, name: str) -> dict[Any, Any]:
-    """Keys and values of a YAML mapping, as text, lists of text or None; InputError naming the recipe."""
+    """Read a YAML mapping; InputError for other YAML, naming the recipe.
+
+    Values are text, None, or lists and mappings of them.
+    """
     if b"\0" in data:
         raise InputError(f"recipe {name} is UTF-16 text: save it as UTF-8.")
     try:

@@ -52,7 +52,7 @@ def test_the_stated_cost_is_the_counted_one(name):
             recipe.model, num_classes=10 if recipe.dataset != "cifar100" else 100, **recipe.model_args
         )
     macs = count_macs(model, (3, *[28 if recipe.augment == "fashion" else 32] * 2)).ensemble
-    assert f"Cost: {macs / 1e6:.1f} M MACs an image" in describe(name)
+    assert f"Cost: {macs / 1e6:.1f} MMACs per image" in describe(name)
 
 
 def test_the_listing_holds_every_recipe():
