@@ -31,7 +31,8 @@ from verify import check_golden
 import ride_timm
 from ride_timm import InputError, RunError
 from ride_timm.cli.process import exit_code
-from ride_timm.models.releases import NAMESPACE, WEIGHTS, hub_error, release_table, repository_of, sha256_of
+from ride_timm.models.download import hub_error, repository_of
+from ride_timm.models.release import NAMESPACE, WEIGHTS, release_table, sha256_of
 from ride_timm.training.arguments import Parser
 
 RELEASE = f"v{ride_timm.__version__}"

@@ -26,7 +26,8 @@ from ride_timm.cli.process import exit_code
 from ride_timm.data.hub import EMBEDDED, HUB_IDS
 from ride_timm.data.image_set import ImageSet
 from ride_timm.data.load import load_longtail
-from ride_timm.models.releases import NAMESPACE, repository_of
+from ride_timm.models.download import repository_of
+from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser, add_flags, flags_given
 from ride_timm.training.recipe import Recipe
 

@@ -46,7 +46,7 @@ from ride_timm.data.load import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
-from ride_timm.models.releases import CONFIG, WEIGHTS, release_table, sha256_of, without_implied_args
+from ride_timm.models.release import CONFIG, WEIGHTS, release_table, sha256_of, without_implied_args
 from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import RunFolder, provenance

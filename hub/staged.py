@@ -13,7 +13,7 @@ import timm
 import ride_timm
 from ride_timm import InputError
 from ride_timm.errors import listed
-from ride_timm.models.releases import CONFIG, WEIGHTS, sha256_of
+from ride_timm.models.release import CONFIG, WEIGHTS, sha256_of
 from ride_timm.training.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent

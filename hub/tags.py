@@ -16,7 +16,7 @@ from staged import CONFIG, HERE, fill_file, read_table
 from zoo import DOWNLOAD, read_zoo
 
 from ride_timm.cli.process import exit_code
-from ride_timm.models.releases import NAMESPACE
+from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser
 
 PAGE = HERE / "README.md"

@@ -28,7 +28,7 @@ from ride_timm.cli.process import exit_code
 from ride_timm.data.load import EMBEDDED
 from ride_timm.hardware import set_threads
 from ride_timm.models import Ride
-from ride_timm.models.releases import CONFIG, WEIGHTS
+from ride_timm.models.release import CONFIG, WEIGHTS
 from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import provenance

@@ -66,7 +66,7 @@ def own_modules(path: Path) -> set[str]:
 
 
 def test_the_reader_sees_imports():
-    assert "ride_timm.models.ride.Expert" in imports(MODULES["ride_timm.models.create"])
+    assert "ride_timm.models.experts.Expert" in imports(MODULES["ride_timm.models.create"])
     assert "ride_timm.errors.InputError" in imports(MODULES["ride_timm.models.legacy"])
     assert "ride_timm.models.ride" in own_modules(MODULES["ride_timm.models.create"])
     assert {part(name) for name in MODULES} == set(FLOOR_OF) | FRONTS

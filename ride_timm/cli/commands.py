@@ -15,8 +15,8 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..inference.options import Timed, inference_of, prepare
 from ..models import Ride
-from ..models.load import check_images, check_place, load_model
-from ..models.releases import is_release
+from ..models.load import check_images, check_path, load_model
+from ..models.release import is_release
 from ..training.arguments import flags_given
 from ..training.recipe import Recipe, available, load_recipe
 
@@ -151,7 +151,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from ..evaluation.tables import groups_table, metrics_table, millions
 
     _check_evaluate(args)
-    check_place(args.model)
+    check_path(args.model)
     inference = inference_of(args)
     recipe = recipe_for(args)
     model = _load(args, args.routed or args.curve is not None).to(memory_format=torch.channels_last)  # as in training

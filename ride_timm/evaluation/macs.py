@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
-from ..models import CosineClassifier, Expert, Ride, Router
+from ..models import CosineClassifier, Ride, Router
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,6 @@ def _count_cosine(module: CosineClassifier, inputs: tuple[Tensor], output: Tenso
 def _count_pooling(module: nn.AdaptiveAvgPool2d, inputs: tuple[Tensor], output: Tensor) -> None:
     # thop's rule for AvgPool2d, one operation an output; its rule for the adaptive kind counts the additions too
     module.total_ops += torch.DoubleTensor([output.numel()])
-
-
-class _Whole(nn.Module):
-    """An expert from the trunk's map to its features and logits, as a module."""
-
-    def __init__(self, expert: Expert) -> None:
-        super().__init__()
-        self.expert = expert
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.expert.forward_both(x)
 
 
 _RULES = {CosineClassifier: _count_cosine, nn.AdaptiveAvgPool2d: _count_pooling}
@@ -134,7 +123,7 @@ def count_macs(model: Ride, input_size: tuple[int, int, int]) -> Macs:
     trunk, shared = _Profile(copy.trunk).count(image)
     experts, gates = [], []
     for i, expert in enumerate(copy.experts):
-        own, (features, logits) = _Profile(_Whole(expert)).count(shared)
+        own, (features, logits) = _Profile(expert).count(shared)
         experts.append(own)
         if copy.router is not None and i + 1 < copy.num_experts:
             gates.append(_Profile(_Gate(copy.router, i)).count(features, logits)[0])

@@ -58,7 +58,7 @@ def collect_outcomes(model: Ride, batches: Iterable[tuple[Tensor, Tensor]]) -> O
     for images, targets in batches:
         x, total, hits, opened = model.trunk(images), None, [], []
         for i, expert in enumerate(model.experts):
-            features, logits = expert.forward_both(x)
+            features, logits = expert(x)
             total = logits if total is None else total + logits
             mean = total / (i + 1) if i else total
             hits.append(mean.argmax(1) == targets)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import InputError, RunError
-from ..models import Expert, Ride, Router
+from ..models import Ride, Router
 
 KINDS = {"none": "ensemble", "masked": "masked", "driver": "driver"}  # by the value of --routed
 
@@ -37,15 +37,6 @@ class _Ensemble(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.forward_head(self.model.forward_features(images))
-
-
-class _Expert(nn.Module):
-    def __init__(self, expert: Expert) -> None:
-        super().__init__()
-        self.expert = expert
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        return self.expert.forward_both(maps)
 
 
 class _Gate(nn.Module):
@@ -63,7 +54,7 @@ class _Masked(nn.Module):
     def __init__(self, model: Ride) -> None:
         super().__init__()
         self.trunk, self.num_experts = model.trunk, model.num_experts
-        self.experts = nn.ModuleList(_Expert(expert) for expert in model.experts)
+        self.experts = model.experts
         self.gates = nn.ModuleList(_Gate(model.router, i) for i in range(model.num_experts - 1))
 
     def forward(self, images: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +145,7 @@ def _write_graphs(model: Ride, folder: Path, routed: str, size: int) -> dict[str
     else:
         maps = write("trunk.onnx", model.trunk, dict(images=images), ["maps"])
         for i, expert in enumerate(model.experts):
-            features, logits = write(f"expert_{i + 1}.onnx", _Expert(expert), dict(maps=maps), ["features", "logits"])
+            features, logits = write(f"expert_{i + 1}.onnx", expert, dict(maps=maps), ["features", "logits"])
             if i + 1 < model.num_experts:
                 inputs = dict(features=features, mean_logits=logits)
                 write(f"gate_{i + 1}.onnx", _Gate(model.router, i), inputs, ["probability"])

@@ -138,7 +138,7 @@ def _compiled_answer(model: Ride, routed: bool, threshold: float, experts: Seque
     model = deepcopy(model)
     model.trunk = torch.compile(model.trunk)
     for expert in model.experts:
-        expert.forward_both = torch.compile(expert.forward_both, dynamic=True)  # any number of samples goes on
+        expert.forward = torch.compile(expert.forward, dynamic=True)  # any number of samples goes on
     return answer_of(model, routed, threshold)
 
 

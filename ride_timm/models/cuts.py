@@ -1,4 +1,4 @@
-"""Where timm's networks can be cut: a table of families, and a network stripped to its trunk or to an expert's part."""
+"""Cuts of timm networks: a table of families, and the stripping of a network to a trunk or an expert."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Skip(nn.Sequential):
-    """Stands where a part of a network was: hands its input on, whatever a block or a head is told beside it."""
+    """Replaces a part of a network: returns its input, and accepts the arguments of any block or head."""
 
     def forward(
         self,
@@ -27,11 +27,11 @@ class Skip(nn.Sequential):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Nothing to re-compute."""
+        """Do nothing: there is nothing to recompute."""
 
 
 class SkipEmbed(Skip):
-    """In place of a patch embedding: tokens [B, N, D], or [B, N, D, 1] for callers that expect an image."""
+    """Replaces a patch embedding: tokens [B, N, D] or, from callers that expect an image, [B, N, D, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2)
@@ -41,9 +41,9 @@ class SkipEmbed(Skip):
 class Cut:
     """The parts of a family, as patterns of module names.
 
-    stem: what runs before the stages, in order; stages: each stage's modules, the first one naming it, or one pattern
-    for stages of one module each; own: the share of the stages that belongs to each expert unless told otherwise;
-    tokens: maps are [B, N, D] with prefix tokens; shared: what every stage reads, so that trunk and experts need it.
+    stem: modules before the stages, in order; stages: modules of each stage, the first one naming it, or one pattern
+    for stages of one module each; own: fraction of the stages that belongs to each expert by default; tokens: features
+    are [B, N, D] with prefix tokens; shared: modules read by every stage, so that trunk and experts keep them.
     """
 
     stem: tuple[str, ...]
@@ -99,7 +99,7 @@ CUTS = {
 }
 
 _TWO_HEADS = "it has two classifiers, one of them for distillation, and an expert has one"
-_SIDE_VALUES = "its stages hand on more than one tensor"
+_SIDE_VALUES = "its stages return more than one tensor"
 REASONS = {
     "VisionTransformerDistilled": _TWO_HEADS,
     "LevitDistilled": _TWO_HEADS,
@@ -119,7 +119,7 @@ def _name(net: nn.Module) -> str:
 
 
 def find_cut(net: nn.Module, backbone: str) -> Cut:
-    """The table's entry for exactly this class, as a subclass may compute something else; ValueError without one."""
+    """Look up exactly this class, as a subclass may compute something else; ValueError if it has no entry."""
     name = _name(net)
     if name not in CUTS or not type(net).__module__.startswith("timm."):
         reason = REASONS.get(name, "no cut into a trunk and experts is known for this family")
@@ -132,12 +132,12 @@ def find_cut(net: nn.Module, backbone: str) -> Cut:
 
 
 def check_positions(net: nn.Module, backbone: str) -> None:
-    """Rotary positions come from the grid of tokens: ValueError where it varies, which an expert does not see."""
+    """Raise ValueError if rotary positions come from a grid of tokens that varies: experts do not see the grid."""
     if getattr(net, "rope", None) is not None:
         for option, attribute in (("dynamic_img_size", "dynamic_img_size"), ("patch_drop_rate", "patch_drop")):
             if getattr(net, attribute, None):
                 raise ValueError(
-                    f"backbone={backbone!r} with {option} cannot be cut: experts could not know where its tokens lie. "
+                    f"backbone={backbone!r} with {option} cannot be cut: experts do not see its tokens' positions. "
                     f"Create it with {option}=0 and a fixed img_size."
                 )
 
@@ -148,14 +148,14 @@ def _modules(net: nn.Module, pattern: str) -> list[str]:
 
 
 def stage_names(net: nn.Module, cut: Cut) -> list[tuple[str, ...]]:
-    """Every stage's modules in order; the first one names the stage."""
+    """List the modules of every stage in order; the first one names the stage."""
     if isinstance(cut.stages, str):
         return [(name,) for name in _modules(net, cut.stages)]
     return list(cut.stages)
 
 
 def resolve_split(net: nn.Module, cut: Cut, backbone: str, split: str | None) -> int:
-    """The index of the first stage that the experts own; ValueError with the names there are."""
+    """Find the index of the first stage owned by the experts; ValueError lists the valid names."""
     names = [stage[0] for stage in stage_names(net, cut)]
     if split is None:
         return len(names) - max(1, int(len(names) * cut.own))
@@ -165,7 +165,7 @@ def resolve_split(net: nn.Module, cut: Cut, backbone: str, split: str | None) ->
 
 
 def stem_names(net: nn.Module, cut: Cut) -> list[str]:
-    """The stem's modules; a sequence by its members, for some networks count on its length."""
+    """List the stem's modules; a Sequential by its children, because some networks rely on its length."""
     names = []
     for name in (name for pattern in cut.stem for name in _modules(net, pattern)):
         stem = net.get_submodule(name)
@@ -175,14 +175,14 @@ def stem_names(net: nn.Module, cut: Cut) -> list[str]:
 
 
 def skip(net: nn.Module, names: Iterable[str], by: type[Skip] = Skip) -> None:
-    """Let these modules hand their input on."""
+    """Replace these modules by identities."""
     for name in names:
         parent, _, child = name.rpartition(".")
         net.get_submodule(parent)._modules[child] = by().train(net.training)
 
 
 def keep_trunk(net: nn.Module, cut: Cut, split: int) -> nn.Module:
-    """Strip to stem and the first `split` stages: no later stage, norm or head, so no idle parameter."""
+    """Strip a network to its stem and first `split` stages, without idle parameters."""
     stages = stage_names(net, cut)
     skip(net, (name for stage in stages[split:] for name in stage))
     kept = {name.split(".")[0] for name in (*stem_names(net, cut), *(stage[0] for stage in stages), *cut.shared)}
@@ -191,16 +191,16 @@ def keep_trunk(net: nn.Module, cut: Cut, split: int) -> nn.Module:
 
 
 def keep_expert(net: nn.Module, cut: Cut, split: int) -> nn.Module:
-    """Strip to the stages from `split` on, with the norm and head behind them; names keep their index."""
+    """Strip a network to the stages from `split` on, with its norm and head; names keep their index."""
     skip(net, stem_names(net, cut))
     if cut.tokens:
         skip(net, ["patch_embed"], SkipEmbed)
     skip(net, (name for stage in stage_names(net, cut)[:split] for name in stage))
-    for name, value in list(net._parameters.items()):  # class token, registers, positions: the trunk has added them
+    for name, value in list(net._parameters.items()):  # class token, registers, positions: added in the trunk
         setattr(net, name, None)
-        if type(net).__name__ == "Beit" and name == "cls_token":  # always put in front: so put nothing in front
+        if type(net).__name__ == "Beit" and name == "cls_token":  # always prepended: prepend an empty one
             delattr(net, name)
             net.register_buffer(name, torch.empty_like(value.detach()[:, :0]), persistent=False)
     if cut.tokens and "patch_drop" in dict(net.named_children()) and type(net).__name__ == "Eva":
-        net.patch_drop = None  # Eva's gives two values
+        net.patch_drop = None  # Eva's returns two values
     return net

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..errors import InputError
-from .ride import CosineClassifier, Ride
+from .heads import CosineClassifier
+from .ride import Ride
 from .ride_resnet import FULL_PLANES, REDUCED_PLANES
 
 _NAMES = {(1, 1, 1, 1): "10", (3, 4, 6, 3): "50", (3, 4, 23, 3): "101", (3, 8, 36, 3): "152"}

@@ -1,4 +1,4 @@
-"""Load a network from a run folder, an authors' checkpoint, the Hub, or any name timm knows."""
+"""Load a network from a run folder, an authors' checkpoint, the Hub, or by a timm name."""
 
 from __future__ import annotations
 
@@ -12,29 +12,27 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
 from ..errors import InputError, first_line
+from .download import check_network
 from .legacy import load_legacy
-from .releases import check_network
 from .ride import Ride
 
 _HUB = "hf-hub:"
 
 
-def check_place(spec: str | Path) -> None:
-    """InputError for a path that leads nowhere, which timm would take for a name of the Hub."""
+def check_path(spec: str | Path) -> None:
+    """Raise InputError for a path that does not exist, which timm would take for a Hub name."""
     text = str(spec)
     if "/" in text and ":" not in text and not Path(spec).exists():
-        raise InputError(
-            f"model {text!r}: there is no such folder or file (a repository of the Hub is {_HUB}owner/name)."
-        )
+        raise InputError(f"model {text!r}: no such folder or file (for a Hub repository write {_HUB}owner/name).")
 
 
 @torch.no_grad()
 def check_images(model: nn.Module, image: tuple[int, int, int], name: str) -> Tensor:
-    """The logits of one zero image; InputError where a network does not take such images (channels and sides)."""
+    """Run one zero image [channels, height, width]; InputError if the network does not take such images."""
     training = model.training
     try:
         return model.eval()(torch.zeros(1, *image))
-    except Exception as error:  # networks refuse images by whatever they like
+    except Exception as error:  # networks raise errors of any type
         size = f"{image[1]} x {image[2]} pixels in {image[0]} channels"
         raise InputError(f"{name} does not take images of {size} ({first_line(error)}).") from error
     finally:
@@ -42,12 +40,12 @@ def check_images(model: nn.Module, image: tuple[int, int, int], name: str) -> Te
 
 
 def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
-    """A network in eval mode, ours or timm's own, from a run folder, an authors' `.pth`, or what timm creates.
+    """Load any network in eval mode: a run folder, an authors' `.pth`, or what `timm.create_model` takes.
 
-    A teacher may be any such network. InputError where nothing is found there or the weights do not fit.
+    Raises InputError if it does not exist or the weights do not fit.
     """
     path = Path(spec)
-    check_place(spec)
+    check_path(spec)
     try:
         if path.is_file():
             model = load_legacy(path)
@@ -59,29 +57,29 @@ def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
             model = timm.create_model(str(spec), pretrained=True, **kwargs)
     except InputError:
         raise
-    except Exception as error:  # timm, the Hub's client and torch raise what they like
+    except Exception as error:  # of any type: from timm, the Hub's client or torch
         raise InputError(f"model {str(spec)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
     return model.eval()
 
 
 def load_model(spec: str | Path, **kwargs: Any) -> Ride:
-    """A model in eval mode from a run folder, an authors' `.pth`, or anything `timm.create_model` takes.
+    """Load a RIDE network in eval mode: a run folder, an authors' `.pth`, or what `timm.create_model` takes.
 
-    InputError where nothing is found there, the weights do not fit, or the model is none of ours.
+    Raises InputError if it does not exist, the weights do not fit, or it is another network.
     """
     if str(spec).startswith(_HUB):
-        check_network(str(spec).removeprefix(_HUB))  # before any weights are fetched
+        check_network(str(spec).removeprefix(_HUB))  # before weights are downloaded
     model = load_any_model(spec, **kwargs)
     if not isinstance(model, Ride):
-        raise InputError(f"model {str(spec)!r} is a {type(model).__name__}, expected one with experts (ride_…).")
+        raise InputError(f"model {str(spec)!r} is a {type(model).__name__}, expected a network with experts (ride_…).")
     return model
 
 
 def load_teacher(spec: str | Path, num_classes: int, image: tuple[int, int, int]) -> nn.Module:
-    """A network in eval mode from wherever `load_any_model` finds it, that answers to the student's images.
+    """Load any network in eval mode as the teacher of a student.
 
-    image: channels and sides of one. InputError for other classes than `num_classes`, or a network that does not take
-    such images, as one made for another size.
+    image: the student's input size (channels, height, width). Raises InputError for another number of classes, or if
+    the teacher does not take such images, for example because it was made for another size.
     """
     teacher = load_any_model(spec)
     classes = getattr(teacher, "num_classes", num_classes)
@@ -89,17 +87,18 @@ def load_teacher(spec: str | Path, num_classes: int, image: tuple[int, int, int]
         raise InputError(f"the teacher {spec} has {classes} classes, the data {num_classes}.")
     logits = check_images(teacher, image, f"the teacher {spec}")
     if getattr(logits, "shape", None) != (1, num_classes):
-        raise InputError(f"the teacher {spec} gives no logits of {num_classes} classes for an image.")
+        raise InputError(f"the teacher {spec} does not return logits of {num_classes} classes.")
     return teacher
 
 
 def create_ride_model(name: str, size: int | None = None, **kwargs: Any) -> Ride:
-    """`timm.create_model` for our networks; InputError for a name or an argument that they do not know.
+    """Create a RIDE network by `timm.create_model`; InputError for an unknown name or argument.
 
-    size: side of the images; networks that are made for one side (ViT, Swin) are made for this one.
+    size: image size, passed on to networks with a fixed one (ViT, Swin).
     """
     if not timm.is_model(name) or not model_entrypoint(name).__module__.startswith("ride_timm."):
-        raise InputError(f"model={name!r}: no network with experts; there are {', '.join(timm.list_models('ride*'))}.")
+        networks = ", ".join(timm.list_models("ride*"))
+        raise InputError(f"model={name!r}: not a network with experts; expected one of {networks}.")
     architecture = str(kwargs.get("backbone", name)).partition(".")[0]
     if size is not None and timm.is_model(architecture) and get_pretrained_cfg(architecture).fixed_input_size:
         kwargs["img_size"] = size

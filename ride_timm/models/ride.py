@@ -4,180 +4,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
-from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from .fused.blocks import can_go_together, forward_together, fuse_norm_relu
+from .experts import Expert, Experts, Stages
+from .heads import ClassAffine
 from .router import Router
 
 
-class CosineClassifier(nn.Module):
-    """Linear layer on the unit sphere: scale · <x / |x|, w_c / |w_c|>, the head of LDAM and RIDE (`use_norm`).
-
-    weight [C, D] starts uniform in (-1, 1) with class vectors of unit norm. arXiv:1906.07413, section 3.
-    """
-
-    def __init__(self, in_features: int, out_features: int, scale: float = 30.0) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.scale = scale
-        self.weight = nn.Parameter(F.normalize(torch.empty(out_features, in_features).uniform_(-1, 1), dim=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale}"
-
-
-def create_pool(global_pool: str, num_classes: int) -> SelectAdaptivePool2d:
-    """timm's pooling of that name; '' hands the map on, which no classifier reads: ValueError."""
-    if not global_pool and num_classes > 0:
-        raise ValueError(
-            f"global_pool='' with num_classes={num_classes}: pooling can be left out with num_classes=0 only."
-        )
-    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-
-
-def create_head(num_features: int, num_classes: int, use_norm: bool) -> nn.Module:
-    """Cosine head (`use_norm`) or linear head with bias; no classes: identity."""
-    if num_classes <= 0:
-        return nn.Identity()
-    return CosineClassifier(num_features, num_classes) if use_norm else nn.Linear(num_features, num_classes)
-
-
-class Stages(nn.Sequential):
-    """Named modules in sequence; `feature_info` says which of them are feature levels.
-
-    feature_info: one dict(num_chs, reduction, module) for each level, `module` being a child's name.
-    """
-
-    def __init__(self, modules: dict[str, nn.Module], feature_info: list[dict[str, Any]]) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.feature_info = feature_info
-        self.grad_checkpointing = False
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return self.forward_levels(x)[0]
-        for module in self:
-            x = module(x)
-        return x
-
-    @torch.jit.ignore
-    def forward_levels(
-        self, x: Tensor, norm: bool = False, size: Sequence[int] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """x [B, C, H, W] -> (its output, the feature maps of all levels in order).
-
-        norm and size are for stages of other kinds: these have no norm at the end, and know the size of their maps.
-        """
-        tapped = {info["module"] for info in self.feature_info}
-        levels = []
-        for name, module in self.named_children():
-            if self.grad_checkpointing and isinstance(module, nn.Sequential) and len(module):
-                x = checkpoint_seq(module, x)
-            else:
-                x = module(x)
-            if name in tapped:
-                levels.append(x)
-        return x, levels
-
-    def prune(self, num_levels: int) -> None:
-        """Keep the modules up to and including the last of the first `num_levels` levels."""
-        keep = self.feature_info[num_levels - 1]["module"] if num_levels else None
-        names = list(self._modules)
-        for name in names[names.index(keep) + 1 if keep else 0 :]:
-            del self._modules[name]
-        self.feature_info = self.feature_info[:num_levels]
-
-
-class Expert(nn.Module):
-    """The last stages of a network with their own pooling, dropout and classifier.
-
-    forward_features: the trunk's map [B, C, H, W] -> [B, D, h, w]; forward_head: that map -> logits [B, C].
-    """
-
-    def __init__(
-        self,
-        stages: Stages,
-        num_features: int,
-        num_classes: int,
-        use_norm: bool,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.stages = stages
-        self.num_features = num_features
-        self.use_norm = use_norm
-        self.drop_rate = drop_rate
-        self.global_pool = create_pool(global_pool, num_classes)
-        self.head_hidden_size = num_features * self.global_pool.feat_mult()
-        self.fc = create_head(self.head_hidden_size, num_classes, use_norm)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier (and the pooling) on the device, in the dtype and in the mode of the old ones."""
-        if global_pool is not None:
-            self.global_pool = create_pool(global_pool, num_classes)
-            self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.fc = create_head(self.head_hidden_size, num_classes, self.use_norm).to(**get_device_dtype(self))
-        self.train(self.training)
-
-    @torch.jit.ignore
-    def prune(self, num_levels: int, prune_norm: bool = False, prune_head: bool = True) -> None:
-        """Keep the first levels of the stages; where that drops some, classifier and pooling go as well."""
-        pruned = num_levels < len(self.stages.feature_info)
-        self.stages.prune(num_levels)
-        self.num_features = self.stages.feature_info[-1]["num_chs"]
-        if prune_head or pruned:
-            self.reset_classifier(0, "")
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.stages(x)
-
-    def forward_pre_logits(self, x: Tensor) -> Tensor:
-        """Feature map [B, D, h, w] -> pooled features [B, D] after dropout (a map where the pooling is '')."""
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
-        return x
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        return self.fc(self.forward_pre_logits(x))
-
-    @torch.jit.ignore
-    def forward_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The trunk's map [B, C, H, W] -> (pooled features [B, D], logits [B, C])."""
-        return self.forward_both_of(self.forward_features(x))
-
-    @torch.jit.ignore
-    def forward_both_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The expert's own map [B, D, h, w] -> (pooled features [B, D], logits [B, C])."""
-        features = self.forward_pre_logits(x)
-        return features, self.fc(features)
-
-
 class Ride(nn.Module):
-    """Trunk and E experts; the ensemble's logits are the mean of the experts' logits. arXiv:2010.01809, section 3.
+    """A trunk and E experts whose logits are averaged, with an optional router.
 
-    One expert is a list of length one: the plain network. `router` (stage two) asks for the next expert only where
-    it would help; `routed=True` makes `forward` use it in eval mode.
+    One expert is a list of length one: the plain network. The router (stage two) runs the next expert only on samples
+    that need it; `routed=True` makes `forward` use it in eval mode. arXiv:2010.01809, section 3.
     """
 
     __constants__ = ("routed",)
-    __jit_unused_properties__ = ("drop_rate", "global_pool")  # TorchScript knows the pooling under another type name
+    __jit_unused_properties__ = ("drop_rate", "has_class_affine", "global_pool")  # of types unknown to TorchScript
 
     def __init__(
         self,
@@ -192,13 +37,12 @@ class Ride(nn.Module):
         if routed and router is None:
             raise ValueError("routed=True needs a router: create the model with router=True as well.")
         self.trunk = trunk
-        self.experts = nn.ModuleList(experts)
+        self.experts = Experts(experts)
         self.router = router
         self.routed = routed
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_experts = len(experts)
-        self.together = False
         self.output_fmt = getattr(experts[0].stages, "output_fmt", "NCHW")
         self.channel_axis = 1 if self.output_fmt == "NCHW" else -1
         self._set_feature_sizes()
@@ -217,6 +61,10 @@ class Ride(nn.Module):
         return self.experts[0].drop_rate
 
     @property
+    def has_class_affine(self) -> bool:
+        return isinstance(self.experts[0].fc, ClassAffine)
+
+    @property
     def global_pool(self) -> SelectAdaptivePool2d | str:
         return self.experts[0].global_pool
 
@@ -228,14 +76,12 @@ class Ride(nn.Module):
         update_model_args(self, router=True, share_expert_help_pred_fc=router.share_expert_help_pred_fc, **choices)
 
     @torch.jit.ignore
-    def fuse_training(self) -> int:
-        """Train faster on a CPU: see `fused_blocks`. In place; the number of blocks that changed, 0 without ResNet's.
-
-        Parameters, buffers and their names stay, and so does what eval mode computes.
-        """
-        num_blocks = fuse_norm_relu(self)
-        self.together = can_go_together(self.experts)
-        return num_blocks
+    def add_class_affine(self) -> None:
+        """Add a scale and an offset per class to the classifiers, unless they have them; at first the logits stay."""
+        if self.num_classes > 0 and not self.has_class_affine:
+            for expert in self.experts:
+                expert.fc = ClassAffine(expert.fc, self.num_classes).train(expert.training)
+            update_model_args(self, class_affine=True)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -264,7 +110,7 @@ class Ride(nn.Module):
         return tuple(expert.fc for expert in self.experts)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give every expert a new classifier; a router is re-made for the new logits (it read the old ones)."""
+        """Give every expert a new classifier, and the model a new router if it has one: gates read the logits."""
         if self.routed and num_classes <= 0:
             raise ValueError("A routed model needs its classifiers: num_classes must be above 0.")
         for expert in self.experts:
@@ -288,7 +134,7 @@ class Ride(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps by level: the trunk's, then the experts' concatenated on the channel axis (timm's contract)."""
+        """Feature maps per level: the trunk's, then the experts' concatenated on the channel axis (timm's contract)."""
         assert output_fmt in ("NCHW",), "Output shape must be NCHW."
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         x, levels = self.trunk.forward_levels(x)
@@ -303,13 +149,13 @@ class Ride(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the given feature levels do not need (timm's contract); returns the indices kept."""
+        """Drop what the given feature levels do not need (timm's contract); return the indices kept."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         in_trunk, pruned = len(self.trunk.feature_info), max_index + 1 < len(self.feature_info)
         if max_index < in_trunk:
             self.trunk.prune(max_index + 1)
             width = self.trunk.feature_info[-1]["num_chs"]
-            self.experts = nn.ModuleList([Expert(Stages({}, []), width, 0, False, "")])  # passes the trunk's map on
+            self.experts = Experts([Expert(Stages({}, []), width, 0, False, "")])  # the trunk's feature map
             self.num_experts = 1
         else:
             for expert in self.experts:
@@ -320,18 +166,18 @@ class Ride(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> the experts' maps, concatenated on the channel axis: [B, E·D, h, w].
+        """Images [B, in_chans, H, W] -> feature maps of all experts, concatenated on the channel axis: [B, E·D, h, w].
 
-        Where a backbone's maps are [B, h, w, D] or tokens [B, N, D] (`output_fmt` NHWC, NLC) that axis is the last.
+        For a backbone with output_fmt NHWC or NLC: [B, h, w, E·D] or tokens [B, N, E·D].
         """
         x = self.trunk(x)
         maps = []
-        for expert in self.experts:
+        for expert in self.experts:  # TorchScript has no comprehension over modules
             maps.append(expert.forward_features(x))
         return torch.cat(maps, self.channel_axis)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Maps [B, E·D, h, w] -> mean logits [B, C]; pre_logits (or no classes): pooled features [B, E·D]."""
+        """Feature maps [B, E·D, h, w] -> mean logits [B, C]; pre_logits (or no classes): pooled features [B, E·D]."""
         maps = x.chunk(self.num_experts, dim=self.channel_axis)
         outputs = []
         for i, expert in enumerate(self.experts):
@@ -341,51 +187,43 @@ class Ride(nn.Module):
         return torch.stack(outputs, 1).mean(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> ensemble logits [B, C] (routed ones in eval mode if built with routed=True)."""
+        """Images [B, in_chans, H, W] -> ensemble logits [B, C]; routed logits in eval mode if routed=True."""
         if self.routed and not self.training:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript cannot route: create the network with routed=False, or export it.")
-            else:  # which TorchScript leaves out
+            else:  # TorchScript skips this branch
                 return self.forward_routed(x)[0]
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
     def forward_experts(self, x: Tensor, use_experts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Images -> (pooled features [B, E, D], logits [B, E, C]); `use_experts` picks a subset of the experts."""
-        x = self.trunk(x)
-        chosen = self.experts if use_experts is None else [self.experts[i] for i in use_experts]
-        in_step = self.together and self.training and len(set(chosen)) == len(chosen)
-        if in_step and not self.trunk.grad_checkpointing:
-            both = forward_together(chosen, x)
-        else:
-            both = [expert.forward_both(x) for expert in chosen]
-        return torch.stack([features for features, _ in both], 1), torch.stack([logits for _, logits in both], 1)
+        """Images -> (pooled features [B, E, D], logits [B, E, C]); `use_experts` selects experts, from 0."""
+        return self.experts(self.trunk(x), use_experts)
 
     @torch.jit.ignore
     def forward_routed(self, x: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
-        """Images -> (logits [B, C], num_experts_used [B]): an expert runs only on the samples sent to it.
+        """Images -> (logits [B, C], num_experts_used [B]); an expert runs only on the samples sent to it.
 
-        A sample goes on to the next expert while sigmoid(gate) > threshold; its output is the mean of the experts
-        it used. arXiv:2010.01809, section 3.3.
+        A sample continues to the next expert while sigmoid(gate) > threshold; its logits are the mean over the experts
+        it used. Below, A samples are active: those still computing. arXiv:2010.01809, section 3.3.
         """
         if self.router is None:
             raise RuntimeError("This model has no router: train one (stage two), or create it with router=True.")
-        x = self.trunk(x)
-        used = torch.ones(x.shape[0], dtype=torch.long, device=x.device)
-        active = None  # rows of the samples that went on; None: all of them, and nothing needs copying
+        x = self.trunk(x)  # [A, C, H, W], at first A = B
+        active = torch.arange(len(x), device=x.device)  # [A] rows in the batch
+        num_used = torch.ones_like(active)  # [B]
         total, output = None, None
         for i, expert in enumerate(self.experts):
-            features, logits = expert.forward_both(x)
+            features, logits = expert(x)  # [A, D], [A, C]
             total = logits if total is None else total + logits
-            mean = total / (i + 1) if i else total
-            output = mean if active is None else output.index_copy(0, active, mean)
+            mean = total / (i + 1)
+            output = mean if output is None else output.index_copy(0, active, mean)  # [B, C]
             if i + 1 == self.num_experts:
                 break
-            go_on = (self.router.gate(i, features, mean).sigmoid() > threshold).nonzero().squeeze(1)
-            if len(go_on) == 0:
+            more = (self.router.gate(i, features, mean).sigmoid() > threshold).nonzero().squeeze(1)  # rows of [A]
+            if len(more) == 0:
                 break
-            if len(go_on) < len(x):
-                x, total = x[go_on], total[go_on]  # indexing keeps channels last, index_select does not
-                active = go_on if active is None else active[go_on]
-            used[slice(None) if active is None else active] = i + 2
-        return output, used
+            if len(more) < len(x):  # not index_select, which loses channels-last
+                x, total, active = x[more], total[more], active[more]
+            num_used[active] = i + 2
+        return output, num_used

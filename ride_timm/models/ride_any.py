@@ -1,4 +1,4 @@
-"""RIDE on any backbone of timm that can be cut: `timm.create_model("ride", backbone="convnext_tiny")`."""
+"""RIDE on any timm backbone listed in `cuts.py`: `timm.create_model("ride", backbone="convnext_tiny")`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from .create import assemble, create_ride, ride_cfg
+from .create import Parts, create_ride, ride_cfg
 from .cuts import (
     Cut,
     Skip,
@@ -37,16 +37,19 @@ from .cuts import (
     stage_names,
     stem_names,
 )
-from .releases import with_releases
-from .ride import CosineClassifier, Expert, Ride
+from .experts import Expert
+from .heads import CosineClassifier
+from .release import with_releases
+from .ride import Ride
 
 DEFAULT_BACKBONE = "resnet18"
 
 
 class TimmStages(nn.Module):
-    """A native timm network stripped to some of its stages, with the feature levels among them.
+    """A timm network stripped to some of its stages.
 
-    feature_info: as the network's own, its modules named from here; `first` is the index of its first level there.
+    feature_info: the network's own levels within these stages, modules named from here; `first`: index of the first one
+    in the network's feature_info.
     """
 
     def __init__(self, net: nn.Module, cut: Cut, stages: range) -> None:
@@ -60,7 +63,7 @@ class TimmStages(nn.Module):
         self.feature_info = [dict(net.feature_info[i], module=f"net.{net.feature_info[i]['module']}") for i in levels]
 
     def _stage_of(self, module: str) -> int:
-        """The stage that a feature level's module lies in; -1 for the stem, as many as there are for what follows."""
+        """Index of the stage that contains a feature level's module; -1 for the stem, the last one for a final norm."""
         stages = stage_names(self.net, self.cut)
         for i, names in enumerate(stages):
             if any(f"{module}.".startswith(f"{name}.") for name in names):
@@ -79,9 +82,9 @@ class TimmStages(nn.Module):
     def forward_levels(
         self, x: Tensor, norm: bool = False, size: Sequence[int] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Images, or a trunk's output -> (output, the maps [B, D, h, w] of all levels in order).
+        """Images, or the output of a trunk -> (output, feature maps [B, D, h, w] of all levels in order).
 
-        size: (h, w) of the trunk's maps, which tokens do not tell.
+        norm: apply the final norm; size: (h, w) of the trunk's feature maps, which tokens do not carry.
         """
         if not self.feature_info:
             return self(x), []
@@ -92,19 +95,19 @@ class TimmStages(nn.Module):
         return x, [level.transpose(1, 2).unflatten(2, tuple(size)) for level in levels]
 
     def prune(self, num_levels: int) -> None:
-        """Of a trunk, keep what the first `num_levels` levels need."""
+        """Strip a trunk to what its first `num_levels` levels need."""
         self.feature_info = self.feature_info[:num_levels]
         module = self.feature_info[-1]["module"].removeprefix("net.")
         last = self._stage_of(module)
         keep_trunk(self.net, self.cut, last + 1)
-        if last < 0:  # a stem's level stands before its pooling
+        if last < 0:  # the stem's level is taken before its pooling
             parts = stem_names(self.net, self.cut)
             skip(self.net, parts[parts.index(module) + 1 :] if module in parts else [])
 
 
 @register_notrace_module
 class ConvClassifier(nn.Conv2d):
-    """A native 1x1 convolution as classifier, fed with pooled features [B, D] or a map."""
+    """A native 1x1 convolution as classifier, also of pooled features [B, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 2:
@@ -113,13 +116,13 @@ class ConvClassifier(nn.Conv2d):
 
 
 def _classifier_name(net: nn.Module) -> str:
-    """What a native network calls its classifier."""
+    """Name of a native network's classifier."""
     head = net.get_classifier()
     return next(name for name, module in net.named_modules() if module is head)
 
 
 class TimmExpert(Expert):
-    """The last stages of a native timm network with its own norm and pooling; the classifier stands in `fc`."""
+    """The last stages of a timm network with its own norm, pooling and classifier, the latter moved to `fc`."""
 
     __jit_unused_properties__ = ("global_pool",)
 
@@ -136,8 +139,8 @@ class TimmExpert(Expert):
         net.set_submodule(_classifier_name(net), Skip().train(net.training))
         self.num_features, self.head_hidden_size = net.num_features, net.head_hidden_size
         if self.use_norm and net.num_classes > 0:
-            place = next(head.parameters())
-            head = CosineClassifier(net.head_hidden_size, net.num_classes).to(place.device, place.dtype)
+            like = next(head.parameters())
+            head = CosineClassifier(net.head_hidden_size, net.num_classes).to(like.device, like.dtype)
         elif isinstance(head, nn.Conv2d):
             conv = ConvClassifier(head.in_channels, head.out_channels, 1, bias=head.bias is not None, device="meta")
             conv.weight, conv.bias = head.weight, head.bias
@@ -155,7 +158,7 @@ class TimmExpert(Expert):
         return None
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Let the network make itself a new classifier (and pooling), as it does without experts."""
+        """Replace the classifier (and the pooling) by the network's own method."""
         self.stages.net.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
         self._take_classifier()
 
@@ -174,19 +177,17 @@ class TimmExpert(Expert):
 
 
 def _nested(pattern: str) -> str:
-    """A native matcher's pattern, for the same names inside trunk and experts."""
+    """Extend a native matcher's pattern to the same names inside trunk and experts."""
     return r"^(?:trunk|experts\.\d+\.stages)\.net\.(?:" + re.sub(r"(^|[|(])\^", r"\1", pattern) + ")"
 
 
 class AnyRide(Ride):
-    """`Ride` on stripped timm networks, which know best how their parameters group."""
-
-    __jit_unused_properties__ = ("drop_rate", "global_pool")
+    """`Ride` on stripped timm networks, whose own rules group the parameters."""
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         net, cut = self.trunk.net, self.trunk.cut
-        if not hasattr(net, "group_matcher"):  # MetaFormer has none: by stage
+        if not hasattr(net, "group_matcher"):  # MetaFormer: group by stage
             stages = stage_names(net, cut)[0][0].rpartition(".")[0]
             return dict(stem=_nested("|".join(cut.stem)), blocks=_nested(rf"{re.escape(stages)}\.(\d+)"))
         native = net.group_matcher(coarse)
@@ -211,7 +212,7 @@ class AnyRide(Ride):
 
 
 def fit_to_size(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights saved at another image size: positions and windows resampled as the native network does it."""
+    """Resample positions and windows of weights saved at another image size, as the native network does."""
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     for prefix, stages in model.named_modules():
         if not isinstance(stages, TimmStages):
@@ -226,11 +227,12 @@ def fit_to_size(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     return state
 
 
-def _known(backbone: str) -> PretrainedCfg:
+def _backbone_cfg(backbone: str) -> PretrainedCfg:
+    """Return timm's pretrained cfg of a backbone; ValueError if timm has no such model."""
     if not isinstance(backbone, str) or not timm.is_model(backbone.partition(".")[0]):
         close = get_close_matches(str(backbone), timm.list_models(), 3)
         raise ValueError(
-            f"backbone={backbone!r}: timm has no such model" + (f"; close to it: {', '.join(close)}." if close else ".")
+            f"backbone={backbone!r}: timm has no such model" + (f"; did you mean {', '.join(close)}?" if close else ".")
         )
     try:
         return get_pretrained_cfg(backbone)
@@ -239,7 +241,7 @@ def _known(backbone: str) -> PretrainedCfg:
 
 
 def _load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | str | Path) -> nn.Module:
-    """The backbone with its published weights, or with those of a file; ValueError where there are none, or others."""
+    """Create the backbone with its published weights or those of a file; ValueError if they cannot be loaded."""
     overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
     if overlay and not Path(source).is_file():
         raise ValueError(f"backbone_pretrained={str(source)!r}: no such file.")
@@ -249,34 +251,27 @@ def _load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool |
         where = "published weights" if source is True else f"weights in {source}"
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
         reason = "; ".join([line for line in lines if "size mismatch" in line] or lines)[:300]
-        raise ValueError(
-            f"backbone={backbone!r}: its {where} could not be loaded, or do not fit it: {reason}"
-        ) from error
+        raise ValueError(f"backbone={backbone!r}: its {where} could not be loaded or do not fit: {reason}") from error
 
 
-def build_ride_any(
+def timm_parts(
     backbone: str,
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    num_experts: int = 3,
+    num_classes: int,
+    in_chans: int,
     split: str | None = None,
     backbone_pretrained: bool | str | Path = False,
-    use_norm: bool = False,
-    router: bool = False,
-    top_choices_num: int = 5,
-    share_expert_help_pred_fc: bool = True,
-    routed: bool = False,
+    use_norm: bool = False,  # unlike the recipes: `ride` with one expert is its backbone, native head included
     **backbone_args: Any,
-) -> Ride:
-    """Stem and first stages of a timm network shared, its last stages, norm and head per expert.
+) -> Parts:
+    """Share the stem and first stages of a timm network, its last stages, norm and head per expert.
 
-    split: the first stage that each expert owns, by its name in the network (default: the last half of the stages,
-    of a plain transformer the last third of the blocks); backbone_pretrained: start trunk and experts from the
-    backbone's published weights, or from a file of such weights: experts then differ by their new classifiers only;
-    use_norm: cosine heads (scale 30) instead of the native ones; backbone_args: what the backbone itself takes, such
-    as img_size, drop_path_rate, global_pool. The other arguments are those of `build_ride_resnet`.
+    split: name of the first stage owned by each expert (default: the last half of the stages, for a plain transformer
+    the last third of the blocks); backbone_pretrained: initialise trunk and experts from the backbone's published
+    weights, or from a file of such weights, so that experts differ only by their new classifiers;
+    use_norm: cosine heads (scale 30) instead of the native ones; backbone_args: arguments of the backbone, such as
+    img_size, drop_path_rate, global_pool.
     """
-    _known(backbone)
+    _backbone_cfg(backbone)
 
     def make(**kwargs: Any) -> nn.Module:
         return timm.create_model(backbone, num_classes=num_classes, in_chans=in_chans, **backbone_args, **kwargs)
@@ -299,18 +294,7 @@ def build_ride_any(
         expert.drop_rate = backbone_args.get("drop_rate", 0.0)
         return expert
 
-    return assemble(
-        TimmStages(keep_trunk(net, cut, first), cut, range(first)),
-        make_expert,
-        num_experts=num_experts,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        router=router,
-        top_choices_num=top_choices_num,
-        share_expert_help_pred_fc=share_expert_help_pred_fc,
-        routed=routed,
-        model_cls=AnyRide,
-    )
+    return TimmStages(keep_trunk(net, cut, first), cut, range(first)), make_expert
 
 
 _FROM_BACKBONE = ("input_size", "test_input_size", "min_input_size", "fixed_input_size", "pool_size", "crop_pct",
@@ -318,28 +302,28 @@ _FROM_BACKBONE = ("input_size", "test_input_size", "min_input_size", "fixed_inpu
 
 
 def _cfg(backbone: str, **kwargs: Any) -> dict[str, Any]:
-    """The backbone's pretrained cfg as ours: what its weights expect, under our names."""
-    cfg = _known(backbone)
+    """Translate the backbone's pretrained cfg to ours: the same input, our module names."""
+    cfg = _backbone_cfg(backbone)
     first_conv = (cfg.first_conv,) if isinstance(cfg.first_conv, str) else tuple(cfg.first_conv or ())
     ours = {key: getattr(cfg, key) for key in _FROM_BACKBONE}
     return ride_cfg(**ours, first_conv=tuple(f"trunk.net.{name}" for name in first_conv), **kwargs)
 
 
 def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> Ride:
-    _known(backbone)
+    _backbone_cfg(backbone)
     with torch.device("meta"):
         probe = timm.create_model(backbone)
     kwargs["pretrained_filter_fn"] = fit_to_size
-    levels = 3 if find_cut(probe, backbone).tokens else tuple(range(len(probe.feature_info)))  # as timm's own
+    levels = 3 if find_cut(probe, backbone).tokens else tuple(range(len(probe.feature_info)))  # timm's defaults
     saved = kwargs.get("pretrained_model_args") or {}
     if pretrained or kwargs.get("backbone_pretrained") == saved.get("backbone_pretrained"):
-        kwargs["backbone_pretrained"] = False  # what a saved network began with: its own weights follow
-    given = dict(levels=levels, classifier_layer=_layer_of_classes(probe), defaults=defaults)
-    return create_ride(build_ride_any, variant, pretrained, backbone=backbone, **given, **kwargs)
+        kwargs["backbone_pretrained"] = False  # of a saved network, whose own weights follow
+    given = dict(levels=levels, model_cls=AnyRide, classifier_layer=_classifier_layer(probe), defaults=defaults)
+    return create_ride(timm_parts, variant, pretrained, backbone=backbone, **given, **kwargs)
 
 
-def _layer_of_classes(net: nn.Module) -> str:
-    """Where in a classifier of several layers the classes are, such as ".fc2"; "" for one layer."""
+def _classifier_layer(net: nn.Module) -> str:
+    """The layer of a classifier that depends on the classes, such as ".fc2"; "" if the classifier is one layer."""
     name, layer = _classifier_name(net), net.pretrained_cfg["classifier"]
     return layer.removeprefix(name) if isinstance(layer, str) and layer.startswith(f"{name}.") else ""
 
@@ -365,11 +349,11 @@ def _create_named(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
 
 @register_model
 def ride(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """Any backbone of timm that can be cut (`backbone`, a ResNet-18 unless told otherwise), with its native heads."""
+    """Any timm backbone listed in `cuts.py` (default: ResNet-18), with its native heads."""
     backbone = kwargs.pop("backbone", DEFAULT_BACKBONE)
     given = kwargs.get("pretrained_cfg")
     given = given.to_dict() if isinstance(given, PretrainedCfg) else given
-    # a saved network's own stands as it is; timm's scripts hand in the registered one
+    # the cfg of a saved network is kept; timm's scripts pass the registered one
     if not isinstance(given, dict) or given == get_pretrained_cfg("ride").to_dict():
         cfg = {key: value for key, value in _cfg(backbone).items() if key in (*_FROM_BACKBONE, "first_conv")}
         kwargs["pretrained_cfg_overlay"] = cfg | (kwargs.get("pretrained_cfg_overlay") or {})

@@ -10,9 +10,10 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
 
-from .create import assemble, create_ride, ride_cfg
-from .releases import with_releases
-from .ride import Expert, Ride, Stages
+from .create import Parts, create_ride, ride_cfg
+from .experts import Expert, Stages
+from .release import with_releases
+from .ride import Ride
 
 FULL_PLANES = (64, 128, 256, 512)
 REDUCED_PLANES = (64, 128, 192, 384)
@@ -31,9 +32,9 @@ def residual_stage(
     make_shortcut: Callable[[int, int, int], nn.Module],
     **block_args: Any,
 ) -> nn.Sequential:
-    """One block for each drop path rate; the first has the stride and, where shapes change, the shortcut.
+    """Build one block per drop path rate; the first has the stride and, if shapes change, the shortcut.
 
-    make_shortcut: channels in, channels out and stride -> the module beside the first block.
+    make_shortcut: (in_channels, out_channels, stride) -> the first block's shortcut.
     """
     out_channels = planes * block.expansion
     downsample = None
@@ -54,15 +55,14 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
 
 
-def build_ride_resnet(
+def resnet_parts(
     block: type[BasicBlock] | type[Bottleneck],
     layers: tuple[int, int, int, int],
-    num_classes: int = 1000,
-    in_chans: int = 3,
+    num_classes: int,
+    in_chans: int,
     global_pool: str = "avg",
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
-    num_experts: int = 3,
     reduce_dimension: bool = True,
     use_norm: bool = True,
     layer3_output_dim: int | None = None,
@@ -70,19 +70,14 @@ def build_ride_resnet(
     share_layer3: bool = False,
     cardinality: int = 1,
     base_width: int = 64,
-    router: bool = False,
-    top_choices_num: int = 5,
-    share_expert_help_pred_fc: bool = True,
-    routed: bool = False,
-) -> Ride:
-    """Stem to layer2 (to layer3 with `share_layer3`) shared, the rest per expert. arXiv:2010.01809, section 3.
+) -> Parts:
+    """Share the stem to layer2 (to layer3 with `share_layer3`), the rest per expert.
 
     layers: blocks in each of the four stages; cardinality, base_width: groups and width of ResNeXt;
-    drop_path_rate: stochastic depth, from 0 at the first block up to this at each expert's last, as timm's ResNets;
-    reduce_dimension: layer3 and layer4 at 3/4 of their width (192 and 384 planes), in the one-expert network too;
+    drop_path_rate: stochastic depth, growing from 0 at the first block to this at each expert's last, as in timm;
+    reduce_dimension: layer3 and layer4 at 3/4 of their width (192 and 384 planes), also with one expert;
     layer3_output_dim, layer4_output_dim: planes of these stages, instead of the above;
-    use_norm: cosine heads (scale 30) instead of linear ones; router: build the stage-two gates, which look at the
-    `top_choices_num` largest logits and share their last layer if `share_expert_help_pred_fc`.
+    use_norm: cosine heads (scale 30) instead of linear ones. arXiv:2010.01809, section 3.
     """
     default = REDUCED_PLANES if reduce_dimension else FULL_PLANES
     planes = (*default[:2], layer3_output_dim or default[2], layer4_output_dim or default[3])
@@ -109,21 +104,15 @@ def build_ride_resnet(
         "maxpool": nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
     }
     first_own = 4 if share_layer3 else 3
-    return assemble(
-        stages(stem, range(1, first_own)),
-        lambda: Expert(stages({}, range(first_own, 5)), channels[4], num_classes, use_norm, global_pool, drop_rate),
-        num_experts=num_experts,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        router=router,
-        top_choices_num=top_choices_num,
-        share_expert_help_pred_fc=share_expert_help_pred_fc,
-        routed=routed,
-    )
+
+    def make_expert() -> Expert:
+        return Expert(stages({}, range(first_own, 5)), channels[4], num_classes, use_norm, global_pool, drop_rate)
+
+    return stages(stem, range(1, first_own)), make_expert
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Ride:
-    return create_ride(build_ride_resnet, variant, pretrained, levels=(0, 1, 2, 3, 4), defaults=defaults, **kwargs)
+    return create_ride(resnet_parts, variant, pretrained, levels=(0, 1, 2, 3, 4), defaults=defaults, **kwargs)
 
 
 _INAT = dict(num_classes=8142, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
@@ -183,7 +172,7 @@ def ride_resnext50(pretrained: bool = False, **kwargs: Any) -> Ride:
 
 @register_model
 def ride_resnext101(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """ResNeXt-101 32x4d (not among the authors' networks), stages 3 and 4 per expert."""
+    """ResNeXt-101 32x4d (none of the authors' networks), stages 3 and 4 per expert."""
     return _create("ride_resnext101", pretrained, dict(block=Bottleneck, layers=(3, 4, 23, 3), **_RESNEXT), kwargs)
 
 
@@ -195,6 +184,6 @@ def ride_resnext152(pretrained: bool = False, **kwargs: Any) -> Ride:
 
 @register_model
 def test_ride_resnet(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """A tiny network of the same build, for tests."""
+    """A tiny ResNet for tests."""
     tiny = dict(block=BasicBlock, layers=(1, 1, 1, 1), layer3_output_dim=24, layer4_output_dim=32)
     return _create("test_ride_resnet", pretrained, tiny, kwargs)

@@ -10,16 +10,19 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-from .create import assemble, create_ride, ride_cfg
-from .releases import with_releases
-from .ride import Expert, Ride, Stages
+from .create import Parts, create_ride, ride_cfg
+from .experts import Expert, Stages
+from .release import with_releases
+from .ride import Ride
 from .ride_resnet import residual_stage
+from .router import Router
 
 
 class PadShortcut(nn.Module):
-    """Option-A shortcut: every second pixel, zero channels on both sides. arXiv:1512.03385, section 3.3
+    """Option-A shortcut: every second pixel, padded with zero channels.
 
     x [B, in, H, W] -> [B, out, H/2, W/2], (out - in) // 2 zero channels before, the rest after.
+    arXiv:1512.03385, section 3.3
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -28,12 +31,12 @@ class PadShortcut(nn.Module):
         self.padding = (before, out_channels - in_channels - before)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # so that the gradient is channels-last as well: it is added to a convolution's
+        x = x.permute(0, 2, 3, 1)  # keeps the gradient channels-last, too, as the convolution's it is added to
         return F.pad(x[:, ::2, ::2], self.padding).permute(0, 3, 1, 2)
 
 
 def _pad_shortcut(in_channels: int, out_channels: int, stride: int) -> PadShortcut:
-    return PadShortcut(in_channels, out_channels)  # its stride is 2, as every stage's that needs one
+    return PadShortcut(in_channels, out_channels)  # every stage that needs a shortcut has stride 2
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -44,9 +47,13 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class CifarRide(Ride):
-    """`Ride` whose linear layers start He-normal by fan-in, also those made later (a router, new classifiers)."""
+    """`Ride` with He-normal initialisation by fan-in, also of a router or classifiers added later."""
 
-    def add_router(self, router: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _init_weights(self)
+
+    def add_router(self, router: Router) -> None:
         _init_weights(router)
         super().add_router(router)
 
@@ -56,26 +63,21 @@ class CifarRide(Ride):
             _init_weights(expert.fc)
 
 
-def build_ride_resnet_cifar(
+def resnet_cifar_parts(
+    num_classes: int,
+    in_chans: int,
     layers: tuple[int, int, int] = (5, 5, 5),
-    num_classes: int = 100,
-    in_chans: int = 3,
     global_pool: str = "fastavg",
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
-    num_experts: int = 3,
     reduce_dimension: bool = True,
     use_norm: bool = True,
     layer2_output_dim: int | None = None,
     layer3_output_dim: int | None = None,
-    router: bool = False,
-    top_choices_num: int = 5,
-    share_expert_help_pred_fc: bool = True,
-    routed: bool = False,
-) -> Ride:
-    """3x3 stem and layer1 (16 channels) shared; layer2 and layer3 (24, 48 channels reduced; 32, 64 full) per expert.
+) -> Parts:
+    """Share the 3x3 stem and layer1 (16 channels), layer2 and layer3 per expert.
 
-    The other arguments are those of `build_ride_resnet`.
+    Channels of layer2 and layer3: 24 and 48 reduced, 32 and 64 full. The other arguments are those of `resnet_parts`.
     """
     narrow, wide = (24, 48) if reduce_dimension else (32, 64)
     channels = (16, 16, layer2_output_dim or narrow, layer3_output_dim or wide)
@@ -100,20 +102,11 @@ def build_ride_resnet_cifar(
         "bn1": nn.BatchNorm2d(16),
         "act1": nn.ReLU(inplace=True),
     }
-    model = assemble(
-        stages(stem, range(1, 2)),
-        lambda: Expert(stages({}, range(2, 4)), channels[3], num_classes, use_norm, global_pool, drop_rate),
-        num_experts=num_experts,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        router=router,
-        top_choices_num=top_choices_num,
-        share_expert_help_pred_fc=share_expert_help_pred_fc,
-        routed=routed,
-        model_cls=CifarRide,
-    )
-    _init_weights(model)
-    return model
+
+    def make_expert() -> Expert:
+        return Expert(stages({}, range(2, 4)), channels[3], num_classes, use_norm, global_pool, drop_rate)
+
+    return stages(stem, range(1, 2)), make_expert
 
 
 _CIFAR_STATS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
@@ -143,5 +136,6 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def ride_resnet32(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """The CIFAR ResNet-32 (as many classes as its tag's data, 100 without one), stem and stage 1 shared."""
-    return create_ride(build_ride_resnet_cifar, "ride_resnet32", pretrained, levels=(0, 1, 2, 3), **kwargs)
+    """ResNet-32 for CIFAR, stem and stage 1 shared; without a tag it has 100 classes."""
+    given = dict(levels=(0, 1, 2, 3), model_cls=CifarRide)
+    return create_ride(resnet_cifar_parts, "ride_resnet32", pretrained, **given, **kwargs)

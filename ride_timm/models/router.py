@@ -1,4 +1,4 @@
-"""The expert assignment module: one gate after each expert but the last. arXiv:2010.01809, section 3.3"""
+"""The expert assignment module: a gate after each expert but the last. arXiv:2010.01809, section 3.3"""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Gates that say whether a sample needs the next expert.
+    """Gates that decide whether a sample needs the next expert.
 
     gate_i = w · [top-k(u_i), relu(A_i f_i + a_i)] + b, with u_i the mean logits of experts 1…i and f_i the pooled
-    features of expert i divided by their L2 norm; (w, b) is shared by the gates unless told otherwise.
+    features of expert i scaled to unit norm; all gates use one (w, b) if `share_expert_help_pred_fc`.
 
     num_features: D; top_choices_num: k, clamped to the number of classes with a warning; hidden_features: rows of A_i.
     """
@@ -23,13 +23,13 @@ class Router(nn.Module):
         num_experts: int,
         num_features: int,
         num_classes: int,
-        top_choices_num: int = 5,
+        top_choices_num: int = 5,  # as in the authors' networks; the recipes set the values of the authors' configs
         share_expert_help_pred_fc: bool = True,
         hidden_features: int = 16,
     ) -> None:
         super().__init__()
         if num_experts < 2:
-            raise ValueError(f"num_experts={num_experts}: a router chooses among experts, so it needs at least 2.")
+            raise ValueError(f"num_experts={num_experts}: a router needs at least 2 experts.")
         if top_choices_num < 1:
             raise ValueError(f"top_choices_num={top_choices_num}: expected 1 or more.")
         if top_choices_num > num_classes:
@@ -44,7 +44,7 @@ class Router(nn.Module):
         self.fc = nn.ModuleList(nn.Linear(self.top_choices_num + hidden_features, 1) for _ in range(num_outputs))
 
     def resized(self, num_features: int, num_classes: int) -> Router:
-        """A new router of the same kind for other features or classes."""
+        """Return a new router of the same kind for other features or classes."""
         return Router(
             self.num_experts,
             num_features,
@@ -55,12 +55,13 @@ class Router(nn.Module):
         )
 
     def gate(self, i: int, features: Tensor, mean_logits: Tensor) -> Tensor:
-        """Gate after expert i (from 0): its features [B, D], the mean logits so far [B, C] -> gate logits [B]."""
-        choices = mean_logits.topk(self.top_choices_num, dim=1).values
-        hidden = F.relu(self.hidden[i](F.normalize(features, dim=1)))
-        return self.fc[0 if self.share_expert_help_pred_fc else i](torch.cat([choices, hidden], 1)).squeeze(1)
+        """Gate after expert i, from 0: its features [B, D], mean logits so far [B, C] -> gate logits [B]."""
+        choices = mean_logits.topk(self.top_choices_num, dim=1).values  # [B, k]
+        hidden = F.relu(self.hidden[i](F.normalize(features, dim=1)))  # [B, 16]
+        fc = self.fc[0 if self.share_expert_help_pred_fc else i]
+        return fc(torch.cat([choices, hidden], 1)).squeeze(1)
 
-    @torch.jit.ignore  # which a scripted ensemble, that never asks the gates, can do without
+    @torch.jit.ignore  # a scripted ensemble does not route
     def forward(self, features: Tensor, expert_logits: Tensor) -> Tensor:
         """features [B, E, D], expert_logits [B, E, C] -> gate logits [B, E-1]"""
         gates = []

@@ -18,7 +18,8 @@ from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
 from ..errors import InputError
 from ..evaluation.evaluate import evaluation_batch
-from ..models import Ride, add_class_affine, has_class_affine
+from ..models import Ride
+from ..models.fused import fuse
 from ..models.load import create_ride_model, load_model, load_teacher
 from .options import Options
 from .recipe import Recipe, StageSettings
@@ -114,12 +115,12 @@ def build_model(recipe: Recipe, data: RunData, options: Options, state: Training
     """The recipe's network: from its seed, from `--from`, or from the state of the resumed run."""
     model = create_model(recipe, data.num_classes, None if state else options.source, data.size)
     if recipe.fused_norm and data.accelerator.device.type == "cpu":
-        model.fuse_training()
+        fuse(model)
     if state is None or not state.model:
         return model
     weights = _without_router(state.model)
     if any(".fc.affine." in name for name in weights):
-        add_class_affine(model)
+        model.add_class_affine()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -140,8 +141,8 @@ def create_model(recipe: Recipe, num_classes: int, source: str | None = None, si
     model = create_ride_model(recipe.model, size, num_classes=num_classes, router=False, **recipe.model_args)
     if source is not None:
         loaded = load_model(source)
-        if has_class_affine(loaded):
-            add_class_affine(model)
+        if loaded.has_class_affine:
+            model.add_class_affine()
         try:
             model.load_state_dict(_without_router(loaded.state_dict()))
         except RuntimeError as error:

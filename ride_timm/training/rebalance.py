@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from .. import priors
 from ..errors import InputError
-from ..models import ClassAffine, CosineClassifier, Ride, add_class_affine
+from ..models import ClassAffine, CosineClassifier, Ride
 from .objectives import HeadsObjective
 
 
 def _affine_heads(model: Ride) -> list[ClassAffine]:
-    add_class_affine(model)
+    model.add_class_affine()
     return [expert.fc for expert in model.experts]
 
 
@@ -101,7 +101,7 @@ def decouple(model: Ride, method: str, class_counts: Sequence[int] | Tensor, tau
     elif method == "logit_adjustment":
         adjust_logits(model, class_counts, tau)
     elif method == "lws":
-        add_class_affine(model)
+        model.add_class_affine()
     else:
         raise InputError(f"unknown decoupling {method!r}, expected one of: crt, lws, tau_norm, logit_adjustment")
     return HeadsObjective(model, [f"experts.{i}.fc.affine.weight" for i in range(model.num_experts)])

@@ -22,7 +22,7 @@ from ..evaluation.tables import STAGE_NAMES, metrics_table
 from ..files import write_atomically, write_text
 from ..hardware import device_name
 from ..models import Ride
-from ..models.releases import save_config
+from ..models.release import save_config
 from .recipe import Recipe, load_recipe
 from .state import TrainingState
 
@@ -174,13 +174,7 @@ class RunFolder:
     def export(self, model: Ride, data_config: dict[str, Any], class_names: tuple[str, ...]) -> None:
         """Plain weights and timm's config.json; data_config: input_size, mean, std, crop_pct of the test transform."""
         tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        # the exported weights are complete: loading them needs no others
-        backbone = dict(backbone_pretrained=False) if "backbone" in model._model_args else {}
-        config = dict(
-            model_config=dict(label_names=list(class_names)),
-            model_args=dict(num_experts=model.num_experts) | backbone,
-            data_config=data_config,
-        )
+        config = dict(model_config=dict(label_names=list(class_names)), data_config=data_config)
         write_atomically(
             self.path / "model.safetensors", lambda p: safetensors.torch.save_file(tensors, p, {"format": "pt"})
         )

@@ -18,7 +18,7 @@ from ..data.augment.mixing import MixedTargets, batch_changes
 from ..evaluation.evaluate import evaluate, with_macs
 from ..evaluation.plots import plot_run
 from ..losses import make_loss
-from ..models import Ride, Router, has_class_affine
+from ..models import Ride, Router
 from .build import RunData, Teacher
 from .objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from .optimizers import make_optimizer
@@ -168,7 +168,7 @@ class ExpertsStage(Stage):
         class_counts = np.bincount(data.train.labels, minlength=data.num_classes).tolist()
         self.loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
         self.num_views = self.loss.num_views if data.train_policy != data.policy else 1
-        if self.loss.offsets is not None and has_class_affine(model):
+        if self.loss.offsets is not None and model.has_class_affine:
             align_experts(model, -self.loss.offsets)  # back to the priors they are trained for
         if teacher is None:
             objective = ExpertsObjective(model, self.loss, recipe.ghost_batch)

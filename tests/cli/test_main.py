@@ -403,9 +403,7 @@ def test_a_place_where_nothing_is_is_named(capsys, photos, tmp_path):
     missing = str(tmp_path / "mien")
     for argv in (("predict", photos[0]), ("evaluate",), ("export", "--output", tmp_path / "new")):
         told = refusal(capsys, argv[0], "--model", missing, *argv[1:])
-        assert (
-            f"model '{missing}': there is no such folder or file (a repository of the Hub is hf-hub:owner/name)" in told
-        )
+        assert f"model '{missing}': no such folder or file (for a Hub repository write hf-hub:owner/name)" in told
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import ride_timm  # noqa: F401  (registers the models)
 from ride_timm.cli.models import catalogue, describe, format_catalogue
-from ride_timm.models.releases import release_table
+from ride_timm.models.release import release_table
 
 
 def test_a_network_with_its_costs():

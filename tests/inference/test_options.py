@@ -116,7 +116,7 @@ def test_faster_answers_are_equal(monkeypatch, model, images, options, routed):
                 assert used is None
             if not (routed and "precision" in options):
                 torch.testing.assert_close(logits, expected[batch], rtol=1e-4, atol=atol)
-    assert type(model.trunk).__name__ == "Stages" and "forward_both" not in vars(model.experts[0])
+    assert type(model.trunk).__name__ == "Stages" and "forward" not in vars(model.experts[0])
 
 
 def test_options_that_do_not_go_together(monkeypatch):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_networks import SMALL, build, images
 from torch import nn
 
-from ride_timm.models import CosineClassifier, Ride, Router
+from ride_timm.models import CosineClassifier, Experts, Ride, Router
 
 PARAMS = json.loads((Path(__file__).parents[1] / "parity" / "params_100classes.json").read_text())
 RIDE_NAMES = timm.list_models("ride_resn*")
@@ -145,7 +145,7 @@ def test_permuting_the_experts_leaves_the_ensemble_unchanged():
     model, x = build(num_experts=4), images()
     before, by_expert = model(x), model.forward_experts(x)[1]
     order = [2, 0, 3, 1]
-    model.experts = nn.ModuleList(model.experts[i] for i in order)
+    model.experts = Experts(model.experts[i] for i in order)
     torch.testing.assert_close(model(x), before)
     torch.testing.assert_close(model.forward_experts(x)[1], by_expert[:, order])
 
@@ -302,7 +302,7 @@ def test_routing_runs_under_autocast(routed):
         (dict(num_experts=1.5), ValueError, "num_experts=1.5"),
         (dict(num_classes=-1), ValueError, "num_classes=-1: expected 0 or more"),
         (dict(routed=True), ValueError, "routed=True needs a router"),
-        (dict(global_pool=""), ValueError, "global_pool='' with num_classes=.*: pooling can be left out with"),
+        (dict(global_pool=""), ValueError, "global_pool='' with num_classes=.*: only num_classes=0"),
         (dict(router=True, num_experts=1), ValueError, "at least 2"),
         (dict(router=True, top_choices_num=0), ValueError, "top_choices_num=0"),
         (dict(num_expert=3), TypeError, "num_expert"),

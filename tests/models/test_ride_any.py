@@ -161,7 +161,7 @@ def test_every_split_gives_the_backbones_logits(backbone):
             r"backbone='convnext_tny': timm has no such model; .*convnext_tiny",
         ),
         (dict(backbone="resnet18.nowhere"), ValueError, "nowhere"),
-        (dict(backbone="hrnet_w18_small"), ValueError, "HighResolutionNet and cannot be cut: its stages hand on more"),
+        (dict(backbone="hrnet_w18_small"), ValueError, "HighResolutionNet and cannot be cut: its stages return more"),
         (dict(backbone="deit_tiny_distilled_patch16_224"), ValueError, "cannot be cut: it has two classifiers"),
         (dict(backbone="test_ride_resnet"), ValueError, "cannot be cut: it has experts already"),
         (dict(backbone="vgg11"), ValueError, "VGG and cannot be cut: no cut .* Families that can: .*ConvNeXt"),

@@ -56,9 +56,7 @@ def test_a_saved_network_needs_no_backbone_weights(tmp_path):
 def test_weights_of_another_width_are_refused(tmp_path):
     file = tmp_path / "narrow.safetensors"
     safetensors.torch.save_file(lively("test_vit").state_dict(), file)
-    with pytest.raises(
-        ValueError, match=r"backbone='test_vit': its weights in .*narrow.* do not fit it: size mismatch"
-    ):
+    with pytest.raises(ValueError, match=r"backbone='test_vit': its weights in .*narrow.* do not fit: size mismatch"):
         timm.create_model("ride", backbone="test_vit", embed_dim=96, backbone_pretrained=str(file))
 
 

@@ -77,7 +77,7 @@ def test_features_of_zero_give_a_finite_gate():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="num_experts=1: a router chooses among experts"):
+    with pytest.raises(ValueError, match="num_experts=1: a router needs at least 2"):
         Router(1, 8, 10)
     with pytest.raises(ValueError, match="top_choices_num=0"):
         Router(2, 8, 10, 0)

@@ -8,8 +8,8 @@ import torch
 from small_backbones import build, lively
 from timm.models import save_for_hf
 
-from ride_timm.models import Ride, Router, add_class_affine
-from ride_timm.models.releases import without_implied_args
+from ride_timm.models import Ride, Router
+from ride_timm.models.release import without_implied_args
 from ride_timm.training.run_folder import RunFolder
 
 SMALL = dict(num_classes=7, num_experts=2)
@@ -36,7 +36,7 @@ def with_a_router(tmp_path) -> Ride:
 
 def with_class_affine(tmp_path) -> Ride:
     model = plain(tmp_path)
-    add_class_affine(model)
+    model.add_class_affine()
     return model
 
 

@@ -26,7 +26,7 @@ def test_reset_classifier(name):
     assert model.forward_experts(x)[0].shape == (4, 3, 2 * width // 3)
     model.reset_classifier(0)
     assert model(x).shape == (4, 2 * width)
-    with pytest.raises(ValueError, match="pooling can be left out"):
+    with pytest.raises(ValueError, match="only num_classes=0 works without pooling"):
         model.reset_classifier(5, "")
     model.reset_classifier(6, "avg")
     assert model(x).shape == (4, 6) and model.head_hidden_size == width

@@ -12,7 +12,7 @@ from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV3, accuracy, reparameterize_model, unwrap_model
 
 import ride_timm  # noqa: F401  (registers the models)
-from ride_timm.models.releases import release_table
+from ride_timm.models.release import release_table
 
 MODELS = {
     "test_ride_resnet": dict(num_experts=2),

@@ -40,7 +40,7 @@ def test_networks_that_are_made_for_one_side_are_made_for_the_datas(backbone, si
     [
         ({"model": "ride", "backbone": "test_vitt"}, r"model ride: backbone='test_vitt': timm has no such model"),
         ({"model": "ride", "backbone": "test_vit", "split": "blocks.99"}, r"split='blocks.99': test_vit can be split"),
-        ({"model": "resnet18"}, r"model='resnet18': no network with experts; there are .*ride_resnet10"),
+        ({"model": "resnet18"}, r"model='resnet18': not a network with experts; expected one of .*ride_resnet10"),
         ({"model": "nope"}, r"model='nope'"),
         ({"model": "ride_resnet32", "share_layer3": True}, r"ride_resnet32: it does not take 'share_layer3'"),
         ({"model": "ride_resnet32", "layer2_output_dim": 8}, r"layer2_output_dim=8"),

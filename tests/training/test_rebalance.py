@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from ride_timm import InputError
 from ride_timm.losses import make_loss
-from ride_timm.models import ClassAffine, add_class_affine, has_class_affine
+from ride_timm.models import ClassAffine
 from ride_timm.training.rebalance import adjust_logits, align_experts, decouple, tau_normalize
 
 COUNTS = [60, 20, 10, 6, 4]
@@ -171,20 +171,20 @@ def test_any_backbone_and_a_round_trip(backbone, tmp_path):
     adjust_logits(model, COUNTS, 1.0)
     save_for_hf(model, tmp_path, safe_serialization=True, model_args=dict(class_affine=True))
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert has_class_affine(again) and torch.equal(again(x), model(x))
+    assert again.has_class_affine and torch.equal(again(x), model(x))
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7).eval()
     assert other(x).shape == (2, 7) and torch.equal(other.experts[0].fc.affine.weight, torch.ones(7))
 
 
 def test_scales_are_added_once_and_keep_what_they_are():
     model = network(True)
-    add_class_affine(model)
+    model.add_class_affine()
     model.experts[0].fc.affine.weight.data.fill_(2.0)
-    add_class_affine(model)
+    model.add_class_affine()
     head = model.experts[0].fc
     assert isinstance(head, ClassAffine) and not isinstance(head.head, ClassAffine) and head.affine.weight[0] == 2
     model.reset_classifier(3)
-    assert not has_class_affine(model) and model(images()).shape == (3, 3)
+    assert not model.has_class_affine and model(images()).shape == (3, 3)
 
 
 def test_bad_input_is_named():
@@ -197,4 +197,4 @@ def test_bad_input_is_named():
         adjust_logits(model, [3, 4], 1.0)
     with pytest.raises(InputError, match="unknown decoupling 'hope', expected one of: crt, lws, tau_norm"):
         decouple(model, "hope", COUNTS, 1.0, 0)
-    assert not has_class_affine(model)
+    assert not model.has_class_affine

@@ -1,4 +1,4 @@
-"""Residual blocks with fused norms; experts go through theirs in step, and one call does the norms of all."""
+"""Residual blocks with fused norms, and experts batched so that one call normalises all of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from ..experts import Experts
+from ..ride import Ride
 from .norm import norm_relu
 
 
 class FusedBlock(nn.Module):
-    """A residual block of timm's ResNets: its modules under their names, its norms with shortcut and ReLU in one."""
+    """A residual block of timm's ResNets, each norm fused with its shortcut and ReLU; modules keep their names."""
 
     def __init__(self, block: BasicBlock | Bottleneck) -> None:
         super().__init__()
@@ -22,7 +24,7 @@ class FusedBlock(nn.Module):
             self.add_module(name, module)
         self.downsample = block.downsample
         self.num_convs = 3 if isinstance(block, Bottleneck) else 2
-        self.training = block.training  # its modules keep their own modes
+        self.training = block.training  # not train(), which would reach its modules
 
     def forward(self, x: Tensor) -> Tensor:
         return forward_blocks([[self]], [x])[0]
@@ -32,7 +34,7 @@ class FusedBlock(nn.Module):
 
 
 class FusedStage(nn.Sequential):
-    """Fused blocks one after the other, which a map goes through without leaving them."""
+    """Fused blocks in sequence, run by one call of `forward_blocks`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return forward_blocks([self], [x])[0]
@@ -41,7 +43,7 @@ class FusedStage(nn.Sequential):
 def _forward_rest(
     blocks: Sequence[FusedBlock], xs: Sequence[Tensor], shortcuts: Sequence[Tensor], twice: bool
 ) -> list[Tensor]:
-    """What follows the first convolution of each block, from its output and the shortcut."""
+    """Run each block from behind its first convolution: output of that convolution, shortcut -> output."""
     num_convs = blocks[0].num_convs
     for i in range(1, num_convs):
         xs = norm_relu([getattr(block, f"bn{i}") for block in blocks], xs)
@@ -54,24 +56,24 @@ def forward_blocks(
     xs: Sequence[Tensor],
     enter: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None,
 ) -> list[Tensor]:
-    """Maps [B, C, H, W] through one stage of blocks each, alike in shapes: in step, so that their norms go together.
+    """Run stages of equal shapes batched, one feature map each: block by block, the norms of all stages in one call.
 
-    enter: (first blocks, xs) -> outputs of their first convolutions, and their shortcuts; by default block by block.
+    enter: (first blocks, xs) -> (outputs of their first convolutions, shortcuts), instead of one call per block.
     """
     copies = list(xs) * 2
     for i, blocks in enumerate(zip(*stages, strict=True)):
-        direct, beside = copies[: len(blocks)], copies[len(blocks) :]
+        xs, skips = copies[: len(blocks)], copies[len(blocks) :]
         if i == 0 and enter is not None:
             firsts, shortcuts = enter(blocks, xs)
         else:
-            firsts = [block.conv1(x) for block, x in zip(blocks, direct, strict=True)]
-            shortcuts = [block.shortcut(x) for block, x in zip(blocks, beside, strict=True)]
+            firsts = [block.conv1(x) for block, x in zip(blocks, xs, strict=True)]
+            shortcuts = [block.shortcut(x) for block, x in zip(blocks, skips, strict=True)]
         copies = _forward_rest(blocks, firsts, shortcuts, twice=i + 1 < len(stages[0]))
     return copies
 
 
-def can_go_together(experts: Sequence[nn.Module]) -> bool:
-    """Whether these are several experts that consist of fused stages and are alike."""
+def _can_batch(experts: Sequence[nn.Module]) -> bool:
+    """Check for several experts made of fused stages only, all with the same settings."""
     stages = [expert.stages for expert in experts]
     if len(stages) < 2 or not all(isinstance(of_one, nn.Sequential) and len(of_one) for of_one in stages):
         return False
@@ -80,15 +82,15 @@ def can_go_together(experts: Sequence[nn.Module]) -> bool:
     conv = stages[0][0][0].conv1
     if type(conv) is not nn.Conv2d or conv.groups > 1 or conv.bias is not None or conv.padding_mode != "zeros":
         return False
-    # what modules say of themselves: shapes, strides, eps and momentum
+    # extra_repr holds the settings of a module: shapes, strides, eps and momentum
     return len({tuple((type(module), module.extra_repr()) for module in of_one.modules()) for of_one in stages}) == 1
 
 
-def _enter_together(blocks: Sequence[FusedBlock], xs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The first convolutions of all blocks, of a map that all `xs` are, as one with all filters; and their shortcuts.
+def _enter_batched(blocks: Sequence[FusedBlock], xs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Run the first convolutions of all blocks on one feature map, which all `xs` are, as one convolution.
 
-    That map is the largest that experts see, and is read once, forward and backward; the same numbers as one by one,
-    in another order of summation.
+    This map is the largest that experts see, and is read once in each direction. The results differ from separate
+    convolutions only by the order of summation.
     """
     x, conv = xs[0], blocks[0].conv1
     filters = torch.cat([block.conv1.weight for block in blocks])
@@ -99,19 +101,29 @@ def _enter_together(blocks: Sequence[FusedBlock], xs: Sequence[Tensor]) -> tuple
     return maps, [blocks[0].shortcut(x)] * len(blocks)
 
 
-def forward_together(experts: Sequence[nn.Module], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The trunk's map [B, C, H, W] -> each expert's (features [B, D], logits [B, C]), all experts in step.
+class BatchedExperts(Experts):
+    """Experts that train batched: every layer runs for all of them before the next.
 
-    An expert that the loss leaves out gets gradients of zero, where one by one it gets none.
+    An expert left out of the loss gets zero gradients instead of None. Hooks on the experts' modules are not called in
+    training. In eval mode, with gradient checkpointing, or if `use_experts` repeats one, experts run one by one.
     """
-    enter, maps = _enter_together, [x] * len(experts)
-    for stages in zip(*(expert.stages for expert in experts), strict=True):
-        enter, maps = None, forward_blocks(stages, maps, enter)
-    return [expert.forward_both_of(y) for expert, y in zip(experts, maps, strict=True)]
+
+    def forward(self, x: Tensor, use_experts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        chosen = list(self) if use_experts is None else [self[i] for i in use_experts]
+        stages = [expert.stages for expert in chosen]
+        repeated = len(set(chosen)) < len(chosen)
+        if not self.training or repeated or any(of_one.grad_checkpointing for of_one in stages):
+            return super().forward(x, use_experts)
+        enter, maps = _enter_batched, [x] * len(chosen)
+        for level in zip(*stages, strict=True):
+            enter, maps = None, forward_blocks(level, maps, enter)
+        features = [expert.forward_pre_logits(y) for expert, y in zip(chosen, maps, strict=True)]
+        logits = [expert.fc(y) for expert, y in zip(chosen, features, strict=True)]
+        return torch.stack(features, 1), torch.stack(logits, 1)
 
 
 def _fusable(block: nn.Module) -> bool:
-    """A plain block of timm's: BatchNorm, ReLU, and nothing between them."""
+    """Check for a plain block of timm: BatchNorm, ReLU and nothing between them."""
     if type(block) not in (BasicBlock, Bottleneck):
         return False
     extras = [block.se, block.drop_path, getattr(block, "drop_block", None), getattr(block, "aa", None)]
@@ -125,12 +137,10 @@ def _fusable(block: nn.Module) -> bool:
     )
 
 
-def fuse_norm_relu(model: nn.Module) -> int:
-    """Put a `FusedBlock` in the place of every plain ResNet block, in place; returns how many there were.
+def fuse_blocks(model: nn.Module) -> int:
+    """Replace every plain ResNet block by a `FusedBlock`, in place; return how many.
 
-    A Sequential of nothing else becomes a `FusedStage`, which calls its blocks' parts and not the blocks; and experts
-    in step are not called as modules in training either: hooks on them see nothing. Parameters, buffers, their names
-    and what eval mode computes stay. Needs a C++ compiler when training.
+    A Sequential of fused blocks only becomes a `FusedStage`; hooks on its blocks are not called.
     """
     blocks = [
         (parent, name, child)
@@ -151,3 +161,17 @@ def fuse_norm_relu(model: nn.Module) -> int:
         stage.training = child.training
         setattr(parent, name, stage)
     return len(blocks)
+
+
+def fuse(model: Ride) -> int:
+    """Make the ResNet blocks of a model train faster on a CPU, in place; return how many blocks changed.
+
+    BatchNorm, shortcut and ReLU become one pass over the activations, compiled at first use (needs a C++ compiler), and
+    experts of equal shapes train batched. Parameters, buffers, their names and the results in eval mode stay.
+    """
+    num_blocks = fuse_blocks(model)
+    if _can_batch(model.experts):
+        batched = BatchedExperts(model.experts)
+        batched.training = model.experts.training
+        model.experts = batched
+    return num_blocks

@@ -17,7 +17,7 @@ from verify import verify
 from ride_timm import InputError, RunError
 from ride_timm.cli.process import exit_code
 from ride_timm.data.load import load_longtail
-from ride_timm.models.releases import sha256_of
+from ride_timm.models.release import sha256_of
 from ride_timm.training.recipe import Recipe
 
 NAME = "ride_resnet32.fashion_lt"

@@ -1,4 +1,4 @@
-"""Fused blocks and experts in step: the same numbers as blocks and experts one by one."""
+"""Fused blocks and batched experts: the same numbers as blocks and experts one by one."""
 
 from collections import OrderedDict
 from copy import deepcopy
@@ -10,7 +10,9 @@ from channels import channels_last
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from ride_timm.models.fused.blocks import FusedBlock, FusedStage, forward_blocks, forward_together, fuse_norm_relu
+from ride_timm.models import Experts
+from ride_timm.models.fused import fuse
+from ride_timm.models.fused.blocks import BatchedExperts, FusedBlock, FusedStage, forward_blocks, fuse_blocks
 from ride_timm.training.ghost_batches import forward_in_parts
 
 
@@ -20,7 +22,7 @@ def test_a_network_trains_alike(uncompiled, name):
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=10).to(memory_format=torch.channels_last)
     fused, exact = deepcopy(plain), deepcopy(plain).double()
-    assert fused.fuse_training() == sum(isinstance(module, BasicBlock) for module in plain.modules()) > 0
+    assert fuse(fused) == sum(isinstance(module, BasicBlock) for module in plain.modules()) > 0
     assert list(fused.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in fused.named_parameters()] == [n for n, _ in plain.named_parameters()]
     images = channels_last(6, 3, 32, 32)
@@ -42,35 +44,34 @@ def test_under_torch_compile_the_compiler_sees_the_modules():
     plain = nn.Sequential(BasicBlock(32, 32)).to(memory_format=torch.channels_last)
     fused = deepcopy(plain)
     model = nn.Sequential(OrderedDict(stage=fused))
-    assert fuse_norm_relu(model) == 1
+    assert fuse_blocks(model) == 1
     x = channels_last(2, 32, 4, 4)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), plain(x))
 
 
 @pytest.mark.parametrize("name", ["ride_resnet32", "test_ride_resnet"])
-def test_experts_in_step(uncompiled, name):
-    """What each expert alone makes of the trunk's map, and the gradients with it: in float64, so by plain modules."""
+def test_batched_experts(uncompiled, name):
+    """Features, logits and gradients equal those of the experts one by one; float64 takes the unfused path."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).to(memory_format=torch.channels_last).double()
-    alone, together = deepcopy(model), deepcopy(model)
-    assert together.fuse_training() and together.together
+    batched = deepcopy(model)
+    assert fuse(batched) and type(batched.experts) is BatchedExperts
     images = channels_last(4, 3, 32, 32).double()
     found = []
-    for one_by_one, net in ((True, alone), (False, together)):
-        x = net.trunk(images)
-        both = [e.forward_both(x) for e in net.experts] if one_by_one else forward_together(net.experts, x)
-        sum(logits.square().mean() for _, logits in both).backward()
-        found.append([*(value for pair in both for value in pair), *(p.grad for p in net.parameters()), *net.buffers()])
+    for net in (model, batched):
+        features, logits = net.forward_experts(images)
+        logits.square().mean().backward()
+        found.append([features, logits, *(p.grad for p in net.parameters()), *net.buffers()])
     for wanted, value in zip(*found, strict=True):
         torch.testing.assert_close(value, wanted)
 
 
 @pytest.mark.parametrize("use_experts", [[1], [2, 0], [0, 0]])
-def test_some_experts_in_step(uncompiled, use_experts):
+def test_some_experts_batched(uncompiled, use_experts):
     torch.manual_seed(0)
     plain = timm.create_model("ride_resnet32").to(memory_format=torch.channels_last)
     fused = deepcopy(plain)
-    fused.fuse_training()
+    fuse(fused)
     images = channels_last(4, 3, 16, 16)
     expected, found = (net.forward_experts(images, use_experts)[1] for net in (plain, fused))
     assert found.shape == (4, len(use_experts), 100)
@@ -79,11 +80,11 @@ def test_some_experts_in_step(uncompiled, use_experts):
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_ghost_batches_in_step(uncompiled):
+def test_ghost_batches_with_batched_experts(uncompiled):
     torch.manual_seed(0)
     plain = timm.create_model("ride_resnet32").to(memory_format=torch.channels_last)
     fused = deepcopy(plain)
-    fused.fuse_training()
+    fuse(fused)
     images = channels_last(4, 3, 16, 16)
     logits = [
         forward_in_parts(lambda part, net=net: net.forward_experts(part)[1], net, images, 2) for net in (plain, fused)
@@ -93,9 +94,9 @@ def test_ghost_batches_in_step(uncompiled):
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_a_frozen_expert_in_step(uncompiled):
+def test_a_frozen_expert_among_batched_ones(uncompiled):
     model = timm.create_model("ride_resnet32").to(memory_format=torch.channels_last)
-    model.fuse_training()
+    fuse(model)
     model.experts[0].requires_grad_(False)
     model.experts[1].stages[0][1].bn1.eval()  # and a norm that keeps its statistics
     model.forward_experts(channels_last(2, 3, 16, 16))[1].square().mean().backward()
@@ -105,28 +106,29 @@ def test_a_frozen_expert_in_step(uncompiled):
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs", "together", "num_blocks"),
+    ("name", "kwargs", "batched", "num_blocks"),
     [
         ("ride_resnet32", {}, True, 35),
         ("ride_resnet32", {"num_experts": 1}, False, 15),
         ("test_ride_resnet", {}, True, None),
-        ("ride_resnet32", {"drop_path_rate": 0.5}, False, None),  # its later blocks are no plain ones
-        ("ride", {"backbone": "resnet18"}, False, None),  # its stages are those of timm's network
+        ("ride_resnet32", {"drop_path_rate": 0.5}, False, None),  # its later blocks have drop path
+        ("ride", {"backbone": "resnet18"}, False, None),  # its stages are timm's network
         ("ride", {"backbone": "test_vit", "img_size": 32}, False, 0),
     ],
 )
-def test_who_goes_together(name, kwargs, together, num_blocks):
+def test_experts_are_batched_where_they_are_alike(name, kwargs, batched, num_blocks):
     model = timm.create_model(name, **kwargs)
-    found = model.fuse_training()
-    assert model.together is together and (found == num_blocks if num_blocks is not None else found > 0)
-    assert model.fuse_training() == 0 and model.together is together
+    expected = BatchedExperts if batched else Experts
+    found = fuse(model)
+    assert type(model.experts) is expected and (found == num_blocks if num_blocks is not None else found > 0)
+    assert fuse(model) == 0 and type(model.experts) is expected
 
 
 def test_another_backbones_blocks_train_fused(uncompiled):
     torch.manual_seed(0)
     plain = timm.create_model("ride", backbone="resnet10t", num_experts=2).to(memory_format=torch.channels_last)
     fused = deepcopy(plain)
-    assert fused.fuse_training()
+    assert fuse(fused)
     images = channels_last(4, 3, 64, 64)
     expected, found = (net.forward_experts(images)[1] for net in (plain, fused))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -134,10 +136,10 @@ def test_another_backbones_blocks_train_fused(uncompiled):
     assert all(parameter.grad is not None for parameter in fused.parameters())
 
 
-def test_experts_that_differ_go_one_by_one():
+def test_experts_that_differ_run_one_by_one():
     model = timm.create_model("ride_resnet32")
     model.experts[1].stages[0][2].bn1.momentum = 0.3
-    assert model.fuse_training() and not model.together
+    assert fuse(model) and type(model.experts) is Experts
 
 
 def test_stages_keep_their_names_and_modes():
@@ -145,7 +147,7 @@ def test_stages_keep_their_names_and_modes():
     model.experts[0].stages.layer2[1].eval()
     frozen = model.experts[1].stages.layer2[1].bn2.eval()
     names = [name for name, _ in model.named_parameters()]
-    model.fuse_training()
+    fuse(model)
     assert names == [name for name, _ in model.named_parameters()]
     stage = model.experts[0].stages.layer2
     assert type(stage) is FusedStage and type(stage[4]) is FusedBlock
@@ -159,4 +161,4 @@ def test_only_plain_blocks_are_changed():
     plain, squeezed = BasicBlock(8, 8), BasicBlock(8, 8)
     squeezed.se = nn.Conv2d(8, 8, 1)
     model = nn.Sequential(plain, squeezed, BasicBlock(8, 8, act_layer=nn.SiLU))
-    assert fuse_norm_relu(model) == 1 and isinstance(model[0], FusedBlock) and model[1] is squeezed
+    assert fuse_blocks(model) == 1 and isinstance(model[0], FusedBlock) and model[1] is squeezed

@@ -1,0 +1,64 @@
+"""Classifiers of an expert: linear, cosine, and either with a scale and an offset per class."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d
+from torch import Tensor, nn
+
+
+class CosineClassifier(nn.Module):
+    """Scaled cosine similarity with a weight per class: the head of LDAM and RIDE.
+
+    logits = scale · <x / |x|, w_c / |w_c|>: x [B, D] -> [B, C]. weight [C, D] starts uniform in (-1, 1), scaled to rows
+    of unit norm. arXiv:1906.07413, section 3.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scale: float = 30.0) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scale = scale
+        self.weight = nn.Parameter(F.normalize(torch.empty(out_features, in_features).uniform_(-1, 1), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale}"
+
+
+class ClassAffine(nn.Module):
+    """A classifier with a scale and an offset per class: weight · head(x) + bias, initially head(x).
+
+    x [B, D] -> [B, C]. A cosine head cannot absorb such a scale: it normalises its own weights.
+    """
+
+    def __init__(self, head: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        like = next(head.parameters())
+        self.head = head
+        self.affine = nn.Module()  # named like a layer, so that timm drops weight and bias when the classes change
+        self.affine.weight = nn.Parameter(torch.ones(num_classes, device=like.device, dtype=like.dtype))
+        self.affine.bias = nn.Parameter(torch.zeros(num_classes, device=like.device, dtype=like.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.affine.weight * self.head(x) + self.affine.bias
+
+
+def create_head(num_features: int, num_classes: int, use_norm: bool) -> nn.Module:
+    """Create a cosine head (`use_norm`) or a linear head with bias; identity for no classes."""
+    if num_classes <= 0:
+        return nn.Identity()
+    return CosineClassifier(num_features, num_classes) if use_norm else nn.Linear(num_features, num_classes)
+
+
+def create_pool(global_pool: str, num_classes: int) -> SelectAdaptivePool2d:
+    """Create timm's pooling of that name; '' disables it.
+
+    Raises ValueError for '' with classes: a classifier needs pooled features.
+    """
+    if not global_pool and num_classes > 0:
+        raise ValueError(f"global_pool='' with num_classes={num_classes}: only num_classes=0 works without pooling.")
+    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
