@@ -91,7 +91,7 @@ class StageOneKeys:
     mixup_alpha: float = key(0.0, "timm's mixup; 0: off", low=0, high=10)
     cutmix_alpha: float = key(0.0, "timm's CutMix; 0: off; with mixup, one of them at random", low=0, high=10)
     random_erasing: float = key(
-        0.0, "timm's random erasing: probability per image (mdcs: of its strong view)", low=0, high=1
+        0.0, "timm's random erasing: probability per image; of two views, in the strong one", low=0, high=1
     )
     ema_decay: float | None = key(
         None, "decay of an EMA of the weights, which is evaluated and saved", above=0, high=0.99999
