@@ -1,15 +1,14 @@
-"""timm's own tests of models, those of the installed version, on ours: `python tests/timm_suite.py [NAME …]`.
+"""Run timm's own model tests, of the installed version, on our networks: `python tests/timm_suite.py [NAME …]`.
 
-Without names: the tiny network and bare `ride`; `all`: every name. The tests come from timm's source distribution,
-taken from the folder TIMM_SDIST or from the package index; where it cannot be had, that is said, and nothing is run.
-As a pytest plugin (it loads itself) this file lets timm list our networks only, gives them to the tests that choose by
-module name as well, and sends token networks to the tests that timm has for its own.
+Without names: the tiny network and bare `ride`; `all`: every name. The tests come from timm's source distribution, read
+from the folder TIMM_SDIST or downloaded from the package index; if it is unavailable, nothing runs and a line says so.
+As a pytest plugin (it loads itself) this file limits timm's list to our networks, adds them to the tests selected by
+module name, and sends token networks to timm's tests of ViTs.
 
-Selected: 11 tests a name and one more for every further tag. No test is skipped or expected to fail. Left out, with the
-reason: tests that name networks of timm's own; those of published weights (`test_model_inference`, `…_load_pretrained`,
-`…_features_pretrained`), which start once a tag has some; for `ride_vit_*`, as for timm's own ViTs,
-`test_model_forward_features` (timm's NON_STD_FILTERS: tokens have no pyramid), so 10 tests. Do not edit the package
-while it runs: TorchScript reads the source files.
+Selected: 11 tests a name and one more for every further tag; none is skipped or expected to fail. Excluded: tests of
+networks that timm names; tests of published weights (`test_model_inference`, `…_load_pretrained`,
+`…_features_pretrained`) until a tag has some; `test_model_forward_features` for `ride_vit_*`, as for timm's own ViTs
+(NON_STD_FILTERS), which leaves 10. Do not edit the package meanwhile: TorchScript reads its source files.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def pytest_configure(config) -> None:
 
     def list_models(filter="", module="", exclude_filters="", **kwargs):
         if isinstance(module, list):
-            module = ""  # a choice by family, and ours are of several
+            module = ""  # selects timm's families by module
         if "vit_*" in filter:
             filter = [*filter, *TOKENS]
         if "vit_*" in exclude_filters:
@@ -61,7 +60,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def fetch(folder: Path) -> Path | None:
-    """timm's source distribution, unpacked; None where the index does not give it."""
+    """Download and unpack timm's source distribution; None if the index does not have it."""
     command = [sys.executable, "-m", "pip", "download", "-q", f"timm=={timm.__version__}"]
     command += ["--no-deps", "--no-binary", "timm", "--dest", str(folder)]
     if subprocess.run(command).returncode:
@@ -75,12 +74,12 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(os.environ["TIMM_SDIST"]) if "TIMM_SDIST" in os.environ else fetch(Path(scratch))
         if source is None:
-            print(f"skipped: the source distribution of timm {timm.__version__} cannot be had")
+            print(f"skipped: no source distribution of timm {timm.__version__}")
             return 0
         command = [sys.executable, "-m", "pytest", "-p", "ride_timm", "-p", "timm_suite", "--import-mode=importlib"]
         command += ["-p", "no:cacheprovider", "-q", "-rs", "-W", "ignore", str(source / "tests" / "test_models.py")]
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # PYTHONSAFEPATH: the timm beside the tests must not hide the installed one
+        # PYTHONSAFEPATH: the timm next to the tests must not shadow the installed one
         settings = dict(PYTHONSAFEPATH="1", HF_HUB_OFFLINE="1", RIDE_SUITE=" ".join(names or QUICK), PYTHONPATH=path)
         return subprocess.run(command, env=os.environ | settings, cwd=scratch).returncode
 

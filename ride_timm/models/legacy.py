@@ -1,4 +1,4 @@
-"""The authors' checkpoints, read without running anything they contain."""
+"""Load the authors' checkpoints without executing anything they contain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROUTER_KEYS = {"hidden": "expert_help_pred_hidden_fcs", "fc": "expert_help_pred
 
 
 class _Inert:
-    """Stands in for every class a checkpoint names (its ConfigParser, paths, loggers): takes anything, does nothing."""
+    """Replaces every class that a checkpoint names (ConfigParser, paths, loggers); accepts anything, does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -36,9 +36,10 @@ class _Inert:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file by the authors' names, without `module.` and `backbone.`.
+    """Read the tensors of a checkpoint by the authors' names, without `module.` and `backbone.`.
 
-    torch's restricted unpickler reads the file; whatever it would have to import becomes an inert object.
+    Uses torch's restricted unpickler; objects that need an import are replaced by inert ones.
+    Raises InputError for a file that is not a checkpoint of tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,9 +48,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         foreign = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(_Inert, name) for name in foreign]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle makes the unpickler raise what it likes
+    except Exception as error:  # of any type, from a damaged pickle
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"checkpoint {path}: no readable torch checkpoint, nothing was loaded ({reason})") from error
+        raise InputError(f"checkpoint {path}: not a readable torch checkpoint ({reason})") from error
     state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
@@ -68,7 +69,7 @@ def _size(state_dict: dict[str, Tensor], key: str, dim: int) -> int:
 
 
 def _highest(state_dict: dict[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the pattern's group finds among the keys; 0 where none does."""
+    """One more than the largest number matched by the pattern's group in the keys; 0 without a match."""
     return max((int(match[1]) + 1 for key in state_dict if (match := re.match(pattern, key))), default=0)
 
 
@@ -77,8 +78,8 @@ def _has(state_dict: dict[str, Tensor], pattern: str) -> bool:
 
 
 def infer_architecture(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Model name and arguments for `timm.create_model`, from the names and shapes of an authors' checkpoint."""
-    # counted in three places, so that one missing or left-over tensor is found to be just that
+    """Infer name and arguments for `timm.create_model` from the names and shapes of an authors' checkpoint."""
+    # the most frequent count, so that a single missing or extra tensor is reported as such
     counts = [_highest(state_dict, rf"{part}s\.(\d+)\.") for part in ("layer2", "layer3", "layer4", "linear")]
     num_experts = max(multimode(count for count in counts if count), default=1)
     head = "linears.0" if _has(state_dict, r"linears\.") else "linear"
@@ -102,7 +103,7 @@ def infer_architecture(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, An
     else:
         blocks = tuple(_highest(state_dict, rf"layer{i}(?:s\.\d+)?\.(\d+)\.") for i in (1, 2, 3, 4))
         if blocks not in _NAMES:
-            raise InputError(f"a network of {blocks} blocks is none of the authors': expected one of {list(_NAMES)}.")
+            raise InputError(f"the authors have no network of {blocks} blocks: expected one of {list(_NAMES)}.")
         middle = [_size(state_dict, "layer1.0.conv2.weight", dim) for dim in (0, 1)]
         resnext = "layer1.0.conv3.weight" in state_dict and middle[0] != middle[1]
         name, own = ("ride_resnext" if resnext else "ride_resnet") + _NAMES[blocks], (3, 4)
@@ -126,7 +127,7 @@ def infer_architecture(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, An
 
 
 def _legacy_key(key: str, model: Ride) -> str:
-    """The authors' name of one of our tensors."""
+    """Translate the name of a tensor to the authors'."""
     part, _, rest = key.partition(".")
     if part == "trunk":
         return rest
@@ -142,9 +143,9 @@ def _legacy_key(key: str, model: Ride) -> str:
 
 
 def convert_state_dict(state_dict: dict[str, Tensor], model: Ride) -> dict[str, Tensor]:
-    """The authors' tensors under the names and in the layout of `model`; every one must be used and fit.
+    """Convert the authors' tensors to the names and layout of `model`.
 
-    Raises InputError that names the tensors that are missing, left over or of another shape.
+    Raises InputError that lists tensors that are missing, unexpected or of another shape.
     """
     cosine = isinstance(model.get_classifier()[0], CosineClassifier)
     converted, problems, used = {}, [], set()
@@ -154,12 +155,12 @@ def convert_state_dict(state_dict: dict[str, Tensor], model: Ride) -> dict[str, 
         if legacy not in state_dict:
             problems.append(f"missing {legacy}")
             continue
-        turned = cosine and re.fullmatch(r"experts\.\d+\.fc\.weight", key)  # theirs is [D, C]
-        found, expected = list(state_dict[legacy].shape), list(ours.shape)[:: -1 if turned else 1]
+        transposed = cosine and re.fullmatch(r"experts\.\d+\.fc\.weight", key)  # theirs is [D, C]
+        found, expected = list(state_dict[legacy].shape), list(ours.shape)[:: -1 if transposed else 1]
         if found != expected:
             problems.append(f"{legacy} has shape {found}, expected {expected}")
             continue
-        converted[key] = state_dict[legacy].t().contiguous() if turned else state_dict[legacy]
+        converted[key] = state_dict[legacy].t().contiguous() if transposed else state_dict[legacy]
     problems += [f"unexpected {key}" for key in state_dict if key not in used]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -168,17 +169,17 @@ def convert_state_dict(state_dict: dict[str, Tensor], model: Ride) -> dict[str, 
 
 
 def load_legacy(path: str | Path) -> Ride:
-    """The model of an authors' `.pth` checkpoint, in eval mode; architecture and arguments come from the shapes.
+    """Load an authors' `.pth` checkpoint as a model in eval mode, its architecture inferred from the tensors.
 
-    Raises InputError for a file that cannot be read, is not theirs, or does not fit tensor by tensor.
+    Raises InputError for a file that cannot be read or is not such a checkpoint.
     """
     state_dict = read_state_dict(path)
     try:
         name, kwargs = infer_architecture(state_dict)
         tags = get_arch_pretrained_cfgs(name)
         tag = next((t for t, cfg in tags.items() if cfg.num_classes == kwargs["num_classes"]), None)
-        model = timm.create_model(tag or name, **dict(dict(router=False), **kwargs))  # a router only where it has one
+        model = timm.create_model(tag or name, **(dict(router=False) | kwargs))  # a tag may ask for a router
         model.load_state_dict(convert_state_dict(state_dict, model))
-    except (ValueError, TypeError, RuntimeError) as error:  # a network that cannot be built has wrong shapes, too
+    except (ValueError, TypeError, RuntimeError) as error:  # also of shapes that no network can be built with
         raise InputError(f"checkpoint {path}: {error}") from error
     return model.eval()

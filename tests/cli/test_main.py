@@ -312,7 +312,7 @@ def test_a_damaged_run_folder(capsys, tmp_path, run, photos):
 def test_a_file_that_is_no_checkpoint(capsys, tmp_path, photos):
     (tmp_path / "model.pth").write_text("hello")
     message = refusal(capsys, "predict", "--model", tmp_path / "model.pth", photos[0])
-    assert "no readable torch checkpoint" in message
+    assert "not a readable torch checkpoint" in message
 
 
 def test_a_model_of_other_classes(capsys, tmp_path):

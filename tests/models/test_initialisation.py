@@ -1,4 +1,4 @@
-"""How networks start: the distributions of their weights, and the seed."""
+"""Initialisation of the networks: distributions of the weights, and the seed."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Files that hold no checkpoint of the authors, or something hostile: refused, or read without running anything."""
+"""Hostile files and files that are not an authors' checkpoint: nothing in them is executed."""
 
 import builtins
 import io
@@ -21,7 +21,7 @@ from ride_timm.models.load import load_model
 
 @pytest.fixture
 def parse_config(monkeypatch):
-    """The authors' module with its ConfigParser, for as long as the file is written."""
+    """The authors' module with its ConfigParser, removed once the file is written."""
     module = types.ModuleType("parse_config")
 
     class ConfigParser:
@@ -70,7 +70,7 @@ def hostile_calls(marker: Path):
 
 
 @pytest.mark.parametrize("kind", ["os.system", "subprocess", "exec", "eval", "open", "method"])
-@pytest.mark.parametrize("place", ["config", "state_dict", "whole"])
+@pytest.mark.parametrize("place", ["config", "state_dict", "root"])
 def test_hostile_pickles_do_nothing(tmp_path, kind, place):
     marker, path = tmp_path / "marker", tmp_path / "model.pth"
     call = hostile_calls(marker)[kind]
@@ -84,22 +84,22 @@ def test_hostile_pickles_do_nothing(tmp_path, kind, place):
         model = load_legacy(path)
     except InputError as error:
         assert str(path) in str(error)
-    else:  # an inert object where nobody looks
+    else:  # an inert object beside the tensors
         assert place == "config" and model.num_experts == 2
     assert not marker.exists()
     torch.load(path, weights_only=False)  # the trap was live
     assert marker.exists()
 
 
-def test_a_hostile_pickle_without_the_zip_around_it(tmp_path):
+def test_a_hostile_pickle_in_the_old_format(tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "model.pth"
     path.write_bytes(pickle.dumps({"state_dict": tiny(), "config": hostile_calls(marker)["exec"]}))
-    with pytest.raises(InputError, match="no readable torch checkpoint"):
+    with pytest.raises(InputError, match="not a readable torch checkpoint"):
         load_legacy(path)
     assert not marker.exists()
 
 
-# Files that are something else
+# Other files
 
 
 def test_truncated_files(tmp_path):
@@ -107,7 +107,7 @@ def test_truncated_files(tmp_path):
     path = tmp_path / "cut.pth"
     for size in (0, 1, 4, 100, len(whole) // 2, len(whole) - 30):
         path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match=rf"{re.escape(str(path))}: no readable torch checkpoint"):
+        with pytest.raises(InputError, match=rf"{re.escape(str(path))}: not a readable torch checkpoint"):
             load_legacy(path)
 
 
@@ -128,12 +128,12 @@ def test_a_damaged_pickle(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no readable torch checkpoint"),
-        (b"not a checkpoint at all\n" * 50, "no readable torch checkpoint"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(200), "no readable torch checkpoint"),
+        (b"", "not a readable torch checkpoint"),
+        (b"not a checkpoint at all\n" * 50, "not a readable torch checkpoint"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(200), "not a readable torch checkpoint"),
     ],
 )
-def test_files_that_are_no_checkpoint(tmp_path, content, message):
+def test_files_that_are_not_checkpoints(tmp_path, content, message):
     path = tmp_path / "model.pth"
     path.write_bytes(content)
     for load in (load_legacy, load_model):
@@ -170,7 +170,7 @@ def test_a_zip_of_other_things(tmp_path):
     path = tmp_path / "model.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(InputError, match="no readable torch checkpoint"):
+    with pytest.raises(InputError, match="not a readable torch checkpoint"):
         load_legacy(path)
 
 

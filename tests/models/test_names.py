@@ -1,4 +1,4 @@
-"""Every name does what a timm user asks of a network: in small here, at its own size with RIDE_TIMM_FULL_SIZE=1."""
+"""Every registered name meets timm's contract: small here, at full size with RIDE_TIMM_FULL_SIZE=1."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
 
 SWIN = dict(img_size=64, window_size=4, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
-# name: (side of its images, what makes it small)
+# name: (image size, arguments that make it small)
 SMALL = {
     "test_ride_resnet": (64, {}),
     "ride_resnet32": (32, {}),
@@ -79,7 +79,7 @@ def test_features_no_classes_channels_and_pooling(name):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [160, 288])
 @every_name
-def test_other_sizes_as_timms_scripts_ask_for_them(name, size):
+def test_other_sizes_through_timms_scripts(name, size):
     small = {key: value for key, value in NAMES[name][1].items() if key != "img_size"}
     model = timm.create_model(**resolve_model_input_args(name, dict(img_size=size), num_classes=7, **small)).eval()
     config = resolve_input_data_config(model, dict(img_size=size))
@@ -100,7 +100,7 @@ def test_saved_weights_serve_other_sizes(name, tmp_path):
     resampled = [key for key in saved if saved[key].shape != shown[key].shape]
     assert resampled and all("pos_embed" in key or "relative_position_bias" in key for key in resampled)
     assert all(torch.equal(saved[key], shown[key]) for key in saved if key not in resampled)
-    # positions keep their course: a constant one stays it
+    # resampling keeps a constant
     constant = {key: torch.full_like(value, 0.5) if key in resampled else value for key, value in saved.items()}
     model.load_state_dict(constant)
     RunFolder(tmp_path).export(model, dict(input_size=(3, NAMES[name][0], NAMES[name][0])), tuple("abcdefg"))
@@ -133,7 +133,7 @@ def test_dropout_and_checkpointing(name):
 def test_compile_export_bfloat16_and_channels_last(name):
     model, x = build(name), images(name)
     expected = model(x)
-    torch._dynamo.reset()  # or the networks of other tests count against its limit
+    torch._dynamo.reset()  # networks of other tests count towards its limit
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=1e-4, atol=1e-4)
@@ -143,11 +143,11 @@ def test_compile_export_bfloat16_and_channels_last(name):
     scale = expected.abs().max()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (model(x) - expected).abs().max() < 0.1 * scale
-    whole = model.bfloat16()(x.bfloat16())
-    assert whole.dtype == torch.bfloat16 and (whole - expected).abs().max() < 0.1 * scale
+    low = model.bfloat16()(x.bfloat16())
+    assert low.dtype == torch.bfloat16 and (low - expected).abs().max() < 0.1 * scale
 
 
-# ResNets and the other kinds: tests/test_export.py
+# ResNets and the other kinds: tests/inference/test_export.py
 ONNX = [("ride_convnext_tiny", "none"), ("ride_swin_tiny", "masked"), ("ride_vit_small_patch16_224", "masked")]
 if NAMES is FULL:
     ONNX = [(name, kind) for name in NAMES for kind in ("none", "masked")]
@@ -165,7 +165,7 @@ def test_onnx(name, kind, tmp_path):
             hidden.weight.normal_(0, 2)
         gates = model.router(*model.forward_experts(x))[:, 0].sigmoid().sort().values
         gap = gates.diff().argmax()
-        inputs["threshold"] = gates[gap : gap + 2].mean().numpy()  # some go on, and none is near it
+        inputs["threshold"] = gates[gap : gap + 2].mean().numpy()  # some samples continue, none is close to it
     folder = export(model, tmp_path / "onnx", kind, size=NAMES[name][0])
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     logits, *used = session.run(None, inputs)

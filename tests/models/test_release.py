@@ -26,19 +26,19 @@ def test_every_release_is_a_tag_that_can_be_built():
         assert (model.router is not None) == row["model_args"].get("router", False)
 
 
-def test_a_bare_name_and_own_arguments_stand_over_a_tag():
+def test_own_arguments_override_a_tag():
     assert timm.create_model("ride_resnet32").router is None
     model = timm.create_model("ride_resnet32.cifar100_lt100_6experts", num_experts=2, num_classes=5)
     assert (model.num_experts, model.num_classes) == (2, 5)
     assert create_model(load_recipe("fashion_lt").override(dict(model="ride_resnet32.fashion_lt")), 10).router is None
 
 
-def test_timms_scripts_ask_by_the_cfg_of_a_tag():
+def test_timms_scripts_pass_the_cfg_of_a_tag():
     asked = resolve_model_input_args("ride_resnet32.cifar100_lt100_6experts", {})
     assert isinstance(asked["pretrained_cfg"], dict) and timm.create_model(**asked).num_experts == 6
     bare = timm.create_model(**resolve_model_input_args("ride_resnet32", {}))
     assert (bare.num_experts, bare.router) == (3, None)
-    other = dict(asked["pretrained_cfg"], num_classes=5)  # a cfg of somebody's own
+    other = dict(asked["pretrained_cfg"], num_classes=5)  # a cfg of the caller
     assert timm.create_model("ride_resnet32", pretrained_cfg=other).num_experts == 3
 
 
@@ -54,7 +54,7 @@ def test_a_bare_name_keeps_its_tag_whatever_is_published(monkeypatch, published)
 @pytest.mark.parametrize(
     ("value", "owner"), [(None, "ride-timm"), ("", "ride-timm"), ("somebody", "somebody"), ("a.b-c_d", "a.b-c_d")]
 )
-def test_the_owner(monkeypatch, value, owner):
+def test_the_owner_of_a_repository(monkeypatch, value, owner):
     monkeypatch.delenv("RIDE_TIMM_HUB", raising=False)
     if value is not None:
         monkeypatch.setenv("RIDE_TIMM_HUB", value)
@@ -62,15 +62,15 @@ def test_the_owner(monkeypatch, value, owner):
 
 
 @pytest.mark.parametrize("value", ["a/b", "..", "https://x", "a b", "a..b"])
-def test_owners_that_are_none(monkeypatch, value):
+def test_invalid_owners(monkeypatch, value):
     monkeypatch.setenv("RIDE_TIMM_HUB", value)
     with pytest.raises(InputError, match="expected a user or an organisation"):
         repository_of("ride_resnet32.fashion_lt")
 
 
 @pytest.mark.parametrize("name", ["ride_resnet101", "ride_resnet101.untrained", "test_ride_resnet", "ride"])
-def test_a_network_without_weights_is_not_looked_for(monkeypatch, name):
-    monkeypatch.setattr(download, "download", lambda *args, **kwargs: pytest.fail("went to the Hub"))
+def test_untrained_tags_are_not_looked_up(monkeypatch, name):
+    monkeypatch.setattr(download, "download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     variant = name.partition(".")[0]
     with pytest.raises(InputError, match=f"^{variant} has no weights of its own: drop pretrained=True") as refused:
         timm.create_model(name, pretrained=True)
@@ -86,7 +86,7 @@ def test_a_network_without_weights_is_not_looked_for(monkeypatch, name):
         ("ride_resnet32.fashion_lt", True, None),
     ],
 )
-def test_offline_a_clone_has_what_is_not_published(monkeypatch, tmp_path, tag, published, clone):
+def test_offline_the_error_names_the_staged_folder(monkeypatch, tmp_path, tag, published, clone):
     table = release_table()
     row = table.get(tag, {}) | dict(published=published)
     monkeypatch.setattr(download, "release_table", lambda: table | {tag: row})
@@ -98,7 +98,7 @@ def test_offline_a_clone_has_what_is_not_published(monkeypatch, tmp_path, tag, p
 
 @pytest.fixture
 def folder(tmp_path):
-    """A release in a folder: its config.json states the sha256."""
+    """A release in a folder, whose config.json states the sha256."""
     model = timm.create_model("test_ride_resnet", num_classes=4).eval()
     RunFolder(tmp_path).export(model, dict(input_size=(3, 64, 64)), ())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -131,7 +131,7 @@ def test_pickles_in_a_folder_are_not_read(folder):
         create(folder)
 
 
-def test_a_configuration_reaches_nowhere_without_weights_either(folder):
+def test_configs_are_checked_without_weights_too(folder):
     config = json.loads((folder / "config.json").read_text())
     for key, value in dict(
         checkpoint_path="/etc/passwd", backbone_pretrained="x.pth", block="os.system", pruned=True, kwargs_filter="x"
@@ -141,7 +141,7 @@ def test_a_configuration_reaches_nowhere_without_weights_either(folder):
             timm.create_model(f"local-dir:{folder}", pretrained=False)
 
 
-def test_any_backbone_takes_no_arguments_of_the_factories(tmp_path):
+def test_factory_arguments_are_refused_for_any_backbone(tmp_path):
     RunFolder(tmp_path).export(timm.create_model("ride", backbone="test_resnet"), dict(input_size=(3, 64, 64)), ())
     config = json.loads((tmp_path / "config.json").read_text())
     hostile = dict(

@@ -18,7 +18,7 @@ NAMES = [*RIDE_NAMES, "test_ride_resnet"]
 
 
 def settle(model: Ride, batch) -> Ride:
-    """Running statistics of this batch, so that an untrained network tells images apart in eval mode."""
+    """Set the running statistics to this batch, so that an untrained network separates images in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -30,7 +30,7 @@ def settle(model: Ride, batch) -> Ride:
 
 @pytest.fixture(scope="module")
 def routed() -> tuple[Ride, torch.Tensor]:
-    """A tiny model whose gates send about half on, in double precision so that none hangs on rounding; its batch."""
+    """A tiny float64 model whose gates pass about half of the samples on, and its batch."""
     batch = images(B=24, dtype=torch.float64)
     model = settle(build(router=True, top_choices_num=4, share_expert_help_pred_fc=False).double(), batch)
     torch.manual_seed(5)
@@ -41,7 +41,7 @@ def routed() -> tuple[Ride, torch.Tensor]:
         for i, layer in enumerate(model.router.fc):
             layer.weight /= gates[:, i].std()
             layer.bias.zero_()
-        medians = model.router(*model.forward_experts(batch)).quantile(0.5, 0)  # between two images, never at one
+        medians = model.router(*model.forward_experts(batch)).quantile(0.5, 0)  # between two images
         for layer, median in zip(model.router.fc, medians, strict=True):
             layer.bias -= median
     return model, batch
@@ -68,13 +68,13 @@ def test_parameter_counts_are_the_authors(case):
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMS[case]
 
 
-def test_the_networks_of_the_design_are_registered():
+def test_registered_names():
     family = ["10", "50", "101", "152", "32"]
     assert set(RIDE_NAMES) == {f"ride_resnet{n}" for n in family} | {f"ride_resnext{n}" for n in ("50", "101", "152")}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_builds_and_gives_logits_in_train_and_eval(name):
+def test_every_name_builds_and_returns_logits(name):
     model = timm.create_model(name, device="meta")
     assert isinstance(model, Ride) and model.num_experts == 3 and model.router is None
     assert model.num_classes == model.pretrained_cfg["num_classes"] == (100 if name == "ride_resnet32" else 1000)
@@ -195,7 +195,7 @@ def test_cosine_logits_are_scaled_cosines():
 
 
 def brute_force(model: Ride, x, threshold: float):
-    """Every expert on every image, then one image and one gate at a time."""
+    """Run every expert on every image, then decide image by image and gate by gate."""
     features, logits = model.forward_experts(x)
     outputs, counts = [], []
     for b in range(len(x)):
@@ -217,7 +217,7 @@ def brute_force(model: Ride, x, threshold: float):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.7, 0.9, 1.0])
-def test_sparse_routing_equals_computing_all_and_masking(routed, threshold):
+def test_sparse_routing_equals_masked_dense(routed, threshold):
     model, x = routed
     with torch.no_grad():
         expected, counts = brute_force(model, x, threshold)
@@ -246,7 +246,7 @@ def test_experts_run_only_on_the_samples_sent_to_them(routed, threshold):
     assert rows == [int((used > i).sum()) for i in range(model.num_experts)]
 
 
-def test_one_image_and_no_image_route_too(routed):
+def test_one_image_or_none_can_be_routed(routed):
     model, x = routed
     logits, used = model.forward_routed(x)
     for b in (0, 5):
@@ -263,7 +263,7 @@ def test_routed_at_construction_routes_in_eval_mode_only():
     model.load_state_dict(plain.state_dict())
     with torch.no_grad():
         for net in (plain, model):
-            net.router.fc[0].bias.fill_(-100.0)  # nobody goes on
+            net.router.fc[0].bias.fill_(-100.0)  # no sample continues
     torch.testing.assert_close(model(x), model.forward_experts(x)[1][:, 0])
     torch.testing.assert_close(plain(x), plain.forward_experts(x)[1].mean(1))
     model.train()

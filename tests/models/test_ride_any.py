@@ -1,4 +1,4 @@
-"""Any backbone: one set of checks, made on a small network of every family of the table."""
+"""RIDE on a small network of every family in the table of cuts."""
 
 import contextlib
 import os
@@ -17,11 +17,11 @@ from ride_timm.models import CosineClassifier, Ride
 from ride_timm.models.cuts import CUTS, find_cut
 from ride_timm.training.run_folder import RunFolder
 
-# bit for bit every family is tried; the longer checks take a few, or all with RIDE_TIMM_ALL_BACKBONES=1
+# the longer checks run on a few families, or on all with RIDE_TIMM_ALL_BACKBONES=1
 SEVERAL = list(BACKBONES) if os.environ.get("RIDE_TIMM_ALL_BACKBONES") else FEW
 
 
-def test_every_family_of_the_table_is_tried():
+def test_every_family_of_the_table_is_tested():
     tried = {type(timm.create_model(name, device="meta", **kwargs)).__name__ for name, (_, kwargs) in BACKBONES.items()}
     assert tried == set(CUTS)
 
@@ -35,7 +35,7 @@ def test_one_expert_is_the_backbone_bit_for_bit(backbone):
     twice = [getattr(net, name, None) for name in find_cut(net, backbone).shared]  # in the trunk and in the expert
     assert count(model) == count(net) + sum(count(part) for part in twice if part is not None)
     expected = net(x)
-    assert expected.std(0).max() > 1e-3  # the images are told apart
+    assert expected.std(0).max() > 1e-3  # the images differ
     assert torch.equal(model(x), expected)
     assert torch.equal(model.forward_experts(x)[1][:, 0], expected)
     assert torch.equal(model.forward_features(x), net.forward_features(x))
@@ -64,7 +64,7 @@ def test_one_expert_is_the_backbone_bit_for_bit(backbone):
 @pytest.mark.parametrize("backbone", SEVERAL)
 def test_two_training_steps_reach_every_parameter(backbone):
     model, x = build(backbone, num_experts=2).train(), images(backbone, 4)
-    with contextlib.suppress(AssertionError):  # some of timm's networks have none
+    with contextlib.suppress(AssertionError):  # some networks have no checkpointing
         model.set_grad_checkpointing(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -174,12 +174,12 @@ def test_bad_arguments_are_named(kwargs, error, message):
         timm.create_model("ride", **dict(dict(backbone="test_resnet"), **kwargs))
 
 
-def test_positions_that_experts_cannot_know_are_refused():
+def test_positions_unknown_to_experts_are_refused():
     with pytest.raises(ValueError, match=r"dynamic_img_size cannot be cut: .* Create it with dynamic_img_size=0"):
         build("eva02_tiny_patch14_224", dynamic_img_size=True)
 
 
-# Named networks, and what timm offers
+# Named networks and timm's contract
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_compile_export_script_channels_last_and_bfloat16(backbone):  # other fa
     model, x = build(backbone).eval(), images(backbone)
     expected = model(x)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()  # or the networks of other tests count against its limit
+    torch._dynamo.reset()  # networks of other tests count towards its limit
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
     if backbone != "densenet121":  # timm's own DenseNet cannot be scripted

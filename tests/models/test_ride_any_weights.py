@@ -1,4 +1,4 @@
-"""Any backbone: what weights its experts start from, and files that hold none."""
+"""Initial weights of RIDE on a backbone, and files without weights."""
 
 import pickle
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_experts_start_from_the_backbone_and_differ_by_their_heads(backbone, tmp
     assert model._model_args["backbone"] == backbone
 
 
-def test_without_weights_experts_start_apart():
+def test_without_weights_experts_differ():
     model = build("test_vit")
     for key, first in model.experts[0].named_parameters():
         if first.ndim > 1:
@@ -61,7 +61,7 @@ def test_weights_of_another_width_are_refused(tmp_path):
 
 
 class Evil:
-    """Unpickled, it would leave a file behind."""
+    """Writes a file when unpickled."""
 
     def __init__(self, path):
         self.path = str(path)

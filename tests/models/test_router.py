@@ -43,7 +43,7 @@ def test_gates_follow_the_formula(num_experts, shared, top_choices_num):
         torch.testing.assert_close(router.gate(i, features[:, i], logits[:, : i + 1].mean(1)), gates[:, i])
 
 
-def test_gates_see_no_later_expert_and_no_length():
+def test_gates_ignore_later_experts_and_feature_norms():
     router = Router(4, 6, 8)
     features, logits = torch.randn(3, 4, 6), torch.randn(3, 4, 8)
     gates = router(features, logits)
@@ -52,7 +52,7 @@ def test_gates_see_no_later_expert_and_no_length():
     torch.testing.assert_close(router(features, logits)[:, :2], gates[:, :2])
 
 
-def test_gates_do_not_know_which_class_is_which():
+def test_gates_ignore_the_order_of_classes():
     router, logits, features = Router(3, 6, 8), torch.randn(4, 3, 8), torch.randn(4, 3, 6)
     order = torch.randperm(8)
     torch.testing.assert_close(router(features, logits[:, :, order]), router(features, logits))

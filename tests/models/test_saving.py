@@ -1,4 +1,4 @@
-"""What timm's own `save_for_hf` writes is whole: it can be loaded again, whatever was done to the network before."""
+"""Saved networks load again, through timm and transformers, whatever was changed before saving."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_saved_by_timm_and_loaded_again(make, tmp_path):
     assert torch.equal(again(x), model(x)) and (again.router is None) == (model.router is None)
     if model.router is not None:
         assert torch.equal(again.forward_routed(x)[1], model.forward_routed(x)[1])
-    timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=False)  # asks for no other weights either
+    timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=False)  # needs no other weights
 
 
 EXPORTED = [
@@ -128,7 +128,7 @@ def test_classifiers_of_several_layers_are_adapted_to_other_classes(heads, tmp_p
     assert again(x).shape == (2, 4) and torch.equal(again.forward_features(x), model.forward_features(x))
 
 
-def test_features_of_tokens_are_the_last_levels_as_timm_has_them():
+def test_features_of_tokens_are_timms_last_levels():
     ours, theirs = build("test_vit", features_only=True), timm.create_model("test_vit", features_only=True)
     assert ours.feature_info.out_indices == theirs.feature_info.out_indices
     assert any(key.startswith("model.experts") for key in ours.state_dict())
@@ -139,7 +139,7 @@ def test_features_of_a_head_that_needs_its_pooling():
 
 
 @torch.no_grad()
-def test_a_network_with_a_router_can_be_scripted_and_does_not_pretend_to_route():
+def test_torchscript_refuses_to_route():
     model = timm.create_model("test_ride_resnet", router=True, **SMALL).eval()
     x = torch.randn(3, 3, 64, 64)
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))

@@ -1,4 +1,4 @@
-"""What timm asks of a network: heads, features, input, gradients, and a saved model's way back."""
+"""timm's model contract: heads, features, input, gradients, saving and loading."""
 
 import copy
 import warnings
@@ -58,7 +58,7 @@ def test_a_routed_model_keeps_its_classifiers():
     model, x = build(router=True, routed=True), images()
     with pytest.raises(ValueError, match="num_classes must be above 0"):
         model.reset_classifier(0)
-    assert model.num_classes == 11 and model(x).shape == (4, 11)  # as it was
+    assert model.num_classes == 11 and model(x).shape == (4, 11)  # unchanged
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -165,7 +165,7 @@ def test_checkpointing_gives_the_same_gradients(name):
         ("ride_resnet32", dict(num_experts=2, layer2_output_dim=20, layer3_output_dim=40)),
     ],
 )
-def test_a_saved_model_comes_back_through_timm(tmp_path, name, kwargs):
+def test_a_saved_model_loads_through_timm(tmp_path, name, kwargs):
     model, x = build(name, **kwargs), images(name, in_chans=kwargs.get("in_chans", 3))
     side = SIZES[name]
     data = dict(input_size=(x.shape[1], side, side), mean=(0.5,) * x.shape[1], std=(0.25,) * x.shape[1], crop_pct=1.0)
@@ -180,7 +180,7 @@ def test_a_saved_model_comes_back_through_timm(tmp_path, name, kwargs):
     fewer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9).eval()
     torch.testing.assert_close(fewer.forward_experts(x)[0], model.forward_experts(x)[0])
     assert fewer(x).shape == (4, 9)
-    if kwargs.get("router"):  # it read the old logits
+    if kwargs.get("router"):  # trained on the old logits
         assert not torch.equal(fewer.router.fc[0].weight, model.router.fc[0].weight)
         assert not torch.equal(fewer.router.hidden[0].weight, model.router.hidden[0].weight)
 
@@ -199,7 +199,7 @@ def test_bfloat16_autocast_is_near(name):
         logits = model(x)
         features, expert_logits = model.forward_experts(x)
     assert torch.isfinite(expert_logits).all() and torch.isfinite(features).all()
-    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.5)  # of cosines times 30
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.5)  # logits are cosines times 30
 
 
 @pytest.mark.parametrize("name", SMALL)

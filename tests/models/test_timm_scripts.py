@@ -1,4 +1,4 @@
-"""The calls of timm's train.py, validate.py, inference.py and benchmark.py, scripts that its distributions lack."""
+"""The calls of timm's train.py, validate.py, inference.py and benchmark.py, which its wheels do not ship."""
 
 import pytest
 import timm
@@ -70,7 +70,7 @@ def test_train_then_validate_then_predict(name, colours, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_the_benchmark_asks(name):
+def test_benchmark(name):
     model = timm.create_model(name, num_classes=3, exportable=True, **MODELS[name]).eval()
     assert model.pretrained_cfg["classifier"] == tuple(model.get_classifier(name_only=True))
     scripted = torch.jit.script(timm.create_model(name, num_classes=3, scriptable=True, **MODELS[name]).eval())

@@ -1,4 +1,4 @@
-"""Checkpoints as the authors' code writes them."""
+"""Checkpoints in the authors' format."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def save(path: Path, state_dict, **others) -> Path:
 
 
 def authors_state_dict(model: Ride) -> dict[str, torch.Tensor]:
-    """The model's weights as the authors' code would have written them."""
+    """Translate a model's weights to the authors' names and layout."""
     many = len(model.experts) > 1
     found = {}
     for key, value in model.trunk.state_dict().items():
@@ -54,7 +54,7 @@ class Evil:
 
 
 def authors_checkpoint(path, network, marker=None, **kwargs):
-    """A file as the authors' code writes it, of random weights, with a hostile configuration."""
+    """Write an authors' checkpoint of random weights with a hostile configuration."""
     model = timm.create_model(network, **kwargs)
     theirs = {f"module.{key}": value for key, value in authors_state_dict(model).items()}
     torch.save(dict(arch="DataParallel", epoch=200, state_dict=theirs, config=Evil(marker or path)), path)

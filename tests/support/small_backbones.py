@@ -1,4 +1,4 @@
-"""A small network of every family that can be cut, and RIDE built on it."""
+"""A small network of every family in the table of cuts, and RIDE on it."""
 
 import re
 
@@ -11,7 +11,7 @@ from ride_timm.models import Ride
 
 TINY_SWIN = dict(img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
 TINY_VIT = dict(img_size=64, embed_dim=48, depth=4, num_heads=2)
-# backbone: (input size, what makes it small)
+# backbone: (image size, arguments that make it small)
 BACKBONES = {
     "test_resnet": (64, {}),
     "resnext50_32x4d": (64, dict(layers=(1, 1, 1, 1))),
@@ -74,7 +74,7 @@ def images(backbone, B=2, seed=1):
 
 
 def lively(backbone) -> nn.Module:
-    """The backbone with weights that let no part of it go unseen: layer scales near 1, BatchNorm of a real batch."""
+    """Create the backbone with every part active: layer scales near 1, BatchNorm statistics of a batch."""
     torch.manual_seed(3)
     net = timm.create_model(backbone, num_classes=7, **BACKBONES[backbone][1])
     with torch.no_grad():
@@ -88,12 +88,12 @@ def lively(backbone) -> nn.Module:
 
 
 def native(key: str) -> str:
-    """The backbone's own name of one of our parameters."""
+    """Translate the name of a parameter to the backbone's."""
     return re.sub(r"^(trunk|experts\.\d+\.stages)\.net\.", "", key)
 
 
 def weights_of(net: nn.Module, model: Ride) -> dict:
-    """The backbone's weights under the names of `model`, the same for every expert."""
+    """Map the backbone's weights to the names of `model`, the same for every expert."""
     head = next(name for name, module in net.named_modules() if module is net.get_classifier())
     theirs, ours = net.state_dict(), {}
     for key in model.state_dict():

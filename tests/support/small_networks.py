@@ -1,4 +1,4 @@
-"""Small networks, seeded, and batches for them."""
+"""Small seeded networks and batches for them."""
 
 import timm
 import torch
@@ -15,5 +15,5 @@ def build(name="test_ride_resnet", seed=0, **kwargs) -> Ride:
 
 
 def images(name="test_ride_resnet", B=4, in_chans=3, size=None, seed=1, **kwargs):
-    side = size or SIZES[name]
-    return torch.randn(B, in_chans, side, side, generator=torch.Generator().manual_seed(seed), **kwargs)
+    length = size or SIZES[name]
+    return torch.randn(B, in_chans, length, length, generator=torch.Generator().manual_seed(seed), **kwargs)

@@ -1,4 +1,4 @@
-"""Ghost batches are a batch shared out over replicas: against batch normalisation written out by hand."""
+"""Ghost batches against batch normalisation written out by hand."""
 
 from copy import deepcopy
 
@@ -22,7 +22,7 @@ def _normalised(x):
 
 
 @pytest.mark.parametrize(("ghost", "sizes"), [(4, (4, 4, 4)), (5, (4, 4, 4)), (7, (6, 6)), (11, (6, 6)), (12, (12,))])
-def test_each_part_has_its_own_statistics_and_the_first_alone_is_remembered(ghost, sizes):
+def test_parts_have_their_own_statistics_and_the_first_updates_the_running_ones(ghost, sizes):
     network = _network()
     images = torch.randn(12, 3, 5, 5, dtype=torch.float64)
     maps = network[0](images)
@@ -34,7 +34,7 @@ def test_each_part_has_its_own_statistics_and_the_first_alone_is_remembered(ghos
     assert network[1].num_batches_tracked == 1 and network[1].track_running_stats
 
 
-def test_gradients_are_those_of_all_parts_together():
+def test_gradients_sum_over_the_parts():
     network, images = _network(), torch.randn(6, 3, 5, 5, dtype=torch.float64)
     weights = torch.randn(6, 100, dtype=torch.float64)
     (forward_in_parts(network, network, images, 3) * weights).sum().backward()
@@ -45,14 +45,14 @@ def test_gradients_are_those_of_all_parts_together():
     assert_close(found, [parameter.grad for parameter in network.parameters()])
 
 
-def test_nothing_is_cut_in_eval_mode_or_without_a_size():
+def test_no_parts_in_eval_mode_or_without_a_size():
     network, images = _network().eval(), torch.randn(6, 3, 5, 5, dtype=torch.float64)
     assert torch.equal(forward_in_parts(network, network, images, 2), network(images))
     expected = _normalised(network[0](images)).flatten(1)
     assert_close(forward_in_parts(network, network.train(), images, None), expected)
 
 
-def test_fused_norms_remember_the_first_part_alone_too(uncompiled):
+def test_fused_norms_update_by_the_first_part_only(uncompiled):
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(8)
     fused = deepcopy(plain)
@@ -63,7 +63,7 @@ def test_fused_norms_remember_the_first_part_alone_too(uncompiled):
     assert_close(fused.state_dict(), plain.state_dict())
 
 
-def test_tracking_is_back_after_a_failure():
+def test_tracking_is_restored_after_a_failure():
     network = _network()
     calls = []
 

@@ -1,10 +1,9 @@
 """BatchNorm, shortcut and ReLU in one pass over the activations, for training on a CPU.
 
-On a CPU half of the time that a ResNet's step spends outside its convolutions goes into reading and writing the same
-activations again, and channels that are no multiple of the vector width (RIDE's 24) make it worse. Here the pixels of
-a channels-last map are seen as rows that hold a whole number of vectors, and torch's compiler makes one loop of each
-pass: statistics, normalisation with shortcut and ReLU, and the same two passes backward. What a call costs beside its
-numbers is paid once for all maps that are given together.
+Outside its convolutions, a ResNet on a CPU mostly reads and writes activations, and channels that are no multiple of
+the vector width (RIDE's 24) slow that down. Here the pixels of a channels-last feature map are viewed as rows of
+complete vectors, and torch's compiler makes one loop of each pass: statistics, normalisation with shortcut and ReLU,
+and two passes backward. Feature maps passed in one call share its overhead.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LANES = 32  # numbers a row is a multiple of: two vectors of 16 in float32, as many as one of bfloat16 is widened to
-ROW_BLOCK = 32 * 1024  # numbers that are reduced together; the sums of the blocks are joined afterwards
+LANES = 32  # rows are multiples of this: two vectors of 16 float32, or one of bfloat16 widened to them
+ROW_BLOCK = 32 * 1024  # elements reduced in one block; the sums of the blocks are combined afterwards
 
 
 def _row_width(x: Tensor) -> int:
@@ -27,7 +26,7 @@ def _row_width(x: Tensor) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A channels-last map [B, C, H, W] as [P, R, K], pixels in memory order, K a common multiple of C and LANES."""
+    """View channels-last [B, C, H, W] as [P, R, K], pixels in memory order, K a common multiple of C and LANES."""
     width = _row_width(x)
     num_rows = x.numel() // width
     most = max(1, min(num_rows, ROW_BLOCK // width))
@@ -47,10 +46,9 @@ def _tile(by_channel: Tensor, rows: Tensor) -> Tensor:
 def _statistics(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows [P, R, K] -> mean, 1 / deviation [C], and what normalising multiplies by and adds [K].
+    """Rows [P, R, K] -> mean [C], 1 / deviation [C], scale [K] and shift [K]; updates running mean and var in place.
 
-    The running mean and var are updated in place. Sums are of what a block's numbers differ from its first row by: that
-    is one of them, so little cancels. Blocks are joined by their own means.
+    A block sums differences to its first row, which loses little to cancellation; blocks are combined by their means.
     """
     num_channels = len(weight)
     count = x.numel() // num_channels
@@ -78,14 +76,14 @@ def _normalize_add(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor) ->
 
 
 def _where_passed(grad: Tensor, out: Tensor) -> Tensor:
-    """The gradient of a ReLU's input from that of its output; out: the output, or the input, positive where it is."""
+    """Gradient of a ReLU's input from that of its output; out: its output, or its input."""
     return torch.where(out <= 0, 0.0, grad.float())
 
 
 def _factors(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight and bias [C], and the three factors [K] of the input's: a * grad + b * x + c."""
+    """Gradients of weight and bias [C], and factors a, b, c [K] of the input's gradient a * grad + b * x + c."""
     num_channels = len(weight)
     count = x.numel() // num_channels
     of_bias = grad.sum(1).view(-1, num_channels).sum(0)
@@ -98,14 +96,14 @@ def _factors(
 
 
 def _gradient_sums(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
-    """`_factors` without a shortcut; norm: weight, mean and inverse."""
+    """Apply `_factors` without a shortcut; norm: weight, mean and inverse."""
     return _factors(_where_passed(grad, x.float() * scale + shift), x, *norm)
 
 
 def _gradient_sums_add(
     out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, *grads: Tensor
 ) -> tuple[Tensor, ...]:
-    """`_factors`, and last the shortcut's gradient; grads: of every copy of the output."""
+    """Apply `_factors` and append the shortcut's gradient; grads: of every copy of the output."""
     grad = _where_passed(sum(grad.float() for grad in grads), out)
     return *_factors(grad, x, weight, mean, inverse), grad.to(x.dtype)
 
@@ -124,11 +122,10 @@ _COMPILED: dict[tuple[Any, ...], Callable[..., Sequence[Tensor]]] = {}
 def _each(
     one_pass: Callable[..., Any], maps: Sequence[tuple[Tensor, ...]], *constants: float
 ) -> list[tuple[Tensor, ...]]:
-    """`one_pass(*tensors, *constants)` for the tensors of each map, all compiled as one function.
+    """Call `one_pass(*tensors, *constants)` for each feature map, all compiled as one function.
 
-    maps: one tuple of contiguous tensors each, of the same shapes and dtypes. Compiled at its first call for these,
-    which takes seconds: torch's compiler itself takes longer to import than all else here. It is kept and called here
-    and not by torch.compile, whose look-up costs more than a pass over a small map.
+    maps: one tuple of contiguous tensors per feature map, of equal shapes and dtypes. The first call for these compiles
+    for seconds. The cache is our own: the look-up of torch.compile costs more than a pass over a small feature map.
     """
     width, flat = len(maps[0]), [tensor for one in maps for tensor in one]
     like = tuple((tensor.shape, tensor.dtype) for tensor in maps[0])
@@ -145,20 +142,20 @@ def _each(
 
 
 def _compile(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """`function`, compiled for tensors of the shapes and dtypes of `inputs`."""
+    """Compile `function` for tensors of the shapes and dtypes of `inputs`."""
     from torch._inductor import compile as compile_graph
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        examples = [torch.empty_like(tensor) for tensor in inputs]  # what a pass writes to is not the model's
+        examples = [torch.empty_like(tensor) for tensor in inputs]  # a pass writes to its inputs
         return compile_graph(make_fx(function, tracing_mode="fake")(*examples), examples)
 
 
 class _NormReLU(torch.autograd.Function):
-    """relu(batch_norm(x) + shortcut) of `count` channels-last maps [B, C, H, W] of one shape, by batch statistics.
+    """relu(batch_norm(x) + shortcut) of `count` channels-last feature maps [B, C, H, W] of one shape, in training.
 
-    parts: x of all maps, then weight, bias, running mean, running var and, where there are any, the shortcuts.
-    twice: with shortcuts, the outputs are returned once more, as copies with gradients of their own.
+    parts: x of all feature maps, then weight, bias, running mean, running var and the shortcuts, if any.
+    twice: with shortcuts, the outputs are returned again as copies with gradients of their own.
     """
 
     @staticmethod
@@ -175,7 +172,7 @@ class _NormReLU(torch.autograd.Function):
             outs = _each(_normalize, factors)
         outs = [_like(out, x) for (out,), x in zip(outs, xs, strict=True)]
         kept = list(zip(*statistics, strict=True))
-        if shortcuts:  # elsewhere it is computed again where the ReLU passed: that is cheaper than to read it
+        if shortcuts:  # without, the mask of the ReLU is recomputed, which is cheaper than reading it
             kept = [outs, *kept[:2]]
         ctx.count, ctx.has_shortcuts = count, bool(shortcuts)
         ctx.save_for_backward(*xs, *weights, *(tensor for of_all in kept for tensor in of_all))
@@ -208,11 +205,11 @@ class _NormReLU(torch.autograd.Function):
 
 
 def _fits(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether the one-pass way computes the same: otherwise the plain modules do."""
+    """Check that the fused pass computes what the modules do."""
     return (
         norm.training
-        and norm.momentum is not None  # else a mean of all batches
-        and not torch.compiler.is_compiling()  # who compiles all of it fuses this too
+        and norm.momentum is not None  # None: a cumulative average
+        and not torch.compiler.is_compiling()  # which fuses this as well
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -223,7 +220,7 @@ def _fits(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
 
 
 def _alike(norms: Sequence[nn.BatchNorm2d], xs: Sequence[Tensor]) -> bool:
-    """Whether one function normalises all maps."""
+    """Check that one compiled function serves all feature maps."""
     kinds = {
         (
             x.shape,
@@ -245,12 +242,12 @@ def norm_relu(
     shortcuts: Sequence[Tensor] | None = None,
     twice: bool = False,
 ) -> list[Tensor]:
-    """relu(norm(x) + shortcut) of each map, x and shortcut [B, C, H, W]; twice: of each, then of each once more.
+    """relu(norm(x) + shortcut) of each feature map, x and shortcut [B, C, H, W]; twice: each output is returned twice.
 
-    In training on a CPU it takes one pass for all maps, if each fits (`_fits`) and they and their norms are alike, and
-    with shortcuts the gradients of two uses of an output are summed in it if each use has its own copy (without, the
-    second copies are the first); otherwise it goes step by step.
-    The sums are in float32. In bfloat16 the result is rounded once, where the steps round it twice.
+    In training on a CPU all feature maps take one pass, if they fit (`_fits`) and are alike with their norms. Two uses
+    of an output should take a copy each: the backward pass then sums their gradients (with shortcuts; without, the
+    copies are the same tensor). Otherwise the modules run one after the other.
+    Sums are in float32; bfloat16 results are rounded once, where the modules round twice.
     """
     added = [None] * len(xs) if shortcuts is None else shortcuts
     fits = all(_fits(norm, x, shortcut) for norm, x, shortcut in zip(norms, xs, added, strict=True))
@@ -262,7 +259,7 @@ def norm_relu(
     if norms[0].track_running_stats:
         for norm in norms:
             norm.num_batches_tracked.add_(1)
-    else:  # a further ghost batch, which is not remembered
+    else:  # ghost batches after the first leave the running statistics alone
         means, variances = ([statistic.clone() for statistic in statistics] for statistics in (means, variances))
     parts = [*xs, *(norm.weight for norm in norms), *(norm.bias for norm in norms), *means, *variances]
     state = (norms[0].momentum, norms[0].eps)

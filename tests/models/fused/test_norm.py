@@ -1,4 +1,4 @@
-"""One pass for BatchNorm, shortcut and ReLU: the same numbers as the modules one by one."""
+"""Fused BatchNorm, shortcut and ReLU: the same numbers as the modules."""
 
 from copy import deepcopy
 
@@ -14,9 +14,9 @@ from ride_timm.models.fused.norm import norm_relu
 
 
 def judge(dtype, shape, with_shortcut, count=1, twice=False):
-    """Outputs, gradients and running statistics of both ways: float64 modules, and the one-pass way in `dtype`.
+    """Compare outputs, gradients and running statistics of float64 modules with the fused pass in `dtype`.
 
-    Of `count` maps at once; twice: each output has two uses of different gradients, and in ours a copy for each.
+    count: feature maps in one call; twice: each output has two uses with different gradients, here a copy each.
     """
     torch.manual_seed(0)
 
@@ -88,8 +88,8 @@ def test_compiled_passes_give_the_same(dtype, tolerance, shape, with_shortcut, t
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize(("shift", "first", "tolerance"), [(1000, 0, 1e-4), (0, 3, 1e-5), (0, 30, 1e-3)])
-def test_little_cancels_in_the_statistics(shift, first, tolerance):
-    """Compiled, where sums run over 1,024 rows: far from zero, and with a first row off the others by deviations."""
+def test_statistics_lose_little_to_cancellation(shift, first, tolerance):
+    """Compiled sums over 1,024 rows far from zero, or with an outlier in the first row."""
     torch.manual_seed(0)
     norm, x = nn.BatchNorm2d(16, momentum=1.0), channels_last(4, 16, 32, 32) + shift
     x[0, :, 0, 0] += first
@@ -108,14 +108,14 @@ def test_compiled_once_for_a_shape(monkeypatch):
     norm, x = nn.BatchNorm2d(32), channels_last(2, 32, 2, 2)
     for _ in range(2):
         norm_relu([norm], [x])
-    assert len(compiled) == 2  # statistics and what they are for
+    assert len(compiled) == 2  # statistics and normalisation
     norm_relu([norm], [x[:, :, :1].contiguous(memory_format=torch.channels_last)])
     assert len(compiled) == 4
     assert norm.num_batches_tracked == 3 and not torch.equal(norm.running_mean, torch.zeros(32))
 
 
 @pytest.mark.parametrize("case", ["eval", "layout", "dtype", "one value", "mean of all batches"])
-def test_what_does_not_fit_goes_one_by_one(uncompiled, case):
+def test_what_does_not_fit_takes_the_modules(uncompiled, case):
     norm, shape = nn.BatchNorm2d(24), (1, 24, 1, 1) if case == "one value" else (4, 24, 4, 4)
     x = channels_last(*shape)
     if case == "eval":
@@ -136,7 +136,7 @@ def test_what_does_not_fit_goes_one_by_one(uncompiled, case):
 
 
 @pytest.mark.parametrize("case", ["shape", "eps"])
-def test_maps_that_differ_go_one_by_one(uncompiled, case):
+def test_maps_that_differ_take_the_modules(uncompiled, case):
     norms = [nn.BatchNorm2d(32), nn.BatchNorm2d(32, eps=0.1 if case == "eps" else 1e-5)]
     xs = [channels_last(2, 32, 4, 4), channels_last(2, 32, 4, 2 if case == "shape" else 4)]
     expected = [F.relu(deepcopy(norm)(x)) for norm, x in zip(norms, xs, strict=True)]
