@@ -169,7 +169,10 @@ def test_a_signal_reaches_the_run_and_ends_the_sweep_after_it(sweep, one_process
         (["--recipes", "cifar100_lt", "--", "--seed", "3"], "--seed is the sweep's to give"),
         (["--recipes", "cifar100_lt", "--", "--hope"], "unrecognized arguments: --hope"),
         (["--recipes", "cifar100_lt", "--", "--output", "x"], "unrecognized arguments: --output x"),
-        (["--recipes", "cifar100_lt", "cifar100_lt_sade", "--", "--num-experts", "2"], "num_experts=2: SADE"),
+        (
+            ["--recipes", "cifar100_lt", "cifar100_lt_sade", "--", "--num-experts", "2"],
+            "num_experts=2: loss 'sade' trains 3 experts",
+        ),
         (["--recipes", "cifar100_lt", "cifar100_lt_crt"], "recipe cifar100_lt_crt re-balances a trained network"),
         (["--recipes", "cifar100_lt", "cifar100_lt_distill"], "recipe cifar100_lt_distill learns from a teacher"),
     ],
