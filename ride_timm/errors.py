@@ -14,8 +14,8 @@ class RunError(RuntimeError):
 
 def listed(names: Iterable[object]) -> str:
     """The names in one line, the first ten of them and the number of all where there are more."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:10]) + (f", … ({len(texts)} in all)" if len(texts) > 10 else "")
 
 
 def first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ import safetensors
 from .errors import RunError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a partial file beside `path`, then rename it to `path`.
 
     Readers see the old file or the new one, complete. RunError where writing fails; the old file is then unchanged.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import Field, InitVar, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..keys import coerce, key
 from .terms import cross_entropy, widen
 
-ClassCounts = Sequence[int] | Tensor
+ClassCounts: TypeAlias = Sequence[int] | Tensor
 
 
 @dataclass(eq=False, repr=False)

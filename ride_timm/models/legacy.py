@@ -133,7 +133,7 @@ def _legacy_key(key: str, model: Ride) -> str:
         return rest
     kind, i, rest = ("", *rest.split(".", 1)) if part == "experts" else (*rest.split(".", 2),)
     if part == "router":
-        if kind == "fc" and model.router.share_expert_help_pred_fc:
+        if kind == "fc" and model.router and model.router.share_expert_help_pred_fc:
             return f"expert_help_pred_fc.{rest}"
         return f"{_ROUTER_KEYS[kind]}.{i}.{rest}"
     if rest.startswith("fc."):

@@ -243,7 +243,7 @@ def _backbone_cfg(backbone: str) -> PretrainedCfg:
 def _load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | str | Path) -> nn.Module:
     """Create the backbone with its published weights or those of a file; ValueError if they cannot be loaded."""
     overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
-    if overlay and not Path(source).is_file():
+    if overlay and not Path(str(source)).is_file():
         raise ValueError(f"backbone_pretrained={str(source)!r}: no such file.")
     try:
         return make(pretrained=True, **overlay)
@@ -318,8 +318,8 @@ def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any
     saved = kwargs.get("pretrained_model_args") or {}
     if pretrained or kwargs.get("backbone_pretrained") == saved.get("backbone_pretrained"):
         kwargs["backbone_pretrained"] = False  # of a saved network, whose own weights follow
-    given = dict(levels=levels, model_cls=AnyRide, classifier_layer=_classifier_layer(probe), defaults=defaults)
-    return create_ride(timm_parts, variant, pretrained, backbone=backbone, **given, **kwargs)
+    given: dict[str, Any] = dict(levels=levels, model_cls=AnyRide, classifier_layer=_classifier_layer(probe))
+    return create_ride(timm_parts, variant, pretrained, backbone=backbone, defaults=defaults, **given, **kwargs)
 
 
 def _classifier_layer(net: nn.Module) -> str:

@@ -24,7 +24,7 @@ def _conv_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Modul
 
 
 def residual_stage(
-    block: type,
+    block: Any,
     in_channels: int,
     planes: int,
     drop_path_rates: list[float],
@@ -40,7 +40,7 @@ def residual_stage(
     downsample = None
     if stride != 1 or in_channels != out_channels:
         downsample = make_shortcut(in_channels, out_channels, stride)
-    blocks = []
+    blocks: list[nn.Module] = []
     for rate in drop_path_rates:
         first = () if blocks else (stride, downsample)
         drop_path = DropPath(rate) if rate else None
@@ -81,7 +81,7 @@ def resnet_parts(
     """
     default = REDUCED_PLANES if reduce_dimension else FULL_PLANES
     planes = (*default[:2], layer3_output_dim or default[2], layer4_output_dim or default[3])
-    block_args = dict(cardinality=cardinality, base_width=base_width)
+    block_args: dict[str, Any] = dict(cardinality=cardinality, base_width=base_width)
     channels = (64, *(p * block.expansion for p in planes))
     drop_paths = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
 

@@ -177,7 +177,7 @@ def build_teacher(recipe: Recipe, data: RunData, options: Options, state: Traini
     if not recipe.distillation or recipe.decouple != "none" or "experts" not in options.stages or begun:
         return None
     known = None if state is None else state.teacher
-    spec = options.teacher or (known and known["spec"])
+    spec = options.teacher or (known["spec"] if known else None)
     if spec is None:
         raise InputError("this recipe learns from a teacher: name one by --teacher.")
     if known is not None and options.teacher is None and spec.startswith((".", "/")) and not Path(spec).exists():

@@ -4,7 +4,6 @@ Prepare the objective with Accelerate, not the model: DDP synchronises gradients
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +86,7 @@ class DistillationObjective(ExpertsObjective):
         loss: ExpertsLoss,
         teacher: nn.Module,
         temperature: float,
-        teacher_mode: Literal["eval", "train"] = "eval",
+        teacher_mode: str = "eval",
         ghost_batch: int | None = None,
     ):
         super().__init__(model, loss, ghost_batch)

@@ -186,7 +186,7 @@ def available() -> list[str]:
 
 
 def _shipped(name: str) -> Any:
-    return files("ride_timm").joinpath("recipes", f"{name}.yaml")
+    return files("ride_timm").joinpath("recipes").joinpath(f"{name}.yaml")
 
 
 def describe(name: str) -> str:

@@ -82,7 +82,8 @@ class RunFolder:
             raise InputError(f"output {self.path} is a file: name a folder.")
         state = self.state() if self.occupied else None
         finished = state is not None and "experts" in state.results
-        adds_router = router_in_place and finished and state.stage == "router" and state.epoch == 0
+        at_router = state is not None and state.stage == "router" and state.epoch == 0
+        adds_router = router_in_place and finished and at_router
         if self.occupied:
             if not (resume or adds_router):
                 raise InputError(

@@ -51,7 +51,7 @@ class Stage:
         if recipe.sync_bn:
             convert_sync_batchnorm(objective)
         self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.loader = self.make_loader() if self.settings.epochs else []
+        self.loader: Any = self.make_loader() if self.settings.epochs else []
         self.test_loader = data.test_loader(data.longtail.test)
         self.held_out_loader = None if data.held_out is None else data.test_loader(data.held_out)
         self.selection = Selection(recipe.patience, recipe.eval_every)
@@ -173,8 +173,9 @@ class ExpertsStage(Stage):
         if teacher is None:
             objective = ExpertsObjective(model, self.loss, recipe.ghost_batch)
         else:
-            taught = (teacher.model, recipe.distill_temperature, recipe.teacher_mode)
-            objective = DistillationObjective(model, self.loss, *taught, recipe.ghost_batch)
+            objective = DistillationObjective(
+                model, self.loss, teacher.model, recipe.distill_temperature, recipe.teacher_mode, recipe.ghost_batch
+            )
         super().__init__(recipe, data, accelerator, objective)
         self.changes = batch_changes(
             recipe.random_erasing, recipe.mixup_alpha, recipe.cutmix_alpha, views=self.loss.num_views

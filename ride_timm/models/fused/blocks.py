@@ -114,7 +114,8 @@ class BatchedExperts(Experts):
         repeated = len(set(chosen)) < len(chosen)
         if not self.training or repeated or any(of_one.grad_checkpointing for of_one in stages):
             return super().forward(x, use_experts)
-        enter, maps = _enter_batched, [x] * len(chosen)
+        enter: Callable | None = _enter_batched
+        maps: Sequence[Tensor] = [x] * len(chosen)
         for level in zip(*stages, strict=True):
             enter, maps = None, forward_blocks(level, maps, enter)
         features = [expert.forward_pre_logits(y) for expert, y in zip(chosen, maps, strict=True)]
