@@ -1,4 +1,4 @@
-"""Draw docs/ride.svg: trunk, experts and gates; beside them accuracy against MACs of a staged release.
+"""Draw docs/ride.svg: trunk, experts and gates, and accuracy against MACs of a staged release.
 
 python docs/figure.py [--png FILE]
 """
