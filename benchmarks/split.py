@@ -16,12 +16,13 @@ import datasets  # noqa: F401  imported before the clock runs
 import numpy as np
 from record import alternate, parse, parser, record, show, summary
 
-from ride_timm.data.lists import PUBLISHED, Published, read_list
+from ride_timm.data.datasets import KNOWN, Lists
+from ride_timm.data.lists import read_list
 from ride_timm.data.load import load_longtail
 from ride_timm.data.longtail import longtail_indices
 
 SIZES = {"CIFAR-100": (50_000, 100), "ImageNet-LT": (115_846, 1000), "iNaturalist 2018": (437_513, 8142)}
-LISTS = {"ImageNet-LT": "imagenet_lt", "Places-LT": "places_lt", "iNaturalist 2018": "inat18"}
+LISTS = {known.title: name for name, known in KNOWN.items() if known.lists}
 
 
 def seconds_to_select(labels: np.ndarray) -> float:
@@ -34,11 +35,11 @@ def seconds_to_build(name: str, root: Path, lists: Path) -> float:
     started = time.perf_counter()
     data = load_longtail(name, root, annotations=lists)
     seconds = time.perf_counter() - started
-    assert len(data.train) == PUBLISHED[name].splits["train"].images
+    assert len(data.train) == KNOWN[name].lists.splits["train"].images
     return seconds
 
 
-def make_list(path: Path, published: Published, split: str, rng: np.random.Generator) -> None:
+def make_list(path: Path, published: Lists, split: str, rng: np.random.Generator) -> None:
     """A list of the published length, every class in it, most lines of the first classes; names as the real ones."""
     facts, num_classes = published.splits[split], published.num_classes
     shares = np.geomspace(100, 1, num_classes) if facts.largest > facts.smallest else np.ones(num_classes)
@@ -54,16 +55,16 @@ def make_list(path: Path, published: Published, split: str, rng: np.random.Gener
 
 def prepare(name: str, root: Path, real: Path | None) -> Path:
     """The folder of a data set's lists, made where not all of them are real; its first images are made, empty."""
-    published, rng = PUBLISHED[name], np.random.default_rng(0)
+    published, rng = KNOWN[name].lists, np.random.default_rng(0)
     splits = ["train", "test" if "test" in published.splits else "val"]
-    if real is not None and all((real / published.list_name(split)).is_file() for split in splits):
+    if real is not None and all((real / published.name(split)).is_file() for split in splits):
         lists = real
     else:
         lists = root
         for split in splits:
-            make_list(root / published.list_name(split), published, split, rng)
+            make_list(root / published.name(split), published, split, rng)
     for split in splits:
-        part = read_list(lists / published.list_name(split))
+        part = read_list(lists / published.name(split))
         for i in np.unique(part.labels, return_index=True)[1]:
             path = root / part.files[i]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             root.mkdir()
             lists = prepare(name, root, args.annotations)
             made = "made" if lists == root else "real"
-            lines = PUBLISHED[name].splits["train"].images
+            lines = KNOWN[name].lists.splits["train"].images
             variants[f"{title}, {made} lists, {lines:,} lines"] = partial(seconds_to_build, name, root, lists)
         figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
     show(figures)

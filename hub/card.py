@@ -19,6 +19,7 @@ from staged import CARD, CONFIG, HERE, RESULTS, Staged, is_registered
 from training import as_given, command, licence, numbers, rare_classes, settings, summary, training
 
 from ride_timm.cli.process import exit_code
+from ride_timm.data.datasets import KNOWN
 from ride_timm.priors import shot_groups
 from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe
@@ -27,14 +28,6 @@ TEMPLATE = HERE / "card.md.jinja"
 BEGIN = "<!-- hand-edited: what stands between these two lines is kept when the card is rendered again -->"
 END = "<!-- hand-edited: end -->"
 NOTHING_YET = "None."
-DATASETS = {  # pretty name, Hub id of the images, home page
-    "fashion_lt": ("Fashion-MNIST-LT", "zalando-datasets/fashion_mnist",
-                   "https://github.com/zalandoresearch/fashion-mnist"),
-    "cifar10": ("CIFAR10-LT", "uoft-cs/cifar10", "https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cifar100": ("CIFAR100-LT", "uoft-cs/cifar100", "https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "imagenet_lt": ("ImageNet-LT", "ILSVRC/imagenet-1k", "https://liuziwei7.github.io/projects/LongTail.html"),
-    "inat18": ("iNaturalist 2018", None, "https://github.com/visipedia/inat_comp/tree/master/2018"),
-}  # fmt: skip
 _GROUPS = ("all", "many", "medium", "few")
 STAGE_NAMES = {"experts": "ensemble", "router": "routed"}
 
@@ -106,8 +99,9 @@ def describe_data(results: dict[str, Any]) -> tuple[str, str | None, str | None]
     """Pretty name with the imbalance, Hub id and home page of a results.json's training images; None where unknown."""
     data, counts = results.get("data", {}), results.get("class_counts")
     dataset = data.get("dataset")
-    if dataset in DATASETS:
-        pretty, hub_id, home = DATASETS[dataset]
+    known = KNOWN.get(dataset)
+    if known:
+        pretty, hub_id, home = known.title, known.hub_id, known.home
     elif dataset and re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset):
         pretty, hub_id, home = dataset, dataset, f"https://huggingface.co/datasets/{dataset}"
     else:
@@ -115,6 +109,8 @@ def describe_data(results: dict[str, Any]) -> tuple[str, str | None, str | None]
     if data.get("imb_type") in ("exp", "step"):
         kind = "" if data["imb_type"] == "exp" else "step, "
         pretty += f" ({kind}imbalance factor {1 / data['imb_factor']:g})"
+    elif known and known.imb_factor:
+        pretty += f" (imbalance factor {1 / known.imb_factor:g})"
     elif as_given(results) and min(counts) > 0:
         pretty += f" (ready-made, imbalance factor {round(max(counts) / min(counts))})"
     return pretty, hub_id, home

@@ -23,7 +23,7 @@ from staged import CARD, HERE
 
 from ride_timm import InputError, RunError
 from ride_timm.cli.process import exit_code
-from ride_timm.data.hub import EMBEDDED, HUB_IDS
+from ride_timm.data.datasets import KNOWN
 from ride_timm.data.image_set import ImageSet
 from ride_timm.data.load import load_longtail
 from ride_timm.models.download import repository_of
@@ -40,7 +40,7 @@ def split_name(recipe: Recipe) -> str:
     """cifar100_lt100: the data set, the imbalance factor as papers write it, and what is not usual."""
     factor = _factor(recipe).replace(".", "p").replace("+", "")  # 2.5 is 2p5, and 1e+06 no name of the Hub
     name = f"{recipe.dataset.rpartition('/')[2].lower()}_lt{factor}"
-    name += "_step" if recipe.imb_type == "step" else ""
+    name += "_step" if recipe.profile == "step" else ""
     name += f"_seed{recipe.split_seed}" if recipe.split_seed else ""
     return name + ("_" + re.sub(r"\W+", "_", recipe.label_column, flags=re.ASCII) if recipe.label_column else "")
 
@@ -52,7 +52,7 @@ def _factor(recipe: Recipe) -> str:
 
 def _call(recipe: Recipe) -> str:
     """What computes the same rows in Python, the data set read from the Hub."""
-    args = dict(imb_type=recipe.imb_type, imb_factor=recipe.imb_factor, seed=recipe.split_seed)
+    args = dict(imb_type=recipe.profile, imb_factor=recipe.imb_factor, seed=recipe.split_seed)
     given = {name: getattr(recipe, name) for name in ("image_column", "label_column", "test_split")}
     args |= {name: value for name, value in given.items() if value is not None}
     told = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in args.items())
@@ -67,12 +67,13 @@ def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
     """
     from datasets import Dataset
 
-    source = HUB_IDS.get(recipe.dataset, recipe.dataset)
-    if recipe.dataset == EMBEDDED or "/" not in source or Path(recipe.dataset).exists():
+    known = KNOWN.get(recipe.dataset)
+    source = (known.hub_id if known.balanced else None) if known else recipe.dataset
+    if source is None or "/" not in source or Path(recipe.dataset).exists():
         raise InputError(
             f"{recipe.dataset!r}: name cifar10, cifar100 or a Hub id; the index list refers to its images."
         )
-    if recipe.imb_type == "none":
+    if recipe.profile == "none":
         raise InputError("imb_type=none takes every row: there is no split to publish.")
     data = load_longtail(**recipe.data_args)
     folder = root / split_name(recipe)
@@ -102,7 +103,7 @@ def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
         most=f"{max(counts):,}",
         least=f"{min(counts):,}",
         factor=_factor(recipe),
-        imb_type=recipe.imb_type,
+        imb_type=recipe.profile,
         seed=recipe.split_seed,
         class_counts=counts,
     )

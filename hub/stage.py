@@ -42,7 +42,7 @@ from staged import (
 
 from ride_timm import InputError, RunError, load_legacy
 from ride_timm.cli.process import exit_code
-from ride_timm.data.load import EMBEDDED
+from ride_timm.data.datasets import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
@@ -104,7 +104,7 @@ def stage(
         _finish_config(new, network, name, tag)
         model = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
         recipe = _with_data(recipe, data_dir)
-        if measured and recipe is not None and (data_dir or recipe.dataset == EMBEDDED or not source.is_dir()):
+        if measured and recipe is not None and (data_dir or recipe.dataset in EMBEDDED or not source.is_dir()):
             found = measure(model, recipe)
             names = found.pop("class_names")
             if source.is_dir():
@@ -262,9 +262,10 @@ def _network_facts(model: Ride) -> dict[str, Any]:
 def _data_facts(recipe: Recipe | None, results: dict[str, Any]) -> dict[str, Any]:
     if recipe is None:
         return {}
-    recipe, keys = _public(recipe), ("dataset", "imb_type", "imb_factor", "split_seed")
-    counts = results.get("class_counts")
-    return {key: getattr(recipe, key) for key in keys} | (dict(train_images=sum(counts)) if counts else {})
+    recipe, counts = _public(recipe), results.get("class_counts")
+    facts = dict(dataset=recipe.dataset, imb_type=recipe.profile)
+    facts |= {key: getattr(recipe, key) for key in ("imb_factor", "split_seed")}
+    return facts | (dict(train_images=sum(counts)) if counts else {})
 
 
 def _finish_folder(new: Path, final: Path, by_hand: str) -> None:

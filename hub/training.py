@@ -7,7 +7,7 @@ from typing import Any
 
 from staged import LICENCE, Staged
 
-from ride_timm.data.hub import HUB_IDS
+from ride_timm.data.datasets import BALANCED
 from ride_timm.losses import LOSSES, PerExpertPriorLoss
 from ride_timm.training.recipe import Recipe
 
@@ -124,7 +124,7 @@ def training(recipe: Recipe | None, results: dict[str, Any]) -> str:
 def as_given(results: dict[str, Any]) -> bool:
     """Whether a set that is balanced on the Hub was read from a copy that was long-tailed already."""
     data, long_tailed = results.get("data", {}), len(set(results.get("class_counts", ()))) > 1
-    return data.get("dataset") in HUB_IDS and data.get("imb_type") == "none" and long_tailed
+    return data.get("dataset") in BALANCED and data.get("imb_type") == "none" and long_tailed
 
 
 def began_from(results: dict[str, Any]) -> str:

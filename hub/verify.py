@@ -25,7 +25,7 @@ from staged import CARD, GOLDEN, HERE, RECIPE, RESULTS, STAMP, Staged, is_regist
 
 from ride_timm import InputError
 from ride_timm.cli.process import exit_code
-from ride_timm.data.load import EMBEDDED
+from ride_timm.data.datasets import EMBEDDED
 from ride_timm.hardware import set_threads
 from ride_timm.models import Ride
 from ride_timm.models.release import CONFIG, WEIGHTS
@@ -150,7 +150,7 @@ def data_of(staged: Staged, data_dir: str | None, measured: bool, recipe: str | 
         if data_dir or measured:
             raise InputError(f"{staged.path} has no {RECIPE}: name the --recipe of the data, such as cifar100_lt.")
         return None
-    if not (data_dir or measured or found.dataset == EMBEDDED):
+    if not (data_dir or measured or found.dataset in EMBEDDED):
         return None
     return dataclasses.replace(found, data_dir=data_dir)
 

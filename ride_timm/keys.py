@@ -42,7 +42,9 @@ def is_tuple(item: Field) -> bool:
 def coerce(item: Field, value: Any) -> Any:
     """Convert a value, or its text, to the type of a key; InputError out of range."""
     given, kind, optional = f"{item.name}={value!r}", kind_of(item), NoneType in get_args(item.type)
-    if value is None or (optional and isinstance(value, str) and value.lower() == "none"):
+    choices = item.metadata["choices"]
+    is_none = isinstance(value, str) and value.lower() == "none" and "none" not in choices
+    if value is None or (optional and is_none):
         if optional:
             return None
         raise InputError(f"{given}: expected a value.")
@@ -57,7 +59,6 @@ def coerce(item: Field, value: Any) -> Any:
         return _number(item, value, given)
     if not isinstance(value, str):
         raise InputError(f"{given}: expected a string.")
-    choices = item.metadata["choices"]
     if choices and value not in choices:
         raise InputError(f"{given}: expected one of {', '.join(choices)}.")
     return value

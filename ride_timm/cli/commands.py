@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..data.datasets import KNOWN
 from ..errors import InputError
 from ..files import write_atomically
 from ..inference.options import Timed, inference_of, prepare
@@ -20,7 +21,6 @@ from ..models.release import is_release
 from ..training.arguments import flags_given
 from ..training.recipe import Recipe, available, load_recipe
 
-_RECIPE_OF = {"fashion_lt": "fashion_lt", "cifar10": "cifar10_lt", "cifar100": "cifar100_lt"}
 _DATA_KEYS = ("dataset", "annotations", "imb_type", "imb_factor", "split_seed", "image_column", "label_column")
 
 
@@ -47,16 +47,16 @@ def recipe_for(args: argparse.Namespace) -> Recipe:
         recipe = load_recipe(args.recipe)
     elif (own := _own_recipe(getattr(args, "model", None))) is not None:
         recipe = own
-    elif flags.get("dataset") in _RECIPE_OF:
-        recipe = load_recipe(_RECIPE_OF[flags["dataset"]])
     elif "dataset" in flags:
-        recipe = Recipe(augment="inat" if flags["dataset"] == "inat18" else "imagenet", imb_type="none")
+        known = KNOWN.get(flags["dataset"])
+        recipe = (
+            load_recipe(known.recipe)
+            if known and known.recipe
+            else Recipe(augment=known.augment if known else "imagenet")
+        )
     else:
         raise InputError(f"what to read? Name --dataset or --recipe (there are {', '.join(available())}).")
-    recipe = recipe.override(flags)
-    if "imb_factor" in flags and recipe.imb_type == "none":
-        raise InputError(f"imb_factor={recipe.imb_factor:g} is of a profile: give --imb-type exp or step as well.")
-    return recipe
+    return recipe.override(flags)
 
 
 def load_data(recipe: Recipe, use_val: bool = False) -> Any:

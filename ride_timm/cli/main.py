@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..data.datasets import LISTED, NAMES_HELP
 from ..errors import InputError, RunError
 from ..evaluation.macs import Macs, count_macs
 from ..hardware import keep_memory, set_threads
@@ -60,11 +61,9 @@ def flops_command(args: argparse.Namespace) -> None:
 
 
 def datasets_command(args: argparse.Namespace) -> None:
-    from ..data.lists import PUBLISHED
-
     args.dataset = args.subject
     recipe = recipe_for(args)
-    if args.action == "check" and args.subject in PUBLISHED:
+    if args.action == "check" and args.subject in LISTED:
         _check_published(args, recipe)
         if not args.decode:
             return
@@ -184,13 +183,12 @@ def build_parser() -> Parser:
 
     datasets = command("datasets", datasets_command, "show a long-tailed data set, or check that all of it can be read")
     datasets.add_argument("action", choices=("show", "check"))
-    known = "fashion_lt, imagenet_lt, places_lt, inat18, cifar10, cifar100, a Hub id or a path"
-    datasets.add_argument("subject", metavar="NAME", help=known)
+    datasets.add_argument("subject", metavar="NAME", help=NAMES_HELP)
     datasets.add_argument("--recipe", metavar="NAME|FILE", help="take the other settings from this recipe")
     datasets.add_argument("--all", action="store_true", help="list every class, or every missing image")
     datasets.add_argument(
         "--decode", action="store_true",
-        help="check imagenet_lt, places_lt, inat18: read every image, not only look for it (of others all are read)",
+        help=f"check {', '.join(LISTED)}: read every image, not only look for it (of others all are read)",
     )  # fmt: skip
     add_flags(datasets, [name for name in keys_of("data") if name not in ("dataset", "holdout", "augment")])
 

@@ -1,6 +1,5 @@
-"""From a labelled image data set to batches: `sources` -> `longtail` -> `transforms` -> `loader`.
+"""From a labelled image data set to batches.
 
-`sources` reads a data set and lets `longtail` choose its rows from the labels alone; `transforms` holds the
-augmentations, and `reduced_decode` spares them most of a large JPEG; `orders` says who sees which image when; `loader`
-decodes, augments and batches. Import the module you need: nothing is imported here.
+`datasets` is the table of known data sets, `load` reads one (`hub`, `lists`) and selects its long tail (`longtail`) as
+an `image_set`, `augment` transforms images, and `loaders` batch them. Import the module you need.
 """

@@ -1,4 +1,4 @@
-"""Is a published data set here as its lists say? Every image is looked for, none is decoded."""
+"""Check a published data set against its lists: every image is searched, none is decoded."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, listed
+from .datasets import SplitFacts, lists_of
 from .hub import holds_rows, read_local
-from .lists import PUBLISHED, AnnotationList, SplitFacts, find_lists, hub_split, image_root, read_list, rows_of
+from .lists import AnnotationList, find_lists, hub_split, image_root, read_list, rows_of
 from .load import choose_image_column
 
 
 def check_installation(dataset: str, data_dir: Path | None, annotations: Path | None) -> dict[str, Any]:
-    """Compare lists with the known totals, and files (or rows of parquet files) under `data_dir` with the lists.
+    """Compare lists with the published totals, and the images under `data_dir` with the lists.
 
     -> {"name", "root", "splits": {split: {"list", "lines", "classes", "largest", "smallest", "class_counts", "missing":
-    [{"line", "path"}, …]}}, "problems": [one sentence each]}; no problem means that all is there. Without `data_dir`
-    the lists alone are checked. Raises `InputError` where there are no lists at all, or one cannot be read.
+    [{"line", "path"}, ...]}}, "problems": [one sentence each]}. Without `data_dir` the lists alone are checked. Raises
+    `InputError` if there are no lists, or one cannot be read.
     """
-    published = PUBLISHED[dataset]
+    published = lists_of(dataset)
+    assert published is not None
     if data_dir is not None and not data_dir.exists():
         raise InputError(f"data set folder {str(data_dir)!r} does not exist")
     paths = find_lists(dataset, data_dir, annotations)
@@ -32,7 +34,7 @@ def check_installation(dataset: str, data_dir: Path | None, annotations: Path | 
     for split, facts in published.splits.items():
         if split not in lists:
             folder = next(iter(paths.values())).parent
-            found["problems"].append(f"{split}: there is no list {published.list_name(split)} in {folder}")
+            found["problems"].append(f"{split}: there is no list {published.name(split)} in {folder}")
             continue
         part = lists[split]
         counts = np.bincount(part.labels, minlength=published.num_classes)
@@ -58,7 +60,7 @@ def check_installation(dataset: str, data_dir: Path | None, annotations: Path | 
 def _differences(
     split: str, part: AnnotationList, counts: np.ndarray, facts: SplitFacts, num_classes: int
 ) -> list[str]:
-    """What a list holds otherwise than the published one."""
+    """Differences between a list and the published one."""
     problems = []
     if len(part) != facts.images:
         difference = len(part) - facts.images
@@ -83,16 +85,16 @@ def _differences(
     if repeated:
         i, file = repeated[0]
         problems.append(
-            f"{split}: {len(repeated)} lines name an image that stands above already, the first is line {i + 1}, "
+            f"{split}: {len(repeated)} lines repeat an image, the first is line {i + 1}, "
             f"{file} (line {first[file] + 1})"
         )
     return problems
 
 
 def missing_files(part: AnnotationList, root: Path) -> list[dict[str, Any]]:
-    """Listed images that are not under the root, or are empty files: {"line", "path"} each, in the list's order.
+    """Listed images that are missing or empty: {"line", "path"} each, in the list's order.
 
-    Each folder is read once, which takes far less time on a network drive than asking for every file.
+    Each folder is read once, which is far faster on a network drive than a query per file.
     """
     by_folder = defaultdict(dict)
     for i, file in enumerate(part.files):
@@ -138,7 +140,7 @@ def _missing_rows(split: str, part: AnnotationList, rows: dict[str, Any]) -> lis
 
 
 def _shared(lists: dict[str, AnnotationList]) -> list[str]:
-    """Images that stand in two lists: what a model is tested on, it must not have seen."""
+    """Images in two lists: test images must not be trained on."""
     problems, splits = [], list(lists)
     for i, one in enumerate(splits):
         for other in splits[i + 1 :]:
@@ -149,7 +151,7 @@ def _shared(lists: dict[str, AnnotationList]) -> list[str]:
 
 
 def format_installation(found: dict[str, Any], num_missing: int = 10) -> str:
-    """The findings as text: a line for each list, the problems, and the first missing images of each list."""
+    """The findings as text: one line per list, the problems, and the first missing images of each list."""
     lines = [f"{found['name']}: images under {found['root'] or '– (no --data-dir: lists alone)'}"]
     for split, part in found["splits"].items():
         counts = f"{part['largest']} to {part['smallest']} a class"

@@ -1,4 +1,4 @@
-"""Opening a data set: in the package, in a local folder or on the Hub, through HF `datasets`, split by split."""
+"""Read the splits of a data set from the package, a local folder or the Hub, with HF `datasets`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, first_line
-from .lists import PUBLISHED
+from .datasets import EMBEDDED, KNOWN
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-EMBEDDED = "fashion_lt"
-HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
-# the words by which `datasets` knows the folder of a split, and what may stand around them
+# the words by which `datasets` recognises the folder of a split, and the separators around them
 _SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "dev", "val"},
@@ -29,43 +27,44 @@ _BETWEEN_WORDS = r"[-._ 0-9]+"
 
 
 def read_splits(dataset: str, data_dir: str | Path | None) -> dict[str, Dataset]:
-    """The splits by name, from the package, a local path or the Hub, in that order of question."""
+    """The splits by name, from `data_dir`, the package, a local path or the Hub, the first that applies."""
     if data_dir is not None:
         return read_local(Path(data_dir).expanduser())
-    if dataset == EMBEDDED:
-        return _read_embedded()
-    if dataset in HUB_IDS:
-        return read_hub(HUB_IDS[dataset], dataset)
+    if dataset in EMBEDDED:
+        return _read_embedded(dataset)
+    if dataset in KNOWN:
+        return read_hub(KNOWN[dataset].hub_id, dataset)
     path = Path(dataset).expanduser()
     if dataset and path.exists():
         return read_local(path)
     if is_hub_id(dataset):
         return read_hub(dataset, dataset)
     raise InputError(
-        f"unknown data set {dataset!r}: neither one of {', '.join([EMBEDDED, *PUBLISHED, *HUB_IDS])}, nor a Hub "
-        "id owner/name, nor an existing folder"
+        f"unknown data set {dataset!r}: neither one of {', '.join(KNOWN)}, nor a Hub id owner/name, nor an existing "
+        "folder"
     )
 
 
-def _read_embedded() -> dict[str, Dataset]:
+def _read_embedded(dataset: str) -> dict[str, Dataset]:
     from datasets import Dataset
     from pyarrow import parquet
 
     def read(split: str) -> Dataset:
-        # into memory: a set this small needs no copy in the datasets cache
-        with as_file(files(__package__) / EMBEDDED / f"{split}.parquet") as path:
+        # into memory: a set this small needs no copy in the cache of `datasets`
+        with as_file(files(__package__) / dataset / f"{split}.parquet") as path:
             return Dataset(parquet.read_table(path))
 
     return {split: read(split) for split in ("train", "test")}
 
 
 def read_hub(hub_id: str, name: str, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+    """The splits of a Hub data set; `InputError` with one line for whatever prevents it."""
     import datasets
 
     with _quiet(datasets):
         try:
             splits = datasets.load_dataset(hub_id, **(dict(streaming=True) if streaming else {}))
-        except Exception as error:  # no network, no such repository, gated, no images: one way out for all
+        except Exception as error:  # no network, no such repository, gated, no images: all have the same way out
             folder = f" (there is no folder {hub_id!r} here either)" if hub_id == name else ""
             raise InputError(
                 f"cannot read data set {name!r} from https://huggingface.co/datasets/{hub_id}{folder}: "
@@ -75,6 +74,7 @@ def read_hub(hub_id: str, name: str, streaming: bool = False) -> dict[str, Datas
 
 
 def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+    """The splits of a local folder or parquet file; `InputError` with one line for whatever prevents it."""
     import datasets
 
     if not path.exists():
@@ -83,7 +83,7 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
         raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, or a .parquet file")
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if saved and streaming:
-        raise InputError(f"{str(path)!r} was written by save_to_disk and is never read as a whole: leave streaming out")
+        raise InputError(f"{str(path)!r} was written by save_to_disk, which needs no streaming: leave --streaming out")
     how = dict(streaming=True) if streaming else {}
     with _quiet(datasets):
         try:
@@ -93,19 +93,19 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
                 splits = datasets.load_dataset("parquet", data_files=str(path), **how)
             else:
                 splits = datasets.load_dataset(str(path), **how | _split_folders(path))
-        except Exception as error:  # empty or mixed folders, broken parquet, …: datasets has no common error
+        except Exception as error:  # empty or mixed folders, broken parquet: `datasets` has no common error
             raise InputError(
-                f"cannot read a data set from {str(path)!r}: {first_line(error)}; it should hold parquet files, "
-                "folders of images by class under train/ and test/, or what save_to_disk wrote, and no empty split"
+                f"cannot read a data set from {str(path)!r}: {first_line(error)}; expected parquet files, "
+                "folders of images by class under train/ and test/, or a folder of save_to_disk, and no empty split"
             ) from error
     return dict(splits) if isinstance(splits, dict) else {"train": splits}
 
 
 def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
-    """The `data_files` of a folder with train/ in it: each split's files are those in the top folders of its name.
+    """`data_files` of a folder with train/: each split is read from the top folders of its name.
 
-    Left to itself, `datasets` looks for the names of splits in every folder, and puts the test images of a class called
-    "train" or "train station" into the training set as well. Nothing where rows or the card say what the splits are.
+    By default, `datasets` looks for split names in all folders, and adds the test images of a class named "train" or
+    "train station" to the training set. Empty if rows or the card define the splits.
     """
     cards = (path / "README.md", path / ".huggingface.yaml")
     if holds_rows(path) or any(re.search(r"^configs:", c.read_text("utf-8"), re.M) for c in cards if c.is_file()):
@@ -126,7 +126,7 @@ def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
 
 @contextmanager
 def _quiet(datasets) -> Iterator[None]:
-    """No progress bars and no retry warnings while reading: the error says once what they say many times."""
+    """No progress bars and no retry warnings while reading: the final error says it once."""
     from datasets.utils import are_progress_bars_disabled
 
     hub_log = logging.getLogger("huggingface_hub")
@@ -143,11 +143,12 @@ def _quiet(datasets) -> Iterator[None]:
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether a local path holds rows (parquet, or what `save_to_disk` wrote) rather than image files."""
+    """True if a local path holds rows (parquet, or `save_to_disk`), not image files."""
     if path.is_file() or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return True
     return any(next(path.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet"))
 
 
 def is_hub_id(name: str) -> bool:
+    """True for owner/name."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None

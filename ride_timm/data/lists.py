@@ -1,7 +1,7 @@
-"""Annotation lists, `path label` by line: which images a data set has, and of which class, before any is looked at.
+"""Annotation lists: `path label` by line, the images and classes of a data set before any is opened.
 
 ImageNet-LT and Places-LT (Liu et al. 2019, arXiv:1904.05160) and iNaturalist 2018 are published this way. The paths
-lead to files under a root, or name the rows of a data set on the Hub.
+are those of files under a root, or of rows of a data set on the Hub.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError, listed
+from .datasets import LISTED, lists_of
 from .longtail import check_labels
 
 if TYPE_CHECKING:
@@ -24,47 +25,9 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 
 
-class SplitFacts(NamedTuple):
-    """What a published list holds: its images, and those of its largest and of its smallest class."""
-
-    images: int
-    largest: int
-    smallest: int
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published data set: how its lists are called (PREFIX_train.txt, …), what they hold, and its images' Hub id."""
-
-    prefix: str
-    num_classes: int
-    splits: dict[str, SplitFacts]
-    hub_id: str | None = None
-
-    def list_name(self, split: str) -> str:
-        return f"{self.prefix}_{split}.txt"
-
-
-PUBLISHED = {
-    "imagenet_lt": Published(
-        "ImageNet_LT",
-        1000,
-        dict(train=SplitFacts(115_846, 1280, 5), val=SplitFacts(20_000, 20, 20), test=SplitFacts(50_000, 50, 50)),
-        "ILSVRC/imagenet-1k",
-    ),
-    "places_lt": Published(
-        "Places_LT",
-        365,
-        dict(train=SplitFacts(62_500, 4980, 5), val=SplitFacts(7_300, 20, 20), test=SplitFacts(36_500, 100, 100)),
-    ),
-    # no test list: its labels are not public, so the field reports the validation images
-    "inat18": Published("iNaturalist18", 8142, dict(train=SplitFacts(437_513, 1000, 2), val=SplitFacts(24_426, 3, 3))),
-}
-
-
 @dataclass(frozen=True, eq=False)
 class AnnotationList:
-    """One list: `files` as written in it, labels int64 [n]. Entry i stands in line i + 1."""
+    """One list: `files` as written, labels int64 [n]. Entry i is line i + 1."""
 
     path: Path
     files: list[str]
@@ -74,7 +37,7 @@ class AnnotationList:
         return len(self.files)
 
     def class_names(self, num_classes: int) -> tuple[str, ...]:
-        """The folder of each class where there is one folder a class, else the class' number."""
+        """The folder of each class if every class has one of its own, else its number."""
         present, first = np.unique(self.labels, return_index=True)
         names = {c: PurePosixPath(self.files[i]).parent.name for c, i in zip(present.tolist(), first, strict=True)}
         if len(set(names.values())) < num_classes or "" in names.values():
@@ -83,9 +46,9 @@ class AnnotationList:
 
 
 def read_list(path: str | Path) -> AnnotationList:
-    """Read a list, whatever its classes. Paths may hold spaces; the label is what follows the last one.
+    """Read a list without checking its classes. Paths may contain spaces; the label follows the last one.
 
-    Raises `InputError`, naming list and line, for a line without a path or without a label 0, 1, 2, …
+    Raises `InputError`, naming list and line, for a line without a path or without a label 0, 1, 2, ...
     """
     path = Path(path)
     try:
@@ -116,9 +79,10 @@ def _is_label(text: str) -> bool:
 
 
 def check_classes(annotations: AnnotationList, num_classes: int | None = None) -> int:
-    """The number of classes of a training list; `InputError`, naming a line, for a label beyond it or with gaps.
+    """The number of classes of a training list.
 
-    num_classes: what it must be; by default the highest label plus one.
+    num_classes: the expected number; by default the highest label plus one. Raises `InputError`, naming a line, for a
+    label beyond it and for classes without an image.
     """
     highest = int(annotations.labels.argmax())
     if num_classes is not None and annotations.labels[highest] >= num_classes:
@@ -134,44 +98,44 @@ def check_classes(annotations: AnnotationList, num_classes: int | None = None) -
 
 
 def find_lists(dataset: str, data_dir: Path | None, annotations: Path | None) -> dict[str, Path]:
-    """The lists of a data set by split: in `annotations` where given, else in the images' root or its folder PREFIX.
+    """The lists of a data set by split, from `annotations` if given, else from the images' root or its folder PREFIX.
 
-    A published data set's lists have their published names; any other's end in train.txt, val.txt and test.txt.
-    Raises `InputError` where there is no training list, or several.
+    Published lists have their published names; the names of others end in train.txt, val.txt and test.txt. Raises
+    `InputError` unless there is exactly one training list.
     """
-    published = PUBLISHED.get(dataset)
+    published = lists_of(dataset)
     if published is None or annotations is not None:
         folders = [annotations]
     elif data_dir is not None:
         folders = [data_dir, data_dir / published.prefix]
     else:
         raise InputError(
-            f"where are the lists of {dataset}? Give --annotations DIR with {published.list_name('train')} and the "
-            "others, or --data-dir ROOT that holds them and the images"
+            f"no lists of {dataset}: pass --annotations DIR with {published.name('train')} and the others, or "
+            "--data-dir ROOT that holds them and the images"
         )
     if not folders[0].is_dir():
         raise InputError(f"folder {str(folders[0])!r} does not exist: expected annotation lists in it")
     for folder in folders:
         lists = {}
         for split in SPLITS:
-            pattern = published.list_name(split) if published else f"*{split}.txt"
+            pattern = published.name(split) if published else f"*{split}.txt"
             found = sorted(folder.glob(pattern))
             if len(found) > 1:
                 raise InputError(
                     f"folder {str(folder)!r} has several {split} lists, {listed(p.name for p in found)}: leave "
-                    f"one there, or name the data set: {', '.join(PUBLISHED)}"
+                    f"one there, or name the data set: {', '.join(LISTED)}"
                 )
             if found:
                 lists[split] = found[0]
         if "train" in lists:
             return lists
-    wanted = published.list_name("train") if published else "list *train.txt"
+    wanted = published.name("train") if published else "list *train.txt"
     raise InputError(f"there is no {wanted} in {' or '.join(str(folder) for folder in folders)}")
 
 
 def image_root(dataset: str, data_dir: Path, annotations: AnnotationList) -> Path:
-    """The folder the paths start from: `data_dir`, or its folder PREFIX where the first image is found there only."""
-    published = PUBLISHED.get(dataset)
+    """The root of the paths: `data_dir`, or its folder PREFIX if the first image is found there only."""
+    published = lists_of(dataset)
     if published is not None and not (data_dir / annotations.files[0]).is_file():
         inside = data_dir / published.prefix
         if (inside / annotations.files[0]).is_file():
@@ -180,7 +144,7 @@ def image_root(dataset: str, data_dir: Path, annotations: AnnotationList) -> Pat
 
 
 def check_first_images(annotations: AnnotationList, root: Path) -> None:
-    """Look for the first image of every class: a wrong root or a missing folder shows before training starts.
+    """Check that the first image of every class exists, so that a wrong root fails before training.
 
     Raises `InputError` with line and path of the first that is missing.
     """
@@ -194,12 +158,12 @@ def check_first_images(annotations: AnnotationList, root: Path) -> None:
 
 
 def files_as_dataset(annotations: AnnotationList, root: Path) -> Dataset:
-    """The listed files as a data set of one column, "image": paths only, so building it opens none of them."""
+    """The listed files as a data set of one column, "image", of paths: no file is opened."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Dataset, DatasetInfo, Features, Image
 
-    # as root / file would: an absolute path stands for itself
+    # as root / file would: absolute paths stay as they are
     paths = pa.array(annotations.files)
     relative = pc.invert(pc.starts_with(paths, "/"))
     paths = pc.if_else(relative, pc.binary_join_element_wise(str(root), paths, "/"), paths)
@@ -208,15 +172,15 @@ def files_as_dataset(annotations: AnnotationList, root: Path) -> Dataset:
 
 
 class NameKeys:
-    """What a listed file and a row of a Hub data set have in common: the end of the path, without the extension.
+    """Keys that match listed files to rows of a Hub data set: the end of the path, without the extension.
 
-    That is the file's name, or as many folders before it as make the listed files differ and no two rows answer to one
-    of them; with the extension, which the Hub may have changed, only where nothing less tells them apart. The Hub's
-    ImageNet adds the class to a name (`n01440764_10026_n01440764.JPEG`); this is taken off.
+    That is the file name, preceded by as many folders as it takes for the listed files to differ and for no two rows
+    to match one of them; with the extension, which the Hub may have changed, only if nothing less separates them. The
+    Hub's ImageNet appends the class to a name (`n01440764_10026_n01440764.JPEG`); it is removed.
 
-    rows: the rows' paths where they are known beforehand, None for a row without one. Then `row_of` gives the row of a
-    key, and `clash` is (file, row, row), by position: the last that were told apart late or, if they still share a key
-    or the file has no row now, not at all.
+    rows: paths of the rows if they are known beforehand, None for a row without one. Then `row_of` maps a key to its
+    row, and `clash` is (file, row, row), by position: the last rows that were hard to separate or, if they still share
+    a key or the file has no row, inseparable.
     """
 
     def __init__(self, files: Sequence[str], rows: Sequence[str | None] = ()) -> None:
@@ -237,7 +201,7 @@ class NameKeys:
         return stem + dot + extension if self.extension else stem
 
     def _match(self, rows: Sequence[str | None]) -> bool:
-        """Find the rows of the keys, as far as no two rows have the same; whether two do."""
+        """Find the rows of the keys; True if two rows have the same one."""
         wanted, self.row_of = {key: i for i, key in enumerate(self.keys)}, {}
         for row, path in enumerate(rows):
             key = None if path is None else self(path)
@@ -248,9 +212,9 @@ class NameKeys:
 
 
 def rows_of(annotations: AnnotationList, split: Dataset, image_column: str, split_name: str) -> np.ndarray:
-    """The row of a Hub data set's split that each listed file names, int64 [n], from the stored file names alone.
+    """The row in a split of a Hub data set for each listed file, int64 [n], from the stored file names alone.
 
-    Raises `InputError`, naming the first line, where a file has no row, or may be either of two.
+    Raises `InputError`, naming the first line, if a file has no row or matches two.
     """
     import pyarrow.compute as pc
 
@@ -278,9 +242,9 @@ def rows_of(annotations: AnnotationList, split: Dataset, image_column: str, spli
 
 
 def hub_split(annotations: AnnotationList, own_split: str, splits: Sequence[str]) -> str:
-    """Which split of a Hub data set holds the images of a list: the one its paths begin with, else its namesake.
+    """The split of a Hub data set with the images of a list: the one its paths begin with, else its namesake.
 
-    So ImageNet-LT's validation list (train/n01440764/…) is found in "train", its test list (val/…) in "validation".
+    So ImageNet-LT's validation list (train/n01440764/...) refers to "train", its test list (val/...) to "validation".
     """
     first = {file.partition("/")[0] for file in annotations.files}
     wanted = first.pop() if len(first) == 1 else own_split

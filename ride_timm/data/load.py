@@ -1,13 +1,12 @@
-"""Where images and labels come from: the embedded set, the Hub, or a local folder, all through HF `datasets`.
+"""Load a long-tailed data set: the embedded one, from the Hub, or from a local folder, through HF `datasets`.
 
-Reading a data set touches labels only; an image is decoded when it is asked for. `datasets` is heavy and is imported
-where it is used.
+Loading reads labels only; images are decoded on access. `datasets` is heavy and imported where it is used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, listed
-from .hub import EMBEDDED, holds_rows, is_hub_id, read_hub, read_local, read_splits
+from .datasets import EMBEDDED, KNOWN, default_profile, lists_of
+from .hub import holds_rows, is_hub_id, read_hub, read_local, read_splits
 from .image_set import ImageSet, LongTailData
 from .lists import (
-    PUBLISHED,
     check_classes,
     check_first_images,
     files_as_dataset,
@@ -28,7 +27,7 @@ from .lists import (
     read_list,
     rows_of,
 )
-from .longtail import check_imbalance, check_labels, longtail_indices
+from .longtail import IMB_FACTOR, check_imbalance, check_labels, longtail_indices
 from .streaming import streamed_rows
 
 if TYPE_CHECKING:
@@ -39,14 +38,15 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label", "labels")
 TEST_SPLITS = ("test", "validation", "val")
+VAL_SPLITS = ("val", "validation")
 
 
 def load_longtail(
     dataset: str,
     data_dir: str | Path | None = None,
     *,
-    imb_type: str = "exp",
-    imb_factor: float = 0.01,
+    imb_type: str | None = None,
+    imb_factor: float = IMB_FACTOR,
     seed: int = 0,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -57,58 +57,100 @@ def load_longtail(
     streaming: bool = False,
     shuffle_buffer: int = 1000,
 ) -> LongTailData:
-    """Read a data set and make its training split long-tailed, from the label column alone.
+    """Read a data set and make its training split long-tailed, from the labels alone.
 
-    dataset: "fashion_lt" (in the package), "imagenet_lt", "places_lt", "inat18" (by their annotation lists; these four
-        are long-tailed already: read as imb_type "none"), "cifar10", "cifar100", a Hub id "owner/name", or a local
-        path: a folder `datasets.load_dataset` reads (parquet, images in train/ and test/ by class, …) or one written by
-        `save_to_disk`.
+    dataset: a name of `datasets.KNOWN`, a Hub id "owner/name", or a local path: a folder that `datasets.load_dataset`
+        reads (parquet, images by class in train/ and test/, ...) or one of `save_to_disk`.
     data_dir: read the data set from this local path instead, whatever its name.
-    imb_type, imb_factor, seed: see `longtail_indices`; "none" keeps the training split as it is.
-    image_column, label_column: default to the first image column (`img` and `image` preferred), and to the first of
+    imb_type, imb_factor, seed: see `longtail_indices`; by default "exp" for the balanced data sets of the table, and
+        "none", the training split as it is, for all others.
+    image_column, label_column: default the first image column (`img` and `image` preferred), and the first of
         fine_label, label, labels.
     test_split: default the first of test, validation, val.
-    annotations: folder of annotation lists: which images there are, and their classes, is read from these. The images
-        are files under `data_dir`, or the rows of that name in the parquet files there or in the Hub data set.
+    annotations: folder of annotation lists, from which images and classes are read. The images are files under
+        `data_dir`, or the rows of that name in its parquet files or in the Hub data set.
     use_val: read the validation split as well, as `val`.
-    streaming: with lists and rows that carry file names only: read the rows in passing (see `streaming`).
+    streaming, shuffle_buffer: with lists, and rows that have file names: stream the rows, see `streaming`.
 
-    Raises `InputError` where the data set is not found or its splits, columns or labels do not serve.
+    Raises `InputError` if the data set is not found, or for unusable splits, columns or labels.
     """
-    check_imbalance(imb_type, imb_factor, seed)
-    if dataset == EMBEDDED and (data_dir or annotations) is not None:
-        there = str(data_dir or annotations)
-        raise InputError(f"data set {EMBEDDED!r} lies in the package: name the data set that {there!r} holds")
-    if dataset == EMBEDDED or dataset in PUBLISHED:
-        if (imb_type, imb_factor, seed) != ("exp", 0.01, 0) and imb_type != "none":
-            raise InputError(
-                f"data set {dataset!r} is long-tailed already: leave imb_type, imb_factor and the split's seed out, or "
-                "choose another data set"
-            )
-        imb_type = "none"
-    if annotations is not None or dataset in PUBLISHED:
+    dataset, data_dir, annotations = str(dataset), _expanded(data_dir), _expanded(annotations)
+    profile = _profile(dataset, imb_type, imb_factor, seed)
+    if dataset in EMBEDDED and (data_dir or annotations) is not None:
+        given = str(data_dir or annotations)
+        raise InputError(f"data set {dataset!r} is embedded in the package: name the data set that {given!r} holds")
+    if annotations is not None or lists_of(dataset):
+        paths = find_lists(dataset, data_dir, annotations)
+        names = _split_names(paths, train_split, test_split, use_val)
         make_set = partial(streamed_rows, shuffle_buffer=shuffle_buffer) if streaming else _matched_rows
-        where = (str(dataset), _expanded(data_dir), _expanded(annotations), image_column, streaming, make_set)
-        return _load_annotated(*where, imb_type, imb_factor, seed, train_split, test_split, use_val)
-    if streaming:
+        lists = {name: read_list(paths[name]) for name in names}
+        sets, class_names = _from_lists(dataset, data_dir, lists, image_column, streaming, make_set)
+    elif streaming:
         raise InputError(
-            "streaming needs annotation lists, which say what will come: give --annotations, or leave it out"
+            "streaming needs annotation lists of the images to expect: pass --annotations, or leave it out"
         )
-    splits = read_splits(str(dataset), data_dir)
-    test_split = _choose_test_split(splits, train_split, test_split)
-    val_split = _choose_val_split(splits, train_split, test_split) if use_val else None
-    train, test = splits[train_split], splits[test_split]
+    else:
+        splits = read_splits(dataset, data_dir)
+        names = _split_names(splits, train_split, test_split, use_val)
+        sets, class_names = _from_columns({name: splits[name] for name in names}, image_column, label_column)
+    train, test, *val = sets
+    rows = longtail_indices(train.labels, profile, imb_factor, seed, len(class_names))
+    return LongTailData(train.select(rows), test, class_names, dataset, val[0] if val else None, len(train))
 
+
+def _profile(dataset: str, imb_type: str | None, imb_factor: float, seed: int) -> str:
+    """The long-tailed profile to select by; `InputError` for settings that do not suit the data set."""
+    profile = imb_type or default_profile(dataset)
+    check_imbalance(profile, imb_factor, seed)
+    known = KNOWN.get(dataset)
+    already = known is not None and not known.balanced
+    if already and (profile, imb_factor, seed) == ("exp", known.imb_factor, 0):
+        return "none"  # stated, though it is how the data set was made
+    if already and (profile != "none" or imb_factor != IMB_FACTOR):
+        raise InputError(
+            f"data set {dataset!r} is long-tailed already: leave imb_type, imb_factor and the split's seed out, or "
+            "choose another data set"
+        )
+    if profile == "none" and imb_factor != IMB_FACTOR:
+        raise InputError(f"imb_factor={imb_factor:g} needs a long-tailed profile: add --imb-type exp or step")
+    return profile
+
+
+def _split_names(splits: Iterable[str], train_split: str, test_split: str | None, use_val: bool) -> list[str]:
+    """The names of the training, test and, if requested, validation split."""
+    splits = list(splits)
+    if train_split not in splits:
+        raise InputError(f"the data set has no split {train_split!r}; it has {listed(splits)}")
+    if test_split is None:
+        test_split = next((name for name in TEST_SPLITS if name in splits and name != train_split), None)
+        if test_split is None:
+            raise InputError(f"the data set has no split {' or '.join(TEST_SPLITS)}; name one of {listed(splits)}")
+    if test_split not in splits:
+        raise InputError(f"the data set has no split {test_split!r}; it has {listed(splits)}")
+    if test_split == train_split:
+        raise InputError(f"split {train_split!r} cannot be both the training and the test set")
+    names = [train_split, test_split]
+    if not use_val:
+        return names
+    val_split = next((name for name in VAL_SPLITS if name in splits and name not in names), None)
+    if val_split is None:
+        raise InputError(
+            f"the data set has no validation split beside {train_split!r} and {test_split!r}; it has {listed(splits)}: "
+            "hold out training images instead (--holdout 0.1)"
+        )
+    return [*names, val_split]
+
+
+def _from_columns(
+    splits: dict[str, Dataset], image_column: str | None, label_column: str | None
+) -> tuple[list[ImageSet], tuple[str, ...]]:
+    """Complete sets of these splits, the training split first, and the names of its classes."""
+    (train_split, train), *_ = splits.items()
     image_column = choose_image_column(train, image_column)
     label_column = _choose_label_column(train, label_column)
     train_names = getattr(train.features[label_column], "names", None)
-    train_labels = _read_labels(train, label_column, train_split, train_names)
-    try:
-        train_labels, num_classes = check_labels(train_labels, len(train_names) if train_names else None)
-    except InputError as error:
-        raise InputError(f"split {train_split!r}, column {label_column!r}: {error}") from error
-
-    def whole(split: Dataset, name: str) -> ImageSet:
+    sets: list[ImageSet] = []
+    for name, split in splits.items():
         for column in (image_column, label_column):
             if column not in split.column_names:
                 raise InputError(f"split {name!r} has no column {column!r}; it has {listed(split.column_names)}")
@@ -119,59 +161,54 @@ def load_longtail(
                 f"splits {train_split!r} and {name!r} number their classes differently in {label_column!r}"
             )
         labels = _read_labels(split, label_column, name, names)
+        if not sets:
+            try:
+                labels, num_classes = check_labels(labels, len(train_names) if train_names else None)
+            except InputError as error:
+                raise InputError(f"split {name!r}, column {label_column!r}: {error}") from error
         _check_unseen(labels, num_classes, f"split {name!r}")
-        return ImageSet(split.select_columns([image_column]), np.arange(len(labels)), labels, image_column, name)
-
-    test_set = whole(test, test_split)
-    rows = longtail_indices(train_labels, imb_type, imb_factor, seed, num_classes)
-    return LongTailData(
-        train=ImageSet(train.select_columns([image_column]), rows, train_labels[rows], image_column, train_split),
-        test=test_set,
-        class_names=tuple(train_names or map(str, range(num_classes))),
-        name=str(dataset),
-        val=whole(splits[val_split], val_split) if val_split else None,
-        available=len(train_labels),
-    )
+        sets.append(ImageSet(split.select_columns([image_column]), np.arange(len(labels)), labels, image_column, name))
+    return sets, tuple(train_names or map(str, range(num_classes)))
 
 
-def _load_annotated(
+def _from_lists(
     dataset: str,
     data_dir: Path | None,
-    annotations: Path | None,
+    lists: dict[str, AnnotationList],
     image_column: str | None,
     streaming: bool,
-    make_set: Callable,
-    imb_type: str,
-    imb_factor: float,
-    seed: int,
-    train_split: str,
-    test_split: str | None,
-    use_val: bool,
-) -> LongTailData:
-    """A data set whose images and classes stand in annotation lists."""
-    published = PUBLISHED.get(dataset)
-    paths = find_lists(dataset, data_dir, annotations)
-    test_split = _choose_test_split(paths, train_split, test_split)
-    names = [train_split, test_split] + ([_choose_val_split(paths, train_split, test_split)] if use_val else [])
-    lists = [read_list(paths[name]) for name in names]
-    num_classes = check_classes(lists[0], published.num_classes if published else None)
-    for other in lists[1:]:
+    make_set: Callable[..., Any],
+) -> tuple[list[Any], tuple[str, ...]]:
+    """Complete sets of these lists, the training list first, and the names of its classes."""
+    train, *others = lists.values()
+    published = lists_of(dataset)
+    num_classes = check_classes(train, published.num_classes if published else None)
+    for other in others:
         _check_unseen(other.labels, num_classes, f"annotation list {other.path}")
-    rows = longtail_indices(lists[0].labels, imb_type, imb_factor, seed, num_classes)
+    class_names = train.class_names(num_classes)
     if data_dir is not None and not data_dir.exists():
         raise InputError(f"data set folder {str(data_dir)!r} does not exist")
     if data_dir is not None and not holds_rows(data_dir):
         if streaming:
-            raise InputError("streaming is for rows of a Hub data set; files are read one by one anyway: leave it out")
-        sets = [
-            _listed_files(part, image_root(dataset, data_dir, part), name)
-            for part, name in zip(lists, names, strict=True)
-        ]
+            raise InputError("streaming is for rows of a Hub data set, and files are read one by one: leave it out")
+        return [
+            _listed_files(part, image_root(dataset, data_dir, part), name) for name, part in lists.items()
+        ], class_names
+    if data_dir is not None:
+        splits = read_local(data_dir, streaming)
     else:
-        sets = _listed_rows(dataset, data_dir, lists, names, image_column, streaming, make_set)
-    train, test, *val = sets
-    class_names = lists[0].class_names(num_classes)
-    return LongTailData(train.select(rows), test, class_names, dataset, val[0] if val else None, len(lists[0]))
+        hub_id = KNOWN[dataset].hub_id if dataset in KNOWN else dataset
+        if hub_id is None:
+            raise InputError(f"the images of {dataset} are not on the Hub: pass their root as --data-dir")
+        if not is_hub_id(hub_id):
+            raise InputError(f"no images of {dataset!r}: pass their root as --data-dir, or name a Hub id")
+        splits = read_hub(hub_id, dataset, streaming)
+    sets = []
+    for name, part in lists.items():
+        split_name = hub_split(part, name, list(splits))
+        split = splits[split_name]
+        sets.append(make_set(part, split, choose_image_column(split, image_column), split_name))
+    return sets, class_names
 
 
 def _listed_files(annotations: AnnotationList, root: Path, split: str) -> ImageSet:
@@ -179,35 +216,6 @@ def _listed_files(annotations: AnnotationList, root: Path, split: str) -> ImageS
     rows = np.arange(len(annotations))
     images = files_as_dataset(annotations, root)
     return ImageSet(images, rows, annotations.labels, "image", split, annotations.path)
-
-
-def _listed_rows(
-    dataset: str,
-    data_dir: Path | None,
-    lists: list[AnnotationList],
-    names: list[str],
-    image_column: str | None,
-    streaming: bool,
-    make_set: Callable,
-) -> list[Any]:
-    """Each list's images among the rows of parquet files under `data_dir`, or of the data set on the Hub."""
-    if data_dir is not None:
-        splits = read_local(data_dir, streaming)
-    else:
-        published = PUBLISHED.get(dataset)
-        hub_id = published.hub_id if published else dataset
-        if hub_id is None:
-            raise InputError(f"the images of {dataset} are not on the Hub: give their root with --data-dir")
-        if not is_hub_id(hub_id):
-            raise InputError(f"where are the images of {dataset!r}? Give their root with --data-dir, or name a Hub id")
-        splits = read_hub(hub_id, dataset, streaming)
-    sets = []
-    for part, name in zip(lists, names, strict=True):
-        split_name = hub_split(part, name, list(splits))
-        split = splits[split_name]
-        column = choose_image_column(split, image_column)
-        sets.append(make_set(part, split, column, split_name))
-    return sets
 
 
 def _matched_rows(annotations: AnnotationList, split: Dataset, image_column: str, split_name: str) -> ImageSet:
@@ -226,10 +234,10 @@ def _expanded(path: str | Path | None) -> Path | None:
 
 
 def hold_out(image_set: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Split off a seeded, stratified share of a training set for choosing among epochs: (the rest, held out).
+    """Hold out a seeded, stratified fraction of a training set: (the rest, held out).
 
-    Each class gives its rounded share but keeps at least one image, so a class of one gives none. Both parts keep the
-    order of the original. Raises `InputError` for a fraction outside (0, 0.5] or one too small to hold out an image.
+    The fraction of each class is rounded, but at least one of its images stays. Both parts keep the original order.
+    Raises `InputError` for a fraction outside (0, 0.5] or one too small to hold out an image.
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 0.5:
         raise InputError(f"held-out fraction {fraction!r} is outside (0, 0.5]")
@@ -250,32 +258,8 @@ def _seed(seed: int) -> int:
     return int(seed)
 
 
-def _choose_test_split(splits: dict[str, Any], train_split: str, test_split: str | None) -> str:
-    if train_split not in splits:
-        raise InputError(f"the data set has no split {train_split!r}; it has {listed(splits)}")
-    if test_split is None:
-        test_split = next((split for split in TEST_SPLITS if split in splits and split != train_split), None)
-        if test_split is None:
-            raise InputError(f"the data set has no split {' or '.join(TEST_SPLITS)}; name one of {listed(splits)}")
-    if test_split not in splits:
-        raise InputError(f"the data set has no split {test_split!r}; it has {listed(splits)}")
-    if test_split == train_split:
-        raise InputError(f"split {train_split!r} cannot be both the training and the test set")
-    return test_split
-
-
-def _choose_val_split(splits: dict[str, Any], train_split: str, test_split: str) -> str:
-    found = next((s for s in ("val", "validation") if s in splits and s not in (train_split, test_split)), None)
-    if found is None:
-        raise InputError(
-            f"the data set has no validation split beside {train_split!r} and {test_split!r}; it has {listed(splits)}: "
-            "hold out training images instead (--holdout 0.1)"
-        )
-    return found
-
-
 def choose_image_column(split: Dataset, column: str | None) -> str:
-    """The named column, or the first that holds images; `InputError` where there is none."""
+    """The named column, or the first that holds images; `InputError` if there is none."""
     from datasets import Image
 
     found = [name for name, feature in split.features.items() if isinstance(feature, Image)]
@@ -301,7 +285,7 @@ def _choose_label_column(split: Dataset, column: str | None) -> str:
         if column is None:
             raise InputError(
                 f"the data set has no label column {' or '.join(LABEL_COLUMNS)}; it has {listed(split.column_names)}: "
-                "name the one that holds the classes"
+                "pass the one with the classes as --label-column"
             )
     if column not in split.column_names:
         raise InputError(f"the data set has no column {column!r}; it has {listed(split.column_names)}")

@@ -1,6 +1,6 @@
-"""Which images of a balanced data set make its long-tailed version: the split of Cao et al. that RIDE uses.
+"""Long-tailed subsets of balanced data sets: the selection of Cao et al. that RIDE uses.
 
-Exponential and step imbalance as in arXiv:1906.07413 (LDAM), whose sampler arXiv:2010.01809 (RIDE) took over.
+Exponential and step imbalance as in arXiv:1906.07413 (LDAM), whose selection arXiv:2010.01809 (RIDE) adopted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from numpy.typing import ArrayLike
 from ..errors import InputError
 
 IMBALANCE_TYPES = ("exp", "step", "none")
+IMB_FACTOR = 0.01
 
 
 def check_imbalance(imb_type: str, imb_factor: float, seed: int = 0) -> None:
-    """Raise `InputError` unless the type is known, factor in (0, 1] and seed fit for NumPy's old generator."""
+    """Raise `InputError` for an unknown type, a factor outside (0, 1], or a seed outside [0, 2**32)."""
     if imb_type not in IMBALANCE_TYPES:
         raise InputError(f"unknown imbalance type {imb_type!r}; choose one of {', '.join(IMBALANCE_TYPES)}")
     if isinstance(imb_factor, bool) or not isinstance(imb_factor, Real) or not 0 < imb_factor <= 1:
@@ -33,20 +34,20 @@ def check_imbalance(imb_type: str, imb_factor: float, seed: int = 0) -> None:
 
 
 def class_sizes(num_images: int, num_classes: int, imb_type: str, imb_factor: float) -> list[int]:
-    """Images to keep of each class, largest first, of a balanced set of `num_images`.
+    """Images to select per class, largest first, from a balanced set of `num_images`.
 
-    With n_max = num_images / num_classes, "exp" keeps int(n_max * f^(c / (C - 1))) and "step" keeps n_max of the first
-    half and int(n_max * f) of the rest. For an odd C the authors' step forgets the last class; here the middle class
-    counts to the tail. "none" keeps n_max everywhere. Fractions are cut off, as theirs are.
+    With n_max = num_images / num_classes, "exp" selects int(n_max * f^(c / (C - 1))) and "step" n_max of the first half
+    of the classes and int(n_max * f) of the others. For an odd C the authors' step omits the last class; here, the
+    middle class belongs to the tail. "none" selects n_max everywhere. Sizes are truncated, as by the authors.
 
-    Raises `InputError` for a setting out of range and where a class would be left without an image.
+    Raises `InputError` for settings out of range and if a class would have no image.
     """
     check_imbalance(imb_type, imb_factor)
     if num_classes < 1 or num_images < 1:
         raise InputError(f"cannot split {num_images} images into {num_classes} classes")
     n_max = num_images / num_classes
     if imb_type == "exp":
-        last = max(num_classes - 1.0, 1.0)  # one class alone has nothing to decay to
+        last = max(num_classes - 1.0, 1.0)  # a single class has nothing to decay to
         sizes = [int(n_max * imb_factor ** (c / last)) for c in range(num_classes)]
     elif imb_type == "step":
         head = num_classes // 2 if num_classes > 1 else 1
@@ -66,10 +67,10 @@ def class_sizes(num_images: int, num_classes: int, imb_type: str, imb_factor: fl
 
 
 def check_labels(labels: ArrayLike, num_classes: int | None = None) -> tuple[np.ndarray, int]:
-    """Labels [N] as int64 and the number of classes C, once every class 0 … C-1 is known to have an image.
+    """Labels [N] as int64 and the number of classes C; every class 0 ... C-1 has an image.
 
     `num_classes` defaults to the highest label plus one. Raises `InputError` for no labels, labels that are not
-    integers or lie outside 0 … C-1, and classes without an image.
+    integers or outside 0 ... C-1, and classes without an image.
     """
     labels = np.asarray(labels)
     if labels.size == 0:
@@ -85,7 +86,7 @@ def check_labels(labels: ArrayLike, num_classes: int | None = None) -> tuple[np.
     present = np.unique(labels)
     num_missing = num_classes - len(present)
     if num_missing:
-        # walked, not laid out: one stray label of a billion must not cost a billion entries
+        # by iteration: one stray label of a billion must not allocate a billion entries
         have = set(present.tolist())
         first = ", ".join(map(str, islice((c for c in count() if c not in have), min(num_missing, 10))))
         more = ", …" if num_missing > 10 else ""
@@ -100,11 +101,11 @@ def longtail_indices(
 ) -> np.ndarray:
     """Rows of the long-tailed subset, int64 [n], grouped by class in ascending order.
 
-    One legacy NumPy generator serves all classes in turn: each class' ascending row numbers are shuffled and the first
-    `class_sizes` of them taken, so the rows equal the authors' for the same order of labels. A class that has fewer
-    images keeps them all. "none" returns every row in its original order.
+    One legacy NumPy generator serves all classes in turn: the ascending rows of a class are shuffled and the first
+    `class_sizes` of them selected, so the rows equal the authors' for the same order of labels. A class with fewer
+    images keeps them all. "none" returns all rows in their original order.
 
-    labels [N] integers in 0 … C-1, every class present; raises `InputError` otherwise (see `check_labels`).
+    labels [N]: integers in 0 ... C-1, every class present; else `InputError`, see `check_labels`.
     """
     check_imbalance(imb_type, imb_factor, seed)
     labels, num_classes = check_labels(labels, num_classes)
@@ -116,6 +117,6 @@ def longtail_indices(
     bounds = np.cumsum(np.bincount(labels, minlength=num_classes))[:-1]
     kept = []
     for rows, size in zip(np.split(by_class, bounds), sizes, strict=True):
-        rng.shuffle(rows)  # a view of by_class: shuffled in place, the whole class, whatever is kept
+        rng.shuffle(rows)  # in place, and the complete class, whatever its size
         kept.append(rows[:size])
     return np.concatenate(kept).astype(np.int64)

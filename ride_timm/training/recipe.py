@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..data.datasets import default_profile
 from ..errors import InputError
 from ..keys import coerce
 from ..losses import LOSSES, ExpertsLoss
@@ -77,11 +78,16 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         return args if self.reduce_dimension else args | dict(reduce_dimension=False)
 
     @property
+    def profile(self) -> str:
+        """The long-tailed profile: `imb_type`, or the data set's default."""
+        return self.imb_type or default_profile(self.dataset)
+
+    @property
     def data_args(self) -> dict[str, Any]:
         """Arguments for `data.load.load_longtail`."""
-        names = ["dataset", "data_dir", "annotations", "imb_type", "imb_factor", "image_column", "label_column"]
+        names = ["dataset", "data_dir", "annotations", "imb_factor", "image_column", "label_column"]
         names += ["test_split", "use_val", "streaming", "shuffle_buffer"]
-        return {name: getattr(self, name) for name in names} | dict(seed=self.split_seed)
+        return {name: getattr(self, name) for name in names} | dict(imb_type=self.profile, seed=self.split_seed)
 
     @property
     def on_disk(self) -> dict[str, str]:
@@ -159,7 +165,12 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
             for item in dataclasses.fields(self):
                 if item.metadata["in_epochs"]:
                     values.setdefault(item.name, _scaled(getattr(self, item.name), scale))
-        return dataclasses.replace(self, **values)
+        recipe = dataclasses.replace(self, **values)
+        if "imb_factor" in values and recipe.profile == "none":
+            raise InputError(
+                f"imb_factor={recipe.imb_factor:g} needs a long-tailed profile: add --imb-type exp or step."
+            )
+        return recipe
 
     def differing(self, other: "Recipe") -> list[str]:
         """Names of the keys that differ, of those that change the numbers of a run."""

@@ -3,6 +3,8 @@
 from dataclasses import Field, dataclass, field, make_dataclass
 from typing import Any
 
+from ..data.datasets import BALANCED, EMBEDDED, LISTED, NAMES_HELP
+from ..data.longtail import IMB_FACTOR, IMBALANCE_TYPES
 from ..keys import key
 from ..losses import LOSSES, loss_keys
 from .schedules import SCHEDULES
@@ -14,20 +16,21 @@ DECOUPLINGS = ("none", "crt", "lws", "tau_norm", "logit_adjustment")
 class DataKeys:
     """Data set and input pipeline."""
 
-    dataset: str = key(
-        "fashion_lt",
-        "fashion_lt (embedded), imagenet_lt, places_lt, inat18, cifar10, cifar100, a Hub id owner/name or a local path",
-    )
+    dataset: str = key(EMBEDDED[0], NAMES_HELP)
     data_dir: str | None = key(None, "read the data set from this folder instead of the Hub")
     annotations: str | None = key(
         None,
-        "folder of annotation lists with lines `path label` (default for imagenet_lt, places_lt, inat18: data_dir)",
+        f"folder of annotation lists with lines `path label` (default for {', '.join(LISTED)}: data_dir)",
     )
     streaming: bool = key(False, "with annotation lists, stream a Hub data set instead of downloading it")
     shuffle_buffer: int = key(1000, "images in the shuffle buffer of a worker (streaming)", low=1)
-    imb_type: str = key("exp", "long-tailed profile; none takes the data as they are", choices=("exp", "step", "none"))
+    imb_type: str | None = key(
+        None,
+        f"long-tailed profile (default: exp for {' and '.join(BALANCED)}, none for all others)",
+        choices=IMBALANCE_TYPES,
+    )
     imb_factor: float = key(
-        0.01,
+        IMB_FACTOR,
         "images of the rarest class over those of the most frequent; 0.01 is the imbalance factor 100 of papers",
         above=0,
         high=1,

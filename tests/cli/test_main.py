@@ -457,6 +457,6 @@ def test_a_check_reads_validation_images_too_and_no_flag_is_without_effect(capsy
     broken.write_bytes(broken.read_bytes()[:60])
     assert exit_code(main, [str(part) for part in check]) == 1
     assert len(json.loads(capsys.readouterr().out)["unreadable"]) == 1
-    assert "give --imb-type exp or step" in refusal(capsys, "datasets", "show", colours, "--imb-factor", "0.5")
+    assert "add --imb-type exp or step" in refusal(capsys, "datasets", "show", colours, "--imb-factor", "0.5")
     streamed = refusal(capsys, "datasets", "check", colours, "--streaming")
     assert "leave --streaming out" in streamed

@@ -2,11 +2,10 @@
 
 import datasets
 import pytest
-from listed import CLASSES, LISTS, write_images, write_lists, write_rows
+from listed import CLASSES, LISTS, known_lists, write_images, write_lists, write_rows
 
-from ride_timm.data import lists as annotations
 from ride_timm.data.check import check_installation, format_installation
-from ride_timm.data.lists import Published, SplitFacts
+from ride_timm.data.datasets import KNOWN, LISTED, SplitFacts
 from ride_timm.errors import InputError
 
 FACTS = dict(train=SplitFacts(13, 7, 2), val=SplitFacts(6, 2, 2), test=SplitFacts(9, 3, 3))
@@ -15,15 +14,15 @@ FACTS = dict(train=SplitFacts(13, 7, 2), val=SplitFacts(6, 2, 2), test=SplitFact
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setitem(annotations.PUBLISHED, "imagenet_lt", Published("ImageNet_LT", 3, FACTS, "ILSVRC/imagenet-1k"))
+    known_lists(monkeypatch, "imagenet_lt", FACTS)
 
 
 def test_the_known_totals():
     """The published figures: Liu et al. 2019, arXiv:1904.05160; iNaturalist 2018's own page."""
-    totals = {name: [f.images for f in s.splits.values()] for name, s in annotations.PUBLISHED.items()}
+    totals = {name: [facts.images for facts in KNOWN[name].lists.splits.values()] for name in LISTED}
     assert totals["places_lt"] == [62_500, 7_300, 36_500] and totals["inat18"] == [437_513, 24_426]
     for name in ("places_lt", "inat18"):
-        published = annotations.PUBLISHED[name]
+        published = KNOWN[name].lists
         for split, facts in published.splits.items():
             if split != "train":  # these are balanced
                 assert facts.largest == facts.smallest == facts.images / published.num_classes

@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, Features
-from pictures import difference, encoded, image_set, plainly, smooth
+from encoded_images import difference, encoded, image_set, plainly, smooth
 
 from ride_timm.data.augment.images import build_crop
 from ride_timm.data.image_set import ImageSet

@@ -3,24 +3,19 @@
 import datasets
 import numpy as np
 import pytest
-from listed import CLASSES, LISTS, jpeg, shade, write_images, write_lists, write_rows
+from listed import CLASSES, LISTS, jpeg, known_lists, shade, write_images, write_lists, write_rows
 
-from ride_timm.data import lists as annotations
-from ride_timm.data.lists import NameKeys, Published, SplitFacts, check_classes, read_list, rows_of
+from ride_timm.data.datasets import SplitFacts
+from ride_timm.data.lists import NameKeys, check_classes, read_list, rows_of
 from ride_timm.data.load import hold_out, load_longtail
 from ride_timm.errors import InputError, RunError
 
-SMALL = Published(
-    "ImageNet_LT",
-    3,
-    dict(train=SplitFacts(13, 7, 2), val=SplitFacts(6, 2, 2), test=SplitFacts(9, 3, 3)),
-    "ILSVRC/imagenet-1k",
-)
+SMALL = dict(train=SplitFacts(13, 7, 2), val=SplitFacts(6, 2, 2), test=SplitFacts(9, 3, 3))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path_factory):
-    monkeypatch.setitem(annotations.PUBLISHED, "imagenet_lt", SMALL)
+    known_lists(monkeypatch, "imagenet_lt", SMALL)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -99,13 +94,13 @@ def test_lists_elsewhere_and_lists_of_ones_own(tmp_path):
     root, lists = write_images(tmp_path / "images"), write_lists(tmp_path / "lists")
     assert load_longtail("imagenet_lt", root, annotations=lists).class_counts == [7, 4, 2]
     mine = write_lists(tmp_path / "mine", "birds")
-    data = load_longtail("birds", root, annotations=mine, imb_factor=0.5)
+    data = load_longtail("birds", root, annotations=mine, imb_type="exp", imb_factor=0.5)
     assert data.class_counts == [4, 3, 2] and data.name == "birds"
     assert load_longtail("birds", root, annotations=mine, imb_type="none").class_counts == [7, 4, 2]
 
 
 def test_a_set_without_a_test_list_is_tested_on_its_validation_list(tmp_path, monkeypatch):
-    monkeypatch.setitem(annotations.PUBLISHED, "inat18", Published("iNaturalist18", 3, {}))
+    known_lists(monkeypatch, "inat18")
     lists = {split: LISTS[split] for split in ("train", "val")}
     write_lists(write_images(tmp_path), "iNaturalist18", lists)
     data = load_longtail("inat18", tmp_path)
@@ -130,17 +125,17 @@ def test_missing_images_are_found_first_or_named_by_their_line(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "settings", "message"),
     [
-        ("imagenet_lt", {}, "where are the lists of imagenet_lt.*--annotations DIR with ImageNet_LT_train.txt"),
+        ("imagenet_lt", {}, "no lists of imagenet_lt: pass --annotations DIR with ImageNet_LT_train.txt"),
         ("imagenet_lt", dict(data_dir="nowhere"), "'nowhere' does not exist"),
         ("imagenet_lt", dict(data_dir="."), r"no ImageNet_LT_train.txt in .* or .*ImageNet_LT"),
         ("mine", dict(annotations="."), r"no list \*train.txt"),
         ("mine", dict(annotations="two"), "several train lists, a_train.txt, b_train.txt"),
         ("mine", dict(annotations="one"), "the data set has no split test or validation or val"),
-        ("mine", dict(annotations="good"), "where are the images of 'mine'"),
-        ("places_lt", dict(annotations="places"), "not on the Hub: give their root with --data-dir"),
+        ("mine", dict(annotations="good"), "no images of 'mine'"),
+        ("places_lt", dict(annotations="places"), "not on the Hub: pass their root as --data-dir"),
         ("mine", dict(annotations="good", data_dir="gone"), "folder 'gone' does not exist"),
         ("mine", dict(annotations="unseen", data_dir="."), "unseen_test.txt has classes without a training image: 7"),
-        ("fashion_lt", dict(annotations="good"), "lies in the package"),
+        ("fashion_lt", dict(annotations="good"), "is embedded in the package"),
         ("imagenet_lt", dict(data_dir=".", imb_type="exp", imb_factor=0.1), "long-tailed already"),
         ("mine", dict(annotations="good", data_dir=".", streaming=True), "streaming is for rows"),
         ("fashion_lt", dict(streaming=True), "streaming needs annotation lists"),
@@ -148,7 +143,7 @@ def test_missing_images_are_found_first_or_named_by_their_line(tmp_path):
 )
 def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch, dataset, settings, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(annotations.PUBLISHED, "places_lt", Published("Places_LT", 3, {}))
+    known_lists(monkeypatch, "places_lt")
     for name in ("a", "b"):
         write_lists(tmp_path / "two", name)
     write_lists(tmp_path / "one", "x", {"train": LISTS["train"]})

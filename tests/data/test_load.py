@@ -258,7 +258,7 @@ def test_paths_that_hold_no_data_set_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"folder .*nowhere' does not exist"):
         load_longtail("cifar10", tmp_path / "nowhere")
     for name in ("imagenette", "./nowhere", "a/b/c", "", "~/no such folder"):
-        with pytest.raises(InputError, match=r"unknown data set .* cifar10, cifar100, nor a Hub id owner/name"):
+        with pytest.raises(InputError, match=r"unknown data set .* imagenet_lt, .* nor a Hub id owner/name"):
             load_longtail(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"cannot read a data set from .*empty") as error:
@@ -290,7 +290,7 @@ def test_hub_ids_and_a_hub_out_of_reach(tmp_path, monkeypatch, name, hub_id):
 
     part = DatasetDict(train=split([0, 0, 1, 1]), test=split([0, 1]))
     monkeypatch.setattr(datasets, "load_dataset", lambda path: part if path == hub_id else pytest.fail(path))
-    assert load_longtail(name, imb_factor=0.5).class_counts == [2, 1]
+    assert load_longtail(name, imb_type="exp", imb_factor=0.5).class_counts == [2, 1]
 
 
 def test_reading_restores_the_progress_bars(tmp_path):
@@ -351,7 +351,8 @@ def test_real_cifar100():
     ("settings", "message"),
     [
         (dict(imb_factor=0.1), r"long-tailed already"),
-        (dict(seed=1), r"long-tailed already"),
+        (dict(imb_type="exp", seed=1), r"long-tailed already"),
+        (dict(imb_type="step"), r"long-tailed already"),
         (dict(data_dir="elsewhere"), r"name the data set that 'elsewhere' holds"),
     ],
 )

@@ -5,12 +5,10 @@ from itertools import chain
 import datasets
 import pytest
 import torch
-from listed import LISTS, jpeg, shade, write_lists, write_rows
+from listed import LISTS, jpeg, known_lists, shade, write_lists, write_rows
 from torch.utils.data import DataLoader, IterableDataset
 
-from ride_timm.data import lists as annotations
 from ride_timm.data.augment.policies import get_policy
-from ride_timm.data.lists import Published
 from ride_timm.data.load import hold_out, load_longtail
 from ride_timm.data.loaders import make_loader
 from ride_timm.errors import InputError, RunError
@@ -19,7 +17,7 @@ from ride_timm.training.run_folder import RunFolder
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path_factory):
-    monkeypatch.setitem(annotations.PUBLISHED, "imagenet_lt", Published("ImageNet_LT", 3, {}, "ILSVRC/imagenet-1k"))
+    known_lists(monkeypatch, "imagenet_lt")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # for interpreters on their way out
 

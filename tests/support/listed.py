@@ -1,13 +1,16 @@
-"""A small data set in the form of ImageNet-LT: lists, image files, and the same rows as parquet files of the Hub."""
+"""A small data set like ImageNet-LT: lists, image files, and the same images as rows of parquet files."""
 
 import io
 import zlib
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, Features, Value
 from PIL import Image
+
+from ride_timm.data.datasets import KNOWN, SplitFacts
 
 CLASSES = ("n01440764", "n01443537", "n15075141")
 LISTS = {
@@ -17,8 +20,14 @@ LISTS = {
 }
 
 
+def known_lists(monkeypatch, name: str, splits: dict[str, SplitFacts] | None = None, num_classes: int = 3) -> None:
+    """Replace the published facts of a data set's lists by those of a small one."""
+    lists = replace(KNOWN[name].lists, num_classes=num_classes, splits=splits or {})
+    monkeypatch.setitem(KNOWN, name, replace(KNOWN[name], lists=lists))
+
+
 def shade(file: str) -> int:
-    """The grey of an image, by its file's name."""
+    """The gray value of an image, from its file name."""
     return zlib.crc32(Path(file).name.encode()) % 256
 
 
@@ -44,7 +53,7 @@ def write_images(root: Path) -> Path:
 
 
 def write_rows(root: Path, num_shards: int = 3) -> Path:
-    """Parquet files as the Hub's ImageNet has them: names with the class added, other images among the listed ones."""
+    """Parquet files as the Hub's ImageNet has them: names with the class appended, and images that are not listed."""
     features = Features(image=datasets.Image(), label=Value("int64"))
     splits = {"train": LISTS["val"] + LISTS["train"], "validation": LISTS["test"]}
     for split, lines in splits.items():

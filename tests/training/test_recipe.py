@@ -14,6 +14,7 @@ from ride_timm.losses import LOSSES, make_loss
 from ride_timm.models.load import create_ride_model
 from ride_timm.training.recipe import Recipe, available, describe, listing, load_recipe
 from ride_timm.training.recipe_keys import DECOUPLINGS
+from ride_timm.training.recipe_yaml import read_yaml
 
 
 @pytest.mark.parametrize("name", available())
@@ -174,3 +175,19 @@ def test_differing_names_what_changes_numbers_only():
     recipe = Recipe()
     other = dataclasses.replace(recipe, lr=0.2, workers=7, data_dir="elsewhere", name="other")
     assert recipe.differing(other) == ["lr"]
+
+
+def test_the_profile_is_the_stated_one_or_the_data_sets_own():
+    profiles = {Recipe(dataset=name).profile for name in ("cifar10", "cifar100")}
+    others = {Recipe(dataset=name).profile for name in ("fashion_lt", "imagenet_lt", "owner/birds", "my/birds")}
+    assert (profiles, others) == ({"exp"}, {"none"})
+    assert Recipe(dataset="cifar10", imb_type="none").profile == "none"
+    assert Recipe(dataset="owner/birds").override(dict(imb_type="step", imb_factor=0.1)).profile == "step"
+    again = Recipe(**read_yaml(Recipe(dataset="cifar10").to_yaml().encode(), "again"))
+    assert again.imb_type is None and again.data_args["imb_type"] == "exp"
+
+
+def test_a_factor_without_a_profile_is_refused():
+    for recipe in (Recipe(dataset="owner/birds"), Recipe(dataset="cifar10", imb_type="none")):
+        with pytest.raises(InputError, match=r"imb_factor=0\.01 needs a long-tailed profile"):
+            recipe.override(dict(imb_factor=0.01))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pictures import difference, encoded, image_set, opened, plainly, smooth
+from encoded_images import difference, encoded, image_set, opened, plainly, smooth
 from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms as T

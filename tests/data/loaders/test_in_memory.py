@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from pictures import encoded, image_set, png_set, smooth
+from encoded_images import encoded, image_set, png_set, smooth
 
 from ride_timm.data.augment.images import build_transform
 from ride_timm.data.augment.policies import get_policy

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pictures import png_set
+from encoded_images import png_set
 
 from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.loaders import make_loader
@@ -31,7 +31,7 @@ def test_two_views_are_those_of_two_loaders(policy, num_workers, num_processes):
 
 
 def test_two_views_decode_and_hold_a_set_once(decoded):
-    from pictures import encoded, image_set, smooth
+    from encoded_images import encoded, image_set, smooth
 
     data = image_set(encoded(smooth(40, 40)), encoded(smooth(41, 41)))
     for policy in ("cifar", "imagenet"):

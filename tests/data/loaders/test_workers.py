@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from pictures import encoded, image_set, png_set, smooth
+from encoded_images import encoded, image_set, png_set, smooth
 
 from ride_timm.data.loaders import make_loader
 from ride_timm.data.loaders.workers import WorkerBatches
