@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     loaders = {
         "baseline, 2 workers": plain_loader(images.pixels, images.labels, args.batch_size, 2),
         "baseline, in-process": plain_loader(images.pixels, images.labels, args.batch_size, 0),
-        "ours": training.training_loader(training.stage),
+        "ours": training.stage.loader,
     }
     variants = {name: partial(run, drain, loader, args.steps, args.warm_up) for name, loader in loaders.items()}
     variants["our training step (bf16)"] = partial(run, training.train_batches, held, args.train_steps, 1)

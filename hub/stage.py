@@ -146,7 +146,7 @@ def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
     results, recipe = read_json(source / RESULTS, _DAMAGED), read_recipe(source / RECIPE, _DAMAGED)
     if len(results["stages"]) == 1 and recipe.num_experts > 1 and (source / "state.pt").is_file():
         state = folder.state()
-        if state and state["stage"] == "router" and state["epoch"]:
+        if state and state.stage == "router" and state.epoch:
             raise InputError(f"the run in {source} is not finished: its router is half trained (--resume).")
     if results.get("source") is not None:  # None: a release that began from somebody's own weights
         results["source"] = _public_name(results["source"])

@@ -95,10 +95,10 @@ def test_the_same_update(benchmark):
     image_set = benchmark("batches").random_images([1] * 100, 32)
     training = ours.Training(ours.make_recipe("ride_resnet32", 4, 32, mixed_precision="no"), image_set, 100)
     plain = benchmark("baseline").PlainTraining("ride_resnet32", counts)
-    (group,), (wanted,) = training.optimizer.param_groups, plain.optimizer.param_groups
+    (group,), (wanted,) = training.stage.optimizer.param_groups, plain.optimizer.param_groups
     for key in ("momentum", "weight_decay", "nesterov", "dampening"):
         assert group[key] == wanted[key], key
-    assert training.stage.lr_at(0) == pytest.approx(wanted["lr"])
+    assert training.stage.settings.lr_at(0) == pytest.approx(wanted["lr"])
     assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in wanted["params"])
 
 
