@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.datasets import LISTED, NAMES_HELP
+from ..data.hub import is_saved
 from ..errors import InputError, RunError
 from ..evaluation.macs import Macs, count_macs
 from ..hardware import keep_memory, set_threads
@@ -63,7 +64,9 @@ def flops_command(args: argparse.Namespace) -> None:
 def datasets_command(args: argparse.Namespace) -> None:
     args.dataset = args.subject
     recipe = recipe_for(args)
-    if args.action == "check" and args.subject in LISTED:
+    if args.action == "save":
+        return _save(args, recipe)
+    if args.action == "check" and args.subject in LISTED and not is_saved(recipe.data_dir):
         _check_published(args, recipe)
         if not args.decode:
             return
@@ -90,6 +93,20 @@ def datasets_command(args: argparse.Namespace) -> None:
         if unreadable:
             raise RunError(f"{len(unreadable)} images cannot be read, the first: {unreadable[0]}")
         print("every image can be read", file=sys.stderr)
+
+
+def _save(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Save the selected images of a data set; print the new folder and its images."""
+    from ..data.save import save_longtail
+
+    if args.output is None:
+        raise InputError("datasets save needs --output DIR, a new folder.")
+    data = save_longtail(args.output, **recipe.data_args)
+    found = dict(output=args.output, train=len(data.train), test=len(data.test), val=len(data.val) if data.val else 0)
+    if args.json:
+        return print_json(found)
+    print(f"{args.output}: {found['train']:,} training, {found['test']:,} test and {found['val']:,} validation images")
+    print(f"read it with --dataset {args.output}, or with --data-dir {args.output} in place of {data.name}")
 
 
 def _check_published(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -181,10 +198,11 @@ def build_parser() -> Parser:
     model_keys = [name for name in keys_of("model") if name != "model"]
     add_flags(flops, [*model_keys, "input_size", "top_choices_num", "share_expert_help_pred_fc"])
 
-    datasets = command("datasets", datasets_command, "show a long-tailed data set, or check that all of it can be read")
-    datasets.add_argument("action", choices=("show", "check"))
+    datasets = command("datasets", datasets_command, "show, check or save a long-tailed data set")
+    datasets.add_argument("action", choices=("show", "check", "save"))
     datasets.add_argument("subject", metavar="NAME", help=NAMES_HELP)
     datasets.add_argument("--recipe", metavar="NAME|FILE", help="take the other settings from this recipe")
+    datasets.add_argument("--output", metavar="DIR", help="save: a new folder for the selected images")
     datasets.add_argument("--all", action="store_true", help="list every class, or every missing image")
     datasets.add_argument(
         "--decode", action="store_true",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from glob import escape
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
 from .datasets import EMBEDDED, KNOWN
@@ -17,6 +18,7 @@ from .datasets import EMBEDDED, KNOWN
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+SELECTION = "selection.json"  # of a folder of `save_longtail`: the data set, and how its images were selected
 # the words by which `datasets` recognises the folder of a split, and the separators around them
 _SPLIT_WORDS = {
     "train": {"train", "training"},
@@ -147,6 +149,16 @@ def holds_rows(path: Path) -> bool:
     if path.is_file() or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return True
     return any(next(path.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet"))
+
+
+def is_saved(path: str | Path | None) -> bool:
+    """True for a folder of `save_longtail`."""
+    return path is not None and (Path(path).expanduser() / SELECTION).is_file()
+
+
+def read_selection(path: Path) -> dict[str, Any]:
+    """The selection that a folder of `save_longtail` holds: {"dataset", "imb_type", "imb_factor", "seed"}."""
+    return json.loads((path / SELECTION).read_text(encoding="utf-8"))
 
 
 def is_hub_id(name: str) -> bool:

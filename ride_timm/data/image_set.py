@@ -108,7 +108,8 @@ class BatchSource(Protocol):
 class LongTailData:
     """A long-tailed training set and its test set. Every class has a training image; the test set may lack classes.
 
-    val: the data set's validation images, if requested; available: training images before the long-tailed selection.
+    val: the data set's validation images, if requested; split_names: of the training, test and validation split;
+    available: training images before the long-tailed selection.
     """
 
     train: ImageSet
@@ -116,6 +117,7 @@ class LongTailData:
     class_names: tuple[str, ...]
     name: str
     val: ImageSet | None = None
+    split_names: tuple[str, ...] = ("train", "test")
     available: int | None = None
 
     @property

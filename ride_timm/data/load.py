@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import InputError, listed
 from .datasets import EMBEDDED, KNOWN, default_profile, lists_of
-from .hub import holds_rows, is_hub_id, read_hub, read_local, read_splits
+from .hub import holds_rows, is_hub_id, is_saved, read_hub, read_local, read_selection, read_splits
 from .image_set import ImageSet, LongTailData
 from .lists import (
     check_classes,
@@ -53,7 +53,7 @@ def load_longtail(
     train_split: str = "train",
     test_split: str | None = None,
     annotations: str | Path | None = None,
-    use_val: bool = False,
+    use_val: bool | None = False,
     streaming: bool = False,
     shuffle_buffer: int = 1000,
 ) -> LongTailData:
@@ -61,7 +61,8 @@ def load_longtail(
 
     dataset: a name of `datasets.KNOWN`, a Hub id "owner/name", or a local path: a folder that `datasets.load_dataset`
         reads (parquet, images by class in train/ and test/, ...) or one of `save_to_disk`.
-    data_dir: read the data set from this local path instead, whatever its name.
+    data_dir: read the data set from this local path instead, whatever its name; a folder of `save_longtail` holds its
+        selected images.
     imb_type, imb_factor, seed: see `longtail_indices`; by default "exp" for the balanced data sets of the table, and
         "none", the training split as it is, for all others.
     image_column, label_column: default the first image column (`img` and `image` preferred), and the first of
@@ -69,17 +70,22 @@ def load_longtail(
     test_split: default the first of test, validation, val.
     annotations: folder of annotation lists, from which images and classes are read. The images are files under
         `data_dir`, or the rows of that name in its parquet files or in the Hub data set.
-    use_val: read the validation split as well, as `val`.
+    use_val: read the validation split as well, as `val`; None: if there is one.
     streaming, shuffle_buffer: with lists, and rows that have file names: stream the rows, see `streaming`.
 
     Raises `InputError` if the data set is not found, or for unusable splits, columns or labels.
     """
     dataset, data_dir, annotations = str(dataset), _expanded(data_dir), _expanded(annotations)
-    profile = _profile(dataset, imb_type, imb_factor, seed)
+    profile = profile_of(dataset, imb_type, imb_factor, seed)
     if dataset in EMBEDDED and (data_dir or annotations) is not None:
         given = str(data_dir or annotations)
         raise InputError(f"data set {dataset!r} is embedded in the package: name the data set that {given!r} holds")
-    if annotations is not None or lists_of(dataset):
+    saved = data_dir is not None and is_saved(data_dir)
+    if saved:
+        wanted = dict(dataset=dataset, imb_type=profile, imb_factor=imb_factor, seed=seed)
+        _check_selection(data_dir, annotations, wanted)
+        profile = "none"  # selected already
+    if not saved and (annotations is not None or lists_of(dataset)):
         paths = find_lists(dataset, data_dir, annotations)
         names = _split_names(paths, train_split, test_split, use_val)
         make_set = partial(streamed_rows, shuffle_buffer=shuffle_buffer) if streaming else _matched_rows
@@ -95,10 +101,12 @@ def load_longtail(
         sets, class_names = _from_columns({name: splits[name] for name in names}, image_column, label_column)
     train, test, *val = sets
     rows = longtail_indices(train.labels, profile, imb_factor, seed, len(class_names))
-    return LongTailData(train.select(rows), test, class_names, dataset, val[0] if val else None, len(train))
+    return LongTailData(
+        train.select(rows), test, class_names, dataset, val[0] if val else None, tuple(names), len(train)
+    )
 
 
-def _profile(dataset: str, imb_type: str | None, imb_factor: float, seed: int) -> str:
+def profile_of(dataset: str, imb_type: str | None, imb_factor: float, seed: int) -> str:
     """The long-tailed profile to select by; `InputError` for settings that do not suit the data set."""
     profile = imb_type or default_profile(dataset)
     check_imbalance(profile, imb_factor, seed)
@@ -116,7 +124,21 @@ def _profile(dataset: str, imb_type: str | None, imb_factor: float, seed: int) -
     return profile
 
 
-def _split_names(splits: Iterable[str], train_split: str, test_split: str | None, use_val: bool) -> list[str]:
+def _check_selection(data_dir: Path, annotations: Path | None, wanted: dict[str, Any]) -> None:
+    """InputError if a saved folder does not hold the wanted selection; "none" has no factor and seed."""
+    if annotations is not None:
+        raise InputError(f"folder {str(data_dir)!r} holds selected images: leave --annotations out")
+    saved = read_selection(data_dir)
+    free = ("imb_factor", "seed") if wanted["imb_type"] == "none" else ()
+    differing = [key for key, value in wanted.items() if key not in free and saved[key] != value]
+    if differing:
+        held, asked = (", ".join(f"{key}={values[key]}" for key in differing) for values in (saved, wanted))
+        raise InputError(
+            f"folder {str(data_dir)!r} was saved with {held}, not {asked}: save the other selection as well"
+        )
+
+
+def _split_names(splits: Iterable[str], train_split: str, test_split: str | None, use_val: bool | None) -> list[str]:
     """The names of the training, test and, if requested, validation split."""
     splits = list(splits)
     if train_split not in splits:
@@ -130,10 +152,12 @@ def _split_names(splits: Iterable[str], train_split: str, test_split: str | None
     if test_split == train_split:
         raise InputError(f"split {train_split!r} cannot be both the training and the test set")
     names = [train_split, test_split]
-    if not use_val:
+    if use_val is False:
         return names
     val_split = next((name for name in VAL_SPLITS if name in splits and name not in names), None)
     if val_split is None:
+        if use_val is None:
+            return names
         raise InputError(
             f"the data set has no validation split beside {train_split!r} and {test_split!r}; it has {listed(splits)}: "
             "hold out training images instead (--holdout 0.1)"

@@ -1,0 +1,134 @@
+"""Saved selections: the same images, labels, classes and splits as the data they come from, without the rest."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from listed import LISTS, known_lists, write_images, write_lists, write_rows
+from small_splits import png, split
+
+from ride_timm.cli.main import main
+from ride_timm.data.load import load_longtail
+from ride_timm.data.loaders import make_loader
+from ride_timm.data.save import save_longtail
+from ride_timm.errors import InputError, RunError
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path_factory):
+    known_lists(monkeypatch, "imagenet_lt")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def balanced(root):
+    """20 images of each of 3 classes in an order of their own, as parquet files like CIFAR's."""
+    labels = np.random.default_rng(0).permutation(np.arange(60) % 3).tolist()
+    names = datasets.ClassLabel(names=["ant", "bee", "cat"])
+    root.mkdir()
+    for name in ("train", "test"):
+        pictures = [png(i) for i in range(60)]
+        split(labels, "fine_label", "img", names, pictures).to_parquet(root / f"{name}.parquet")
+    return root
+
+
+def assert_same(found, expected):
+    assert found.class_names == expected.class_names and found.class_counts == expected.class_counts
+    pairs = [(found.train, expected.train), (found.test, expected.test)]
+    if expected.val is not None:
+        pairs.append((found.val, expected.val))
+    for one, other in pairs:
+        assert one.labels.tolist() == other.labels.tolist()
+        assert all(np.array_equal(one[i][0], other[i][0]) for i in range(len(other)))
+
+
+def test_a_long_tailed_selection_is_read_as_it_was(tmp_path):
+    source, output = balanced(tmp_path / "cifar"), tmp_path / "saved"
+    expected = load_longtail("cifar10", source, imb_factor=0.1, seed=3)
+    save_longtail(output, "cifar10", source, imb_factor=0.1, seed=3)
+    with_name = load_longtail("cifar10", output, imb_factor=0.1, seed=3)  # selected already, not once more
+    alone = load_longtail(str(output))
+    assert sum(part.num_rows for part in datasets.load_from_disk(output).values()) == len(expected.train) + 60
+    for found in (with_name, alone):
+        assert_same(found, expected)
+        assert (found.train.split, found.test.split) == ("train", "test")
+        batches = [make_loader(data.train, "cifar", train=True, batch_size=8, seed=0) for data in (found, expected)]
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_listed_images_are_read_without_lists_and_sources(tmp_path, rows):
+    source, lists = (write_rows if rows else write_images)(tmp_path / "source"), write_lists(tmp_path / "lists")
+    expected = load_longtail("imagenet_lt", source, annotations=lists, use_val=True)
+    pixels = [[np.asarray(part[i][0]) for i in range(len(part))] for part in (expected.train, expected.test)]
+    output = tmp_path / "saved"
+    save_longtail(output, "imagenet_lt", source, annotations=lists)
+    found = load_longtail("imagenet_lt", output, use_val=True)
+    assert_same(found, expected)
+    assert [part.split for part in (found.train, found.test, found.val)] == ["train", "test", "val"]
+    shutil.rmtree(source)
+    shutil.rmtree(lists)
+    found = load_longtail("imagenet_lt", output)
+    for part, images in zip((found.train, found.test), pixels, strict=True):
+        assert all(np.array_equal(part[i][0], image) for i, image in enumerate(images))
+
+
+def test_another_selection_than_the_saved_one_is_refused(tmp_path):
+    source, output = balanced(tmp_path / "cifar"), tmp_path / "saved"
+    save_longtail(output, "cifar10", source, imb_factor=0.1)
+    for settings, message in (
+        (dict(imb_factor=0.2), r"was saved with imb_factor=0\.1, not imb_factor=0\.2"),
+        (dict(imb_factor=0.1, seed=1), "was saved with seed=0, not seed=1"),
+        (dict(imb_type="none"), "was saved with imb_type=exp, not imb_type=none"),
+        (dict(imb_factor=0.1, annotations=source), "leave --annotations out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_longtail("cifar10", output, **settings)
+    with pytest.raises(InputError, match="saved with dataset=cifar10, not dataset=cifar100"):
+        load_longtail("cifar100", output, imb_factor=0.1)
+
+
+def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path):
+    source = balanced(tmp_path / "cifar")
+    for output, settings, message in (
+        (source, {}, "exists: pass a new one as --output"),
+        (tmp_path / "saved", dict(streaming=True), "leave --streaming out"),
+        (tmp_path / "saved", dict(imb_factor=0.001), "leaves no image"),
+    ):
+        with pytest.raises(InputError, match=message):
+            save_longtail(output, "cifar10", source, **settings)
+    root = write_lists(write_images(tmp_path / "images"))
+    (root / LISTS["train"][1].split()[0]).unlink()
+    with pytest.raises(RunError, match=r"saved' could not be written: FileNotFoundError"):
+        save_longtail(tmp_path / "saved", "imagenet_lt", root)
+    lists = write_lists(tmp_path / "lists", "mine", LISTS | {"train": [*LISTS["train"], LISTS["train"][0][:-1] + "1"]})
+    with pytest.raises(InputError, match="of split 'train' is listed with two labels"):
+        save_longtail(tmp_path / "saved", "mine", write_rows(tmp_path / "rows"), annotations=lists)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar", "images", "lists", "rows"]
+
+
+def test_the_command_saves_a_folder_that_commands_read(tmp_path, capsys):
+    source, output = balanced(tmp_path / "cifar"), tmp_path / "new" / "saved"
+    flags = ["--data-dir", str(source), "--imb-factor", "0.1", "--json"]
+    command = [sys.executable, "-m", "ride_timm", "datasets", "save", "cifar10", *flags, "--output", str(output)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == dict(output=str(output), train=28, test=60, val=0)
+    capsys.readouterr()
+    main(["datasets", "show", str(output), "--json"])
+    assert json.loads(capsys.readouterr().out)["class_counts"] == [20, 6, 2]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2 and "exists: pass a new one" in again.stderr and "Traceback" not in again.stderr
+    with pytest.raises(InputError, match="needs --output DIR"):
+        main(["datasets", "save", "cifar10"])
+
+
+def test_a_saved_set_of_lists_is_checked_by_reading_it(tmp_path, capsys):
+    source, lists = write_images(tmp_path / "source"), write_lists(tmp_path / "lists")
+    save_longtail(tmp_path / "saved", "imagenet_lt", source, annotations=lists)
+    main(["datasets", "check", "imagenet_lt", "--data-dir", str(tmp_path / "saved"), "--json"])
+    assert json.loads(capsys.readouterr().out)["unreadable"] == []
