@@ -34,8 +34,8 @@ def read_splits(dataset: str, data_dir: str | Path | None) -> dict[str, Dataset]
         return read_local(Path(data_dir).expanduser())
     if dataset in EMBEDDED:
         return _read_embedded(dataset)
-    if dataset in KNOWN:
-        return read_hub(KNOWN[dataset].hub_id, dataset)
+    if dataset in KNOWN and (hub_id := KNOWN[dataset].hub_id):
+        return read_hub(hub_id, dataset)
     path = Path(dataset).expanduser()
     if dataset and path.exists():
         return read_local(path)

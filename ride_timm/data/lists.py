@@ -104,13 +104,14 @@ def find_lists(dataset: str, data_dir: Path | None, annotations: Path | None) ->
     `InputError` unless there is exactly one training list.
     """
     published = lists_of(dataset)
-    if published is None or annotations is not None:
+    if annotations is not None:
         folders = [annotations]
-    elif data_dir is not None:
+    elif published is not None and data_dir is not None:
         folders = [data_dir, data_dir / published.prefix]
     else:
+        name = published.name("train") if published else "train.txt"
         raise InputError(
-            f"no lists of {dataset}: pass --annotations DIR with {published.name('train')} and the others, or "
+            f"no lists of {dataset}: pass --annotations DIR with {name} and the others, or "
             "--data-dir ROOT that holds them and the images"
         )
     if not folders[0].is_dir():
