@@ -1,7 +1,8 @@
-"""What there is to choose from: every network with its size, its cost by number of experts, and its weights."""
+"""list the networks"""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import timm
@@ -9,14 +10,27 @@ from timm.models import get_arch_pretrained_cfgs
 
 from ..evaluation.macs import count_macs
 from ..evaluation.tables import millions, text_table
+from .process import print_json
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("models", help=__doc__, description=__doc__)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    rows = catalogue()
+    if args.json:
+        print_json(rows)
+    else:
+        print(format_catalogue(rows))
 
 
 def describe(name: str, num_experts: int | None = None) -> dict[str, Any]:
-    """One network: parameters and MACs of the ensemble, of the trunk and of each expert, input size, tags.
+    """One network: parameters, MACs of the ensemble, of the trunk and of each expert, input size, tags.
 
-    macs_by_experts[e - 1] is what one image costs with e experts, which is also what routing spends on an image that
-    uses e (without the gates). MACs as thop counts them: attention's products of activations are not among them.
-    tags: the weights' names, each with whether a place to load them from is stated.
+    macs_by_experts[e - 1]: MACs per image of the trunk and e experts, gates excluded. MACs as thop counts them, without
+    attention's QK^T and AV. tags: names of weights -> True if a URL to load them from is known.
     """
     kwargs = dict(num_experts=num_experts) if num_experts else {}
     model = timm.create_model(name, device="meta", **kwargs)

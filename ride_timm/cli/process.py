@@ -1,7 +1,8 @@
-"""What a command owes whoever launched it: threads, signals, one clear error line and an exit code."""
+"""Process setup of the commands: signal handling, exit codes, JSON on stdout."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,11 +15,11 @@ from ..errors import InputError, RunError
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the number is its first argument, how to go on may be its second."""
+    """SIGINT or SIGTERM arrived; its first argument is the signal's number."""
 
 
 class Signals:
-    """Remembers SIGINT and SIGTERM until the loop asks: nothing is torn in the middle of a step or of a write."""
+    """Defers SIGINT and SIGTERM to the next `check`, so that no step and no write is cut short."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
@@ -29,19 +30,19 @@ class Signals:
         self.caught = number
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal has come."""
+        """Raise `Interrupted` if a signal has arrived."""
         if self.caught is not None:
             raise Interrupted(self.caught)
 
 
 def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Run a command: 0 done, 2 bad input, 1 failed in the run, 128 + signal interrupted; one line on stderr.
+    """Run a command: 0 done, 2 bad input, 1 failed during the run, 128 + signal interrupted; one line on stderr.
 
-    A reader that has seen enough, like `head`, is no failure to speak of: 141, which is what SIGPIPE makes of others.
+    A closed pipe (`| head`) exits with 141, as SIGPIPE would.
     """
     try:
-        code = _outcome(command, argv)
-        print(end="", flush=True)  # the reader's absence is found here, not when the interpreter ends
+        code = _run(command, argv)
+        print(end="", flush=True)  # finds a closed pipe here rather than at interpreter exit
         return code
     except BrokenPipeError:
         try:
@@ -49,18 +50,17 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
             return 141
-        raise  # another pipe's, such as a tracker's
+        raise  # the pipe was not stdout but, say, a tracker's
 
 
-def _outcome(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+def _run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     try:
         command(argv)
         return 0
     except SystemExit as done:  # after --help and the like
         return int(done.code or 0)
     except Interrupted as error:
-        code, *more = error.args
-        code, message = 128 + code, more[0] if more else "interrupted; --resume goes on after the last finished epoch."
+        code, message = 128 + error.args[0], "interrupted; --resume continues after the last finished epoch."
     except KeyboardInterrupt:
         code, message = 130, "interrupted."
     except InputError as error:
@@ -69,7 +69,11 @@ def _outcome(command: Callable[[list[str] | None], None], argv: list[str] | None
         code, message = 1, str(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
         code, message = 1, f"out of memory: try a smaller --batch-size ({error})"
-    # a machine's processes find the same bad input and one says so; another machine's may be right
+    # all processes of a machine find the same bad input: one prints it; another machine may find none
     if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: " + " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,4 +1,4 @@
-"""A model on a test set: one function for the training script and for the command line, so that numbers agree."""
+"""A model on a test set: the one function behind the training script, `evaluate` and the releases."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from ..models import Ride
-from .counts import Accuracy
+from .counts import CountAccumulator
 from .macs import count_macs
+from .metrics import compute_metrics
 
-# images -> (logits [B, C], or [B, E, C] by expert; experts used [B] if routed)
-Answer = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+# images -> (logits [B, C], or [B, E, C] per expert; number of experts used [B] if routed, else None)
+Predict = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def evaluation_batch(input_size: int) -> int:
-    """Images a forward pass: the same wherever a model is evaluated, since the last digits follow the shapes."""
+    """Batch size of every evaluation: the last digits of logits depend on it."""
     return 500 if input_size <= 64 else 128
 
 
-def answer_of(
+def predictor(
     model: Ride, routed: bool = False, threshold: float = 0.5, experts: Sequence[int] | None = None
-) -> Answer:
-    """How a model answers: as the whole ensemble, routed, or with the logits of these experts one by one."""
+) -> Predict:
+    """The prediction function of a model: ensemble, routed, or the logits of each of these experts (indices)."""
     if routed:
         return lambda images: model.forward_routed(images, threshold)
     if experts is not None:
@@ -39,33 +40,33 @@ def evaluate(
     class_counts: Sequence[int],
     routed: bool = False,
     threshold: float = 0.5,
-    answer: Answer | None = None,
-    members: int | None = None,
+    predict: Predict | None = None,
+    num_members: int | None = None,
     shots: tuple[int, int] = (100, 20),
 ) -> dict[str, Any]:
-    """All figures of `measures.figures`, over all processes.
+    """The metrics of `compute_metrics`, over the samples of all processes.
 
-    batches: this process' (images [b, 3, H, W], targets [b]); class_counts [C]: training images of every class;
-    answer: another way to the model's answers, such as a faster one of `inference`, routed or not as said, and
-    members: of how many experts it gives the logits one by one, if it does; shots: see `priors.shot_groups`.
+    batches: images [b, 3, H, W] and targets [b] of this process; class_counts [C]: training images of each class;
+    predict: a prediction function to use in place of the model's, such as one of `inference.options`, and num_members,
+    the number of experts if it returns their logits one by one; shots: see `priors.shot_groups`.
     """
+    if predict is None:
+        num_members = None if routed else model.num_experts
+        predict = predictor(model, routed, threshold, None if routed else range(model.num_experts))
     device = next(model.parameters()).device
-    if answer is None:
-        members = None if routed else model.num_experts
-        answer = answer_of(model, routed, threshold, None if routed else range(model.num_experts))
-    accuracy = Accuracy(model.num_classes, model.num_experts if routed else None, device, members)
+    counts = CountAccumulator(model.num_classes, model.num_experts if routed else None, num_members, device)
     was_training = model.training
     model.eval()
     for images, targets in batches:
-        logits, used = answer(images)
-        by_expert = logits if members is not None else None
-        accuracy.update(logits if by_expert is None else by_expert.mean(1), targets, used, by_expert)
+        logits, used = predict(images)
+        members = logits if num_members is not None else None
+        counts.update(logits if members is None else members.mean(1), targets, used, members)
     model.train(was_training)
-    return accuracy.reduce().compute(class_counts, shots)
+    return compute_metrics(counts.reduce(), class_counts, shots)
 
 
 def with_macs(metrics: dict[str, Any], model: Ride, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """The metrics with `macs` per image: of the ensemble, or the expectation under the routing they measured."""
+    """The metrics with `macs` per image: the ensemble's, or the mean under the routing that was measured."""
     macs = count_macs(model, input_size)
     used = metrics.get("experts_used")
     return metrics | {"macs": round(macs.expected(used) if used else macs.ensemble)}

@@ -33,9 +33,9 @@ class Macs:
     def expected(self, experts_used: Sequence[float]) -> float:
         """Mean MACs under routing, gates included; `experts_used`: fractions of images that use 1, 2, … experts."""
         if len(experts_used) != len(self.experts):
-            raise InputError(f"{len(experts_used)} shares for {len(self.experts)} experts: give one for each.")
+            raise InputError(f"{len(experts_used)} fractions for {len(self.experts)} experts: expected one for each.")
         if not (all(share >= 0 for share in experts_used) and abs(sum(experts_used) - 1) <= 1e-3):  # nor NaN
-            raise InputError(f"shares {tuple(experts_used)}: expected fractions that sum to 1.")
+            raise InputError(f"experts_used {tuple(experts_used)}: expected fractions that sum to 1.")
         reached = [sum(experts_used[i:]) for i in range(len(experts_used))]
         own = sum(share * macs for share, macs in zip(reached, self.experts, strict=True))
         return self.trunk + own + sum(share * macs for share, macs in zip(reached, self.gates, strict=False))

@@ -1,81 +1,68 @@
-"""What follows from the counts of a test set: accuracies, calibration, and how the experts differ, by shot group.
+"""Metrics of a test set from its counts: accuracy, calibration and diversity of the experts, by shot group.
 
-A group's figures are over its test images, as the authors take them; those by class mean weigh every class alike, for
+Accuracies of a group are over its test images, as the authors report them; class means weigh every class equally, for
 test sets of unequal classes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from ..priors import shot_groups
+from .counts import Counts
 from .tables import GROUPS
 
-NUM_BINS = 15  # of the confidences: Guo et al. 2017, arXiv:1706.04599, section 2
 CURVE_POINTS = 20
 
 
-@dataclass(frozen=True, eq=False)
-class Counts:
-    """Test images by class, [C]: all, right, right within five; by class and bin of confidence, [C, NUM_BINS]: all,
-    right, and the sum of confidences. Where there were such: by class and number of experts used, [C, E]; by class and
-    member of the ensemble that was right, [C, M]; by class, the pairs of members that disagreed, and the sum over the
-    members of KL(ensemble || member) in nats.
+def compute_metrics(
+    counts: Counts, class_counts: Sequence[int] | None, shots: tuple[int, int] = (100, 20)
+) -> dict[str, Any]:
+    """All metrics: accuracies in percent, fractions in [0, 1], None for an average over nothing.
+
+    class_counts [C]: training images of each class, None if unknown; shots: many-shot classes have more of them than
+    the first, few-shot classes fewer than the second. InputError for counts of another number of classes. ->
+
+    "all", "many", "medium", "few", "top5": accuracy over images; "class_mean", "per_class" [C]; "class_means" by group;
+    "worst_class", and "harmonic_mean" over classes (0 if one class is never right), from Du & Wu 2023,
+    arXiv:2303.03630; "head_to_tail", "calibration" and "reliability" by group: see the functions below; "experts":
+    see `expert_metrics`; "experts_used" [E] and "experts_used_by_group", fractions of images that used 1, 2, … experts.
     """
-
-    images: np.ndarray
-    right: np.ndarray
-    top5: np.ndarray
-    binned: np.ndarray
-    binned_right: np.ndarray
-    confidence: np.ndarray
-    used: np.ndarray | None = None
-    member_right: np.ndarray | None = None
-    disagreements: np.ndarray | None = None
-    divergence: np.ndarray | None = None
-
-
-def figures(counts: Counts, class_counts: Sequence[int] | None, shots: tuple[int, int] = (100, 20)) -> dict[str, Any]:
-    """All figures: accuracies in percent, shares as fractions, None where there is nothing to average.
-
-    class_counts [C]: training images of each class, or None where they are unknown; shots: many-shot classes have more
-    of them than the first, few-shot classes fewer than the second. ->
-
-    "all", "many", "medium", "few", "top5": accuracy over the images; "class_mean", "per_class" [C]; "class_means" by
-    group; "worst_class", and "harmonic_mean" over the classes (0 where a class is never right), the measures of Du & Wu
-    2023, arXiv:2303.03630; "head_to_tail": see there; "calibration" and "reliability" by group: see there; "experts":
-    see `expert_figures`; "experts_used" [E] and by group, fractions of the images that used 1, 2, … experts.
-    """
-    groups = group_masks(class_counts, len(counts.images), shots)
-    per_class = [_percent(r, n) for r, n in zip(counts.right.tolist(), counts.images.tolist(), strict=True)]
-    found: dict[str, Any] = {n: _percent(counts.right[g].sum(), counts.images[g].sum()) for n, g in groups.items()}
-    found["top5"] = _percent(counts.top5.sum(), counts.images.sum())
+    num_classes = len(counts.images)
+    if class_counts is not None and len(class_counts) != num_classes:
+        raise InputError(f"expected {num_classes} class counts, got {len(class_counts)}")
+    groups = group_masks(class_counts, num_classes, shots)
+    per_class = [percent(r, n) for r, n in zip(counts.right.tolist(), counts.images.tolist(), strict=True)]
+    metrics: dict[str, Any] = {n: percent(counts.right[g].sum(), counts.images[g].sum()) for n, g in groups.items()}
+    metrics["top5"] = percent(counts.top5.sum(), counts.images.sum())
     means = {name: _mean([per_class[c] for c in np.flatnonzero(group)]) for name, group in groups.items()}
     tested = [accuracy for accuracy in per_class if accuracy is not None]
-    found |= dict(class_mean=means["all"], per_class=per_class, class_means=means)
-    found |= dict(worst_class=min(tested, default=None), harmonic_mean=harmonic_mean(tested))
+    metrics |= dict(class_mean=means["all"], per_class=per_class, class_means=means)
+    metrics |= dict(worst_class=min(tested, default=None), harmonic_mean=harmonic_mean(tested))
     if class_counts is not None:
-        found["head_to_tail"] = head_to_tail(per_class, class_counts)
-    found["reliability"] = {name: reliability(counts, group) for name, group in groups.items()}
-    found["calibration"] = {name: calibration(bins) for name, bins in found["reliability"].items()}
+        metrics["head_to_tail"] = head_to_tail(per_class, class_counts)
+    metrics["reliability"] = {name: reliability(counts, group) for name, group in groups.items()}
+    metrics["calibration"] = {name: calibration(bins) for name, bins in metrics["reliability"].items()}
     if counts.member_right is not None:
-        found["experts"] = expert_figures(counts, groups)
+        metrics["experts"] = expert_metrics(counts, groups)
     if counts.used is not None:
-        found["experts_used"] = _shares(counts.used.sum(0))
-        found["experts_used_by_group"] = {
-            name: _shares(counts.used[group].sum(0)) if counts.images[group].sum() else None
+        metrics["experts_used"] = _fractions(counts.used.sum(0))
+        metrics["experts_used_by_group"] = {
+            name: _fractions(counts.used[group].sum(0)) if counts.images[group].sum() else None
             for name, group in groups.items()
         }
-    return found
+    return metrics
 
 
 def group_masks(
     class_counts: Sequence[int] | None, num_classes: int, shots: tuple[int, int] = (100, 20)
 ) -> dict[str, np.ndarray]:
-    """Which classes belong to "all", "many", "medium" and "few", bool [C]; without class counts, to "all" alone."""
+    """The classes of each of `GROUPS`, bool [C]; without class counts, all of them in "all" and none elsewhere."""
     everyone = np.ones(num_classes, dtype=bool)
     if class_counts is None:
         return {"all": everyone} | dict.fromkeys(GROUPS[1:], ~everyone)
@@ -83,17 +70,17 @@ def group_masks(
 
 
 def harmonic_mean(accuracies: Sequence[float]) -> float | None:
-    """Of accuracies in percent; 0 where one is 0, None where there are none."""
+    """Harmonic mean of accuracies in percent; 0 if one of them is 0, None if there are none."""
     if not accuracies:
         return None
     return 0.0 if min(accuracies) == 0 else len(accuracies) / sum(1 / accuracy for accuracy in accuracies)
 
 
 def head_to_tail(per_class: Sequence[float | None], class_counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Accuracy from the most to the least frequent class, in at most 20 runs of classes of nearly the same length.
+    """Accuracy from the most to the least frequent class, averaged over at most 20 runs of nearly as many classes.
 
-    -> a row for each run: "classes", the mean of their training images, "train_images", and of their accuracies,
-    "accuracy" (percent). Classes of equal counts stand in the order of their numbers.
+    -> for each run: "classes", their number; "train_images", their mean number of training images; "accuracy", the
+    mean of their accuracies in percent. Classes of equal counts keep their order.
     """
     order = np.argsort(-np.asarray(class_counts), kind="stable")
     edges = np.linspace(0, len(order), min(CURVE_POINTS, len(order)) + 1).round().astype(int)
@@ -108,19 +95,22 @@ def head_to_tail(per_class: Sequence[float | None], class_counts: Sequence[int])
 
 
 def reliability(counts: Counts, group: np.ndarray) -> list[dict[str, Any]]:
-    """The reliability diagram of some classes: for each bin of confidence ((m-1)/15, m/15] its "images", their mean
-    "confidence" and "accuracy" (both percent). Guo et al. 2017, arXiv:1706.04599, section 2.
+    """Reliability diagram of a group of classes, one row per bin of confidence ((m-1)/15, m/15].
+
+    -> "images" of the bin, and their mean "confidence" and "accuracy" in percent.
+    Guo et al. 2017, arXiv:1706.04599, section 2.
     """
     images, right, sums = (part[group].sum(0) for part in (counts.binned, counts.binned_right, counts.confidence))
     return [
-        dict(images=int(n), confidence=_percent(s, n), accuracy=_percent(r, n))
+        dict(images=int(n), confidence=percent(s, n), accuracy=percent(r, n))
         for n, r, s in zip(images, right, sums, strict=True)
     ]
 
 
 def calibration(bins: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a reliability diagram: "ece", the expected calibration error, |accuracy - confidence| averaged over the images
-    by bin, and the mean "confidence", both in percent. Guo et al. 2017, arXiv:1706.04599, equation 3.
+    """Expected calibration error "ece" and mean "confidence" of a reliability diagram, both in percent.
+
+    The error is |accuracy - confidence| of each bin, averaged over images. Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
     filled = [row for row in bins if row["images"]]
     images = sum(row["images"] for row in filled)
@@ -130,30 +120,29 @@ def calibration(bins: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(ece=ece, confidence=sum(row["images"] * row["confidence"] for row in filled) / images)
 
 
-def expert_figures(counts: Counts, groups: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How the members of an ensemble do alone and how they differ, by group.
+def expert_metrics(counts: Counts, groups: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Accuracy of each expert alone, disagreement and diversity of the experts, each by group.
 
-    "accuracy": of each member alone, percent. "disagreement": share of images for which two members answer with
-    different classes, averaged over the pairs (Fort et al. 2019, arXiv:1912.02757, section 4). "diversity":
-    KL(ensemble || member) in nats, averaged over members and images: the term that RIDE's loss drives up, at
-    temperature 1 (arXiv:2010.01809, section 3). None for what has no images, or no pair.
+    "accuracy": percent, one value per expert. "disagreement": fraction of images that two experts put into different
+    classes, averaged over pairs (Fort et al. 2019, arXiv:1912.02757, section 4). "diversity": KL(ensemble || expert) in
+    nats, averaged over experts and images; it is the term that RIDE's loss maximises, at temperature 1
+    (arXiv:2010.01809, section 3). None without images, or without a pair.
     """
     num_members = counts.member_right.shape[1]
     pairs = num_members * (num_members - 1) // 2
-    rows = {}
+    metrics: dict[str, Any] = dict(accuracy={}, disagreement={}, diversity={})
     for name, group in groups.items():
         images = int(counts.images[group].sum())
-        differing, divergence = (part[group].sum() for part in (counts.disagreements, counts.divergence))
-        rows[name] = dict(
-            accuracy=[_percent(r, images) for r in counts.member_right[group].sum(0)],
-            disagreement=float(differing / (pairs * images)) if pairs * images else None,
-            diversity=float(divergence / (num_members * images)) if images else None,
-        )
-    return {key: {name: row[key] for name, row in rows.items()} for key in ("accuracy", "disagreement", "diversity")}
+        differing, divergence = counts.disagreements[group].sum(), counts.divergence[group].sum()
+        metrics["accuracy"][name] = [percent(right, images) for right in counts.member_right[group].sum(0)]
+        metrics["disagreement"][name] = float(differing / (pairs * images)) if pairs * images else None
+        metrics["diversity"][name] = float(divergence / (num_members * images)) if images else None
+    return metrics
 
 
-def _percent(part: float, whole: float) -> float | None:
-    return 100 * float(part) / float(whole) if whole else None
+def percent(part: float, total: float) -> float | None:
+    """100 part / total; None for a total of zero."""
+    return 100 * float(part) / float(total) if total else None
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -161,5 +150,5 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _shares(used: np.ndarray) -> list[float]:
+def _fractions(used: np.ndarray) -> list[float]:
     return [n / max(1, int(used.sum())) for n in used.tolist()]

@@ -1,4 +1,4 @@
-"""Faster ways to a model's answers: folded BatchNorm, bfloat16, torch.compile, ONNX Runtime. All are asked for."""
+"""Options of inference: chosen experts, folded BatchNorm, bfloat16, torch.compile, ONNX Runtime; off by default."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import InputError
-from ..evaluation.evaluate import Answer, answer_of
+from ..evaluation.evaluate import Predict, predictor
 from ..hardware import bf16_pays, has_compiler
 from ..models import Ride
 
 
 @dataclass(frozen=True)
 class Inference:
-    """How to compute; the defaults leave every number as it is."""
+    """How predictions are computed; the defaults are the model's own arithmetic."""
 
     fuse: bool = False
     precision: str = "fp32"
@@ -38,27 +38,32 @@ class Inference:
         return ", ".join([self.runtime, self.precision, *chosen])
 
     def check(self) -> None:
-        """InputError for options that do not go together, or whose tools are not installed."""
+        """InputError for options that exclude each other or need a package or compiler that is not installed."""
         if self.runtime == "onnx":
             if self.compile or self.precision != "fp32":
-                raise InputError("runtime=onnx computes its own way, in fp32: leave out --compile and --precision.")
+                raise InputError("runtime=onnx runs in fp32 and uncompiled: leave out --compile and --precision.")
             missing = [name for name in ("onnxruntime", "onnx", "onnxscript") if find_spec(name) is None]
             if missing:
                 raise InputError(f"runtime=onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
         if self.compile and not torch.cuda.is_available() and not has_compiler():
-            raise InputError("compile needs a C++ compiler (g++) and Python.h: install both or leave it out.")
+            raise InputError("compile needs a C++ compiler (g++) and Python.h: install both or leave --compile out.")
         if self.precision == "bf16" and not bf16_pays():
-            print("notice: bf16 is not faster on this machine than fp32", file=sys.stderr)
+            print("notice: bf16 is not faster than fp32 on this machine", file=sys.stderr)
 
 
 def add_inference_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how to compute (each changes the last digits)")
-    group.add_argument("--fuse", action="store_true", help="fold BatchNorm into the convolution before it")
+    """Add --routed, --experts and the options of `Inference`."""
+    parser.add_argument("--routed", action="store_true", help="let the router decide how many experts run per image")
+    parser.add_argument("--experts", metavar="I,J,…", help="average only these experts, numbered from 1, such as 1,3")
+    group = parser.add_argument_group("inference (each option changes the last digits)")
+    group.add_argument("--fuse", action="store_true", help="fold each BatchNorm into the convolution before it")
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic (default: fp32)")
     group.add_argument(
-        "--compile", action="store_true", dest="compiled", help="torch.compile; the first batches take a minute or so"
-    )  # its own name in the namespace: `compile` is a key of recipes, about training
-    group.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help="onnx: export, then onnxruntime")
+        "--compile", action="store_true", dest="compiled", help="torch.compile; the first batches take about a minute"
+    )  # `compile` in the namespace is a key of recipes, for training
+    group.add_argument(
+        "--runtime", choices=("torch", "onnx"), default="torch", help="onnx: export, then ONNX Runtime (default: torch)"
+    )
 
 
 def inference_of(args: argparse.Namespace) -> Inference:
@@ -68,8 +73,34 @@ def inference_of(args: argparse.Namespace) -> Inference:
     return inference
 
 
+def check_experts(args: argparse.Namespace, routed: bool) -> None:
+    """InputError for `--experts` where the router chooses the experts or an ONNX graph averages all of them."""
+    if args.experts is not None and (routed or args.runtime == "onnx"):
+        other = "the ONNX graph averages all experts" if args.runtime == "onnx" else "the router chooses the experts"
+        raise InputError(f"experts={args.experts}: {other}; leave --experts out.")
+
+
+def check_threshold(given: bool, routed: bool) -> None:
+    """InputError for a threshold without a router that reads it."""
+    if given and not routed:
+        raise InputError("threshold is the router's: pass --routed as well, or leave --threshold out.")
+
+
+def chosen_experts(text: str | None, num_experts: int) -> list[int]:
+    """Indices (from 0) of experts numbered from 1, such as "1,3"; all of them for None."""
+    if text is None:
+        return list(range(num_experts))
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"experts={text!r}: expected numbers from 1, such as 1,3.") from None
+    if len(set(numbers)) < len(numbers) or not all(1 <= i <= num_experts for i in numbers):
+        raise InputError(f"experts={text}: expected different numbers from 1 to {num_experts}.")
+    return [i - 1 for i in numbers]
+
+
 def _conv_bn_pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of a module's convolutions with the BatchNorm that follows: convN and bnN, or neighbours in sequence."""
+    """Names of a module's convolutions and the BatchNorm after each: convN and bnN, or neighbours in a Sequential."""
     children = list(module.named_children())
     if type(module) is nn.Sequential:
         pairs = [(a, b) for (a, _), (b, _) in pairwise(children)]
@@ -87,9 +118,9 @@ def _conv_bn_pairs(module: nn.Module) -> list[tuple[str, str]]:
 
 
 def fuse_conv_bn(model: Ride) -> Ride:
-    """A copy in eval mode whose BatchNorms are folded into the convolutions before them; equal up to rounding.
+    """A copy in eval mode with BatchNorms folded into the convolutions before them; equal up to rounding.
 
-    InputError for a network that has no such pair.
+    InputError for a network without such a pair.
     """
     fused, count = deepcopy(model).eval(), 0
     for module in list(fused.modules()):
@@ -98,7 +129,7 @@ def fuse_conv_bn(model: Ride) -> Ride:
             setattr(module, bn, nn.Identity())
             count += 1
     if not count:
-        raise InputError("fuse: this network has no BatchNorm right after a convolution; leave --fuse out.")
+        raise InputError("fuse: this network has no BatchNorm right after a convolution: leave --fuse out.")
     return fused
 
 
@@ -109,40 +140,40 @@ def prepare(
     threshold: float = 0.5,
     size: int | None = None,
     experts: Sequence[int] | None = None,
-) -> Answer:
-    """The model's answers, computed as asked; with default options exactly its own.
+) -> Predict:
+    """The prediction function of a model under these options; with the defaults it is `predictor`'s.
 
-    size: side of the images, where it is not the model's own (for the export to ONNX); experts: give the logits of
-    these one by one (not from ONNX, whose graph holds their mean alone).
+    size: image size of an ONNX export, the model's own by default; experts: indices whose logits are returned one by
+    one (not by ONNX, whose graph holds their mean).
     """
     if inference.fuse:
         model = fuse_conv_bn(model)
     if inference.runtime == "onnx":
-        return _onnx_answer(model, routed, threshold, size)
-    answer = (_compiled_answer if inference.compile else answer_of)(model, routed, threshold, experts)
+        return _onnx_predictor(model, routed, threshold, size)
+    predict = (_compiled_predictor if inference.compile else predictor)(model, routed, threshold, experts)
     if inference.precision == "fp32":
-        return answer
+        return predict
     device = next(model.parameters()).device.type
 
     def in_bf16(images: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(device, dtype=torch.bfloat16):
-            logits, used = answer(images)
+            logits, used = predict(images)
         return logits.float(), used
 
     return in_bf16
 
 
-def _compiled_answer(model: Ride, routed: bool, threshold: float, experts: Sequence[int] | None) -> Answer:
+def _compiled_predictor(model: Ride, routed: bool, threshold: float, experts: Sequence[int] | None) -> Predict:
     if not routed:
-        return torch.compile(answer_of(model, experts=experts))
+        return torch.compile(predictor(model, experts=experts))
     model = deepcopy(model)
     model.trunk = torch.compile(model.trunk)
     for expert in model.experts:
-        expert.forward = torch.compile(expert.forward, dynamic=True)  # any number of samples goes on
-    return answer_of(model, routed, threshold)
+        expert.forward = torch.compile(expert.forward, dynamic=True)  # it runs on any number of samples
+    return predictor(model, routed, threshold)
 
 
-def _onnx_answer(model: Ride, routed: bool, threshold: float, size: int | None) -> Answer:
+def _onnx_predictor(model: Ride, routed: bool, threshold: float, size: int | None) -> Predict:
     from .export import export
     from .onnx_driver import OnnxRouted, load_session
 
@@ -154,32 +185,32 @@ def _onnx_answer(model: Ride, routed: bool, threshold: float, size: int | None) 
         else:
             session = load_session(folder / "model.onnx", threads)
 
-    def answer(images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def predict(images: Tensor) -> tuple[Tensor, Tensor | None]:
         pixels = images.float().cpu().contiguous().numpy()
         logits, used = run(pixels) if routed else (*session.run(None, {"images": pixels}), None)
-        found = torch.from_numpy(logits).to(images.device)
-        return found, None if used is None else torch.from_numpy(used).to(images.device)
+        logits = torch.from_numpy(logits).to(images.device)
+        return logits, None if used is None else torch.from_numpy(used).to(images.device)
 
-    return answer
+    return predict
 
 
 class Timed:
-    """An answer with a stopwatch around it: forward passes only, without reading images."""
+    """A prediction function with a stopwatch: forward passes only, without reading images."""
 
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
+    def __init__(self, predict: Predict) -> None:
+        self.predict = predict
         self.calls: list[tuple[int, float]] = []
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         started = time.perf_counter()
-        found = self.answer(images)
+        predictions = self.predict(images)
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         self.calls.append((len(images), time.perf_counter() - started))
-        return found
+        return predictions
 
     @property
     def images_per_second(self) -> float:
-        """Over all calls but the first, which warms up, where there are several."""
+        """Over all calls but the first, a warm-up; over that one where it is the only one."""
         calls = self.calls[1:] or self.calls
         return sum(images for images, _ in calls) / sum(seconds for _, seconds in calls)

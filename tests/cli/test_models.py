@@ -1,3 +1,8 @@
+import json
+from functools import cache
+
+from commands import output
+
 import ride_timm  # noqa: F401  (registers the models)
 from ride_timm.cli.models import catalogue, describe, format_catalogue
 from ride_timm.models.release import release_table
@@ -22,3 +27,15 @@ def test_the_table_has_a_line_for_each():
     assert "102.2     32  cifar100_lt100, " in lines[3] and lines[2].endswith("imagenet_lt")
     rows[0]["tags"]["imagenet_lt"] = True
     assert format_catalogue(rows).splitlines()[2].endswith("imagenet_lt*")
+
+
+def test_models_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr("ride_timm.cli.models.describe", cache(describe))  # it counts each network's MACs
+    rows = json.loads(output(capsys, "models", "--json"))
+    names = [row["name"] for row in rows]
+    assert {"ride_resnet10", "ride_resnet32", "ride_resnet50", "ride_resnext101"} <= set(names)
+    assert not any(name.startswith("test_") for name in names)
+    row = rows[names.index("ride_resnet32")]
+    assert row["input_size"] == 32 and {"cifar100_lt100", "fashion_lt"} <= set(row["tags"]) and row["params"] > 700_000
+    text = output(capsys, "models")
+    assert all(name in text for name in names) and "cifar100_lt100" in text

@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from ride_timm.errors import InputError, RunError
-from ride_timm.evaluation.counts import Accuracy
+from ride_timm.evaluation.counts import CountAccumulator
+from ride_timm.evaluation.metrics import compute_metrics
 
 COUNTS = [500, 101, 100, 20, 19, 3, 50]
 
 
 def draw(B=300, C=7, seed=0):
-    """Random answers; the last class has no test images."""
+    """Random logits; the last class has no test images."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(0, C - 1, (B,), generator=generator)
     logits = torch.randn(B, C, generator=generator) + 2 * torch.nn.functional.one_hot(targets, C)
@@ -44,60 +45,61 @@ def brute_force(logits, targets, counts):
 
 
 @pytest.mark.parametrize("size", [300, 7, 1])
-def test_batches_of_any_size_give_the_brute_force_figures(size):
+def test_batches_of_any_size_give_the_brute_force_metrics(size):
     logits, targets, _ = draw()
-    accuracy = Accuracy(7)
+    counts = CountAccumulator(7)
     for rows in torch.arange(300).split(size):
-        accuracy.update(logits[rows], targets[rows])
-    metrics = accuracy.reduce().compute(COUNTS)
+        counts.update(logits[rows], targets[rows])
+    metrics = compute_metrics(counts.reduce(), COUNTS)
     expected = brute_force(logits, targets, COUNTS)
     assert {key: metrics[key] for key in expected} == expected
     assert metrics["per_class"][6] is None and "experts_used" not in metrics
     assert json.loads(json.dumps(metrics)) == metrics
 
 
-def test_shares_of_experts_used():
-    accuracy = Accuracy(3, num_experts=4)
-    accuracy.update(torch.eye(3), torch.tensor([0, 1, 1]), torch.tensor([1, 1, 3]))
-    accuracy.update(torch.eye(3)[:1], torch.tensor([0]), torch.tensor([3]))
-    metrics = accuracy.compute()
+def test_fractions_of_experts_used():
+    counts = CountAccumulator(3, num_experts=4)
+    counts.update(torch.eye(3), torch.tensor([0, 1, 1]), torch.tensor([1, 1, 3]))
+    counts.update(torch.eye(3)[:1], torch.tensor([0]), torch.tensor([3]))
+    metrics = compute_metrics(counts.reduce(), None)
     assert metrics["experts_used"] == [0.5, 0.0, 0.5, 0.0]
     assert metrics["all"] == 75 and metrics["class_mean"] == 75 and metrics["per_class"] == [100, 50, None]
 
 
 def test_group_accuracy_weighs_images_and_class_mean_weighs_classes():
-    accuracy = Accuracy(2)
-    accuracy.update(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
-    metrics = accuracy.compute([10, 5])
+    counts = CountAccumulator(2)
+    counts.update(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
+    metrics = compute_metrics(counts.reduce(), [10, 5])
     assert metrics["all"] == metrics["few"] == 75 and metrics["class_mean"] == 50
 
 
 def test_what_is_empty_is_none():
-    empty = Accuracy(2, num_experts=2).reduce().compute([500, 5])
+    empty = compute_metrics(CountAccumulator(2, num_experts=2).reduce(), [500, 5])
     assert [empty[key] for key in ("all", "many", "medium", "few", "top5", "class_mean")] == [None] * 6
     assert empty["per_class"] == [None, None] and empty["experts_used"] == [0, 0]
-    accuracy = Accuracy(2)
-    accuracy.update(torch.eye(2), torch.tensor([0, 1]))
-    known, unknown = accuracy.compute([500, 400]), accuracy.compute()
+    counts = CountAccumulator(2)
+    counts.update(torch.eye(2), torch.tensor([0, 1]))
+    known, unknown = compute_metrics(counts.reduce(), [500, 400]), compute_metrics(counts.reduce(), None)
     assert (known["many"], known["medium"], known["few"]) == (100, None, None)
     assert (unknown["all"], unknown["many"], unknown["medium"], unknown["few"]) == (100, None, None, None)
 
 
 def test_top5_of_fewer_classes_is_topc():
-    accuracy = Accuracy(3)
-    accuracy.update(torch.randn(8, 3), torch.randint(0, 3, (8,)))
-    assert accuracy.compute()["top5"] == 100
+    counts = CountAccumulator(3)
+    counts.update(torch.randn(8, 3), torch.randint(0, 3, (8,)))
+    assert compute_metrics(counts.reduce(), None)["top5"] == 100
 
 
 def test_a_batch_may_be_empty_and_logits_half_precision():
-    accuracy = Accuracy(6, num_experts=2)
-    accuracy.update(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
-    accuracy.update(torch.eye(6).bfloat16(), torch.arange(6), torch.ones(6, dtype=torch.int32))
-    assert accuracy.compute()["all"] == 100 and accuracy.compute()["experts_used"] == [1, 0]
+    counts = CountAccumulator(6, num_experts=2)
+    counts.update(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    counts.update(torch.eye(6).bfloat16(), torch.arange(6), torch.ones(6, dtype=torch.int32))
+    metrics = compute_metrics(counts.reduce(), None)
+    assert metrics["all"] == 100 and metrics["experts_used"] == [1, 0]
 
 
 def test_misuse_is_named():
-    plain, routed = Accuracy(3), Accuracy(3, num_experts=2)
+    plain, routed = CountAccumulator(3), CountAccumulator(3, num_experts=2)
     one = torch.zeros(1, dtype=torch.long)
     with pytest.raises(InputError, match=r"expected logits \[B, 3\], got shape \(1, 4\)"):
         plain.update(torch.zeros(1, 4), one)
@@ -106,16 +108,16 @@ def test_misuse_is_named():
     with pytest.raises(InputError, match="experts_used goes with num_experts"):
         routed.update(torch.zeros(1, 3), one)
     with pytest.raises(InputError, match="expected 3 class counts, got 2"):
-        plain.compute([1, 2])
-    with pytest.raises(RunError, match="start a new Accuracy"):
-        plain.reduce().reduce().update(torch.zeros(1, 3), one)
+        compute_metrics(plain.reduce(), [1, 2])
+    with pytest.raises(RunError, match="start a new CountAccumulator"):
+        plain.update(torch.zeros(1, 3), one)
 
 
 def counted(logits, targets, experts_used):
-    """Routed answers of an ensemble whose second member answers otherwise."""
-    accuracy = Accuracy(7, num_experts=3, num_members=2)
-    accuracy.update(logits, targets, experts_used, torch.stack([logits, logits.flip(1)], 1))
-    return accuracy
+    """Routed predictions of an ensemble whose second member predicts other classes."""
+    counts = CountAccumulator(7, num_experts=3, num_members=2)
+    counts.update(logits, targets, experts_used, torch.stack([logits, logits.flip(1)], 1))
+    return counts
 
 
 def worker(rank: int, store: str, out: str) -> None:
@@ -123,7 +125,9 @@ def worker(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     logits, targets, experts_used = draw()
     rows = slice(0, 299) if rank == 0 else slice(299, 300)
-    metrics = counted(logits[rows], targets[rows], experts_used[rows]).reduce().reduce().compute(COUNTS)
+    counts = counted(logits[rows], targets[rows], experts_used[rows])
+    counts.reduce()
+    metrics = compute_metrics(counts.reduce(), COUNTS)
     with open(f"{out}.{rank}", "w") as file:
         json.dump({"processes": dist.get_world_size(), "metrics": metrics}, file)
     dist.destroy_process_group()
@@ -142,14 +146,14 @@ def test_two_processes_count_each_sample_once(tmp_path):
         for process in processes:
             process.kill()
     logits, targets, experts_used = draw()
-    shares = [(experts_used == n).sum().item() / 300 for n in (1, 2, 3)]
+    fractions = [(experts_used == n).sum().item() / 300 for n in (1, 2, 3)]
     for rank in range(2):
         found = json.loads((tmp_path / f"out.{rank}").read_text())
         assert found["processes"] == 2
-        expected = brute_force(logits, targets, COUNTS) | {"experts_used": shares}
+        expected = brute_force(logits, targets, COUNTS) | {"experts_used": fractions}
         assert {key: found["metrics"][key] for key in expected} == expected
         # everything else too is to the last digit what one process finds
-        assert found["metrics"] == counted(logits, targets, experts_used).compute(COUNTS)
+        assert found["metrics"] == compute_metrics(counted(logits, targets, experts_used).reduce(), COUNTS)
 
 
 if __name__ == "__main__":

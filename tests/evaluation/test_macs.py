@@ -19,7 +19,7 @@ DATA = {"0": (1000, 224), "1": (8142, 224), "2": (100, 32)}  # ImageNet-LT, iNat
 
 
 def read(row):
-    """A command line of the original counter -> (name, kwargs, side, shares or None)"""
+    """A command line of the original counter -> (name, kwargs, side, used or None)"""
     cls, data, *flags = row["args"]
     flags = dict(zip(flags[::2], flags[1::2], strict=True))
     num_classes, side = DATA[data]
@@ -30,16 +30,16 @@ def read(row):
         use_norm=flags.get("--use_norm") == "True",
         router="EA" in cls,
     )
-    shares = [float(part) / 100 for part in flags["--ea_percentage"].split(",")] if "--ea_percentage" in flags else None
-    return "ride_" + cls.replace("EA", "").replace("Model", "").lower(), kwargs, side, shares
+    used = [float(part) / 100 for part in flags["--ea_percentage"].split(",")] if "--ea_percentage" in flags else None
+    return "ride_" + cls.replace("EA", "").replace("Model", "").lower(), kwargs, side, used
 
 
 @pytest.mark.parametrize("row", GOLDENS, ids=lambda row: "-".join(row["args"]).replace("--", ""))
 def test_macs_are_the_authors(row):
-    name, kwargs, side, shares = read(row)
+    name, kwargs, side, used = read(row)
     model = timm.create_model(name, **kwargs)
     macs = count_macs(model, (3, side, side))
-    ours = macs.expected(shares) if shares else macs.ensemble
+    ours = macs.expected(used) if used else macs.ensemble
     theirs = 1e9 * row["macs_G"]
     if kwargs["use_norm"] and kwargs["num_experts"] > 1 and not kwargs["router"]:
         # their counter skips the cosine heads of these networks; nothing else may differ
@@ -69,14 +69,14 @@ def test_parts_add_up(tiny):
     assert macs.params == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("shares", [(1, 0, 0), (0, 0, 1), (0.5, 0.2, 0.3), (0.4099, 0.0947, 0.4954)])
-def test_expected_macs_follow_the_shares(tiny, shares):
+@pytest.mark.parametrize("used", [(1, 0, 0), (0, 0, 1), (0.5, 0.2, 0.3), (0.4099, 0.0947, 0.4954)])
+def test_expected_macs_follow_the_experts_used(tiny, used):
     macs = tiny[1]
     trunk, (first, second, third), (gate1, gate2) = macs.trunk, macs.experts, macs.gates
     alone = trunk + first + gate1
     by_count = (alone, alone + second + gate2, alone + second + gate2 + third)
-    expected = sum(share * cost for share, cost in zip(shares, by_count, strict=True))
-    assert macs.expected(shares) == pytest.approx(expected, rel=1e-12)
+    expected = sum(fraction * cost for fraction, cost in zip(used, by_count, strict=True))
+    assert macs.expected(used) == pytest.approx(expected, rel=1e-12)
 
 
 def test_expected_macs_with_numbers():
@@ -87,10 +87,10 @@ def test_expected_macs_with_numbers():
 
 
 @pytest.mark.parametrize(
-    ("shares", "message"),
+    ("used", "message"),
     [
-        ((1,), "1 shares for 3 experts"),
-        ((0.5, 0.25, 0.2, 0.05), "4 shares for 3 experts"),
+        ((1,), "1 fractions for 3 experts"),
+        ((0.5, 0.25, 0.2, 0.05), "4 fractions for 3 experts"),
         ((0.5, 0.5, 0.5), "expected fractions that sum to 1"),
         ((40.99, 9.47, 49.54), "expected fractions that sum to 1"),
         ((1.2, -0.2, 0), "expected fractions that sum to 1"),
@@ -99,9 +99,9 @@ def test_expected_macs_with_numbers():
         ((math.inf, 0, 0), "expected fractions that sum to 1"),
     ],
 )
-def test_bad_shares_are_named(tiny, shares, message):
+def test_bad_fractions_are_named(tiny, used, message):
     with pytest.raises(InputError, match=message):
-        tiny[1].expected(shares)
+        tiny[1].expected(used)
 
 
 def test_counting_leaves_the_model_as_it_was(tiny):

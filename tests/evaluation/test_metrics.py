@@ -1,4 +1,4 @@
-"""Figures against plain loops over single images, written from the definitions."""
+"""Metrics against plain loops over single images, written from the definitions."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ride_timm.errors import InputError
-from ride_timm.evaluation.counts import Accuracy
-from ride_timm.evaluation.metrics import harmonic_mean, head_to_tail
+from ride_timm.evaluation.counts import CountAccumulator
+from ride_timm.evaluation.metrics import compute_metrics, harmonic_mean, head_to_tail
 from ride_timm.evaluation.tables import groups_table
 
 COUNTS = [500, 101, 100, 20, 19, 3, 50]
@@ -19,7 +19,7 @@ MEMBERS = 3
 
 
 def draw(B=400, C=7, seed=0):
-    """An unbalanced test set, without an image of class 6; every member has an opinion of its own."""
+    """An unbalanced test set, without an image of class 6; the members' logits are independent."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.multinomial(torch.tensor([9.0, 1, 4, 2, 3, 2, 0]), B, replacement=True, generator=generator)
     members = 2 * torch.randn(B, MEMBERS, C, generator=generator)
@@ -28,11 +28,11 @@ def draw(B=400, C=7, seed=0):
 
 
 def counted(members, targets, used=None, batch=64):
-    accuracy = Accuracy(7, 3 if used is not None else None, num_members=MEMBERS)
+    counts = CountAccumulator(7, 3 if used is not None else None, num_members=MEMBERS)
     for rows in torch.arange(len(targets)).split(batch):
         more = () if used is None else (used[rows],)
-        accuracy.update(members[rows].mean(1), targets[rows], *more, member_logits=members[rows])
-    return accuracy.reduce()
+        counts.update(members[rows].mean(1), targets[rows], *more, member_logits=members[rows])
+    return counts
 
 
 def softmax(logits):
@@ -52,9 +52,9 @@ def of_group(members, targets, classes):
         for m in range(1, 16):
             if (m - 1) / 15 < sure <= m / 15:
                 bins[m - 1].append((sure, hit))
-        answers = [int(members[i, m].argmax()) for m in range(MEMBERS)]
-        alone = [n + (answer == int(targets[i])) for n, answer in zip(alone, answers, strict=True)]
-        differing += sum(a != b for a, b in combinations(answers, 2))
+        classes_of = [int(members[i, m].argmax()) for m in range(MEMBERS)]
+        alone = [n + (c == int(targets[i])) for n, c in zip(alone, classes_of, strict=True)]
+        differing += sum(a != b for a, b in combinations(classes_of, 2))
         for m in range(MEMBERS):
             own = softmax(members[i, m].tolist())
             divergence += sum(p * math.log(p / q) for p, q in zip(chances, own, strict=True))
@@ -72,7 +72,7 @@ def of_group(members, targets, classes):
 @pytest.mark.parametrize(("shots", "groups"), [((100, 20), GROUPS), ((101, 50), OTHER)])
 def test_calibration_and_experts_by_group(shots, groups):
     members, targets, _ = draw()
-    found = counted(members, targets).compute(COUNTS, shots)
+    found = compute_metrics(counted(members, targets).reduce(), COUNTS, shots)
     for name, classes in groups.items():
         expected = of_group(members, targets, list(classes))
         assert found["calibration"][name]["ece"] == pytest.approx(expected["ece"], rel=1e-5)
@@ -88,15 +88,15 @@ def test_calibration_and_experts_by_group(shots, groups):
 
 def test_means_over_classes_and_experts_used_by_group():
     members, targets, used = draw()
-    found = counted(members, targets, used).compute(COUNTS)
+    found = compute_metrics(counted(members, targets, used).reduce(), COUNTS)
     right = members.mean(1).argmax(1) == targets
     by_class = {c: 100 * right[targets == c].float().mean().item() for c in range(6)}
     for name, classes in GROUPS.items():
         tested = [by_class[c] for c in classes if c < 6]
         assert found["class_means"][name] == pytest.approx(sum(tested) / len(tested), rel=1e-5)
         inside = torch.isin(targets, torch.tensor(list(classes)))
-        shares = [(used[inside] == n).float().mean().item() for n in (1, 2, 3)]
-        assert found["experts_used_by_group"][name] == pytest.approx(shares, rel=1e-5)
+        fractions = [(used[inside] == n).float().mean().item() for n in (1, 2, 3)]
+        assert found["experts_used_by_group"][name] == pytest.approx(fractions, rel=1e-5)
     assert found["class_mean"] == found["class_means"]["all"] != found["all"]
     assert found["worst_class"] == pytest.approx(min(by_class.values()), rel=1e-5)
     assert found["harmonic_mean"] == pytest.approx(6 / sum(1 / a for a in by_class.values()), rel=1e-5)
@@ -106,8 +106,9 @@ def test_means_over_classes_and_experts_used_by_group():
 def test_the_order_and_the_batches_change_no_digit():
     members, targets, used = draw()
     shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(1))
-    one = counted(members, targets, used, 400).compute(COUNTS)
-    assert counted(members[shuffled], targets[shuffled], used[shuffled], 7).compute(COUNTS) == one
+    one = compute_metrics(counted(members, targets, used, 400).reduce(), COUNTS)
+    other = counted(members[shuffled], targets[shuffled], used[shuffled], 7)
+    assert compute_metrics(other.reduce(), COUNTS) == one
 
 
 def test_two_processes_sums_are_those_of_one():
@@ -122,33 +123,34 @@ def test_two_processes_sums_are_those_of_one():
 @pytest.mark.parametrize(("logit", "number"), [(0.0, 7), (40.0, 14)])
 def test_the_edges_of_the_bins(logit, number):
     """Two even classes: confidence 1/2 lies in the bin (7/15, 8/15]; certainty lies in the last one."""
-    accuracy = Accuracy(2)
-    accuracy.update(torch.tensor([[logit, 0.0]]), torch.tensor([0]))
-    bins = accuracy.compute()["reliability"]["all"]
+    counts = CountAccumulator(2)
+    counts.update(torch.tensor([[logit, 0.0]]), torch.tensor([0]))
+    metrics = compute_metrics(counts.reduce(), None)
+    bins = metrics["reliability"]["all"]
     assert [row["images"] for row in bins] == [int(i == number) for i in range(15)]
-    assert accuracy.compute()["calibration"]["all"]["ece"] == pytest.approx(50.0 if logit == 0 else 0.0, abs=1e-6)
+    assert metrics["calibration"]["all"]["ece"] == pytest.approx(50.0 if logit == 0 else 0.0, abs=1e-6)
 
 
 def test_members_that_agree_and_one_alone():
     logits = torch.randn(20, 1, 7, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(20) % 7
-    same = Accuracy(7, num_members=3)
+    same = CountAccumulator(7, num_members=3)
     same.update(logits[:, 0], targets, member_logits=logits.expand(-1, 3, -1))
-    experts = same.compute()["experts"]
+    experts = compute_metrics(same.reduce(), None)["experts"]
     assert experts["disagreement"]["all"] == 0 and experts["diversity"]["all"] == pytest.approx(0, abs=1e-5)
-    alone = Accuracy(7, num_members=1)
+    alone = CountAccumulator(7, num_members=1)
     alone.update(logits[:, 0], targets, member_logits=logits)
-    found = alone.compute()
-    assert found["experts"]["disagreement"]["all"] is None and found["experts"]["accuracy"]["all"] == [found["all"]]
     with pytest.raises(InputError, match=r"expected member_logits \(20, 1, 7\), got None"):
         alone.update(logits[:, 0], targets)
+    found = compute_metrics(alone.reduce(), None)
+    assert found["experts"]["disagreement"]["all"] is None and found["experts"]["accuracy"]["all"] == [found["all"]]
 
 
 def test_certain_members_and_logits_that_are_not_finite_do_not_spoil_the_sums():
-    accuracy = Accuracy(3, num_members=2)
+    counts = CountAccumulator(3, num_members=2)
     members = torch.tensor([[[0.0, -math.inf, -math.inf], [0.0, 0.0, 0.0]], [[math.nan] * 3, [0.0] * 3]])
-    accuracy.update(members.nan_to_num(0, 0, -1e4).mean(1), torch.tensor([0, 0]), member_logits=members)
-    found = accuracy.compute()
+    counts.update(members.nan_to_num(0, 0, -1e4).mean(1), torch.tensor([0, 0]), member_logits=members)
+    found = compute_metrics(counts.reduce(), None)
     assert math.isfinite(found["experts"]["diversity"]["all"]) and math.isfinite(found["calibration"]["all"]["ece"])
 
 
@@ -169,8 +171,8 @@ def test_head_to_tail_runs_from_the_most_to_the_least_frequent_class():
     assert sum(row["classes"] for row in uneven) == 365 and {row["classes"] for row in uneven} == {18, 19}
 
 
-def test_figures_of_nothing_are_none():
-    found = Accuracy(2, num_experts=2, num_members=2).compute([500, 5])
+def test_metrics_of_nothing_are_none():
+    found = compute_metrics(CountAccumulator(2, num_experts=2, num_members=2).reduce(), [500, 5])
     assert found["worst_class"] is found["harmonic_mean"] is found["calibration"]["all"]["ece"] is None
     assert found["experts"]["accuracy"]["few"] == [None, None] and found["experts_used_by_group"]["many"] is None
     text = groups_table(found)

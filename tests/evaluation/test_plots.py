@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ride_timm.evaluation import plots
-from ride_timm.evaluation.counts import Accuracy
+from ride_timm.evaluation.counts import CountAccumulator
+from ride_timm.evaluation.metrics import compute_metrics
 
 pytest.importorskip("matplotlib")
 COUNTS = [200, 50, 5]
@@ -15,12 +16,12 @@ def measured(routed):
     targets = torch.arange(3).repeat(2)
     right = 8.0 * torch.nn.functional.one_hot(targets, 3).float()
     wrong = torch.where(targets[:, None] == 2, right.roll(1, 1), right)
-    accuracy = Accuracy(3, 2 if routed else None, None, None if routed else 2)
+    counts = CountAccumulator(3, 2 if routed else None, None if routed else 2)
     if routed:
-        accuracy.update(right, targets, experts_used=torch.tensor([1, 1, 2, 1, 2, 2]))
+        counts.update(right, targets, experts_used=torch.tensor([1, 1, 2, 1, 2, 2]))
     else:
-        accuracy.update(right, targets, member_logits=torch.stack([wrong, right], 1))
-    return accuracy.reduce().compute(COUNTS)
+        counts.update(right, targets, member_logits=torch.stack([wrong, right], 1))
+    return compute_metrics(counts.reduce(), COUNTS)
 
 
 def test_experts_alone_their_differences_and_how_many_are_used():

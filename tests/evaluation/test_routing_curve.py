@@ -241,7 +241,7 @@ def test_curves_on_the_command_line(capsys, tmp_path, run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--macs-budget", "80e6"), "give --routed"),
+        (("--macs-budget", "80e6"), "pass --routed"),
         (("--routed", "--macs-budget", "nan"), "expected MACs per image"),
         (("--routed", "--macs-budget", "many"), "many"),
         (("--routed", "--macs-budget", "-1"), "expected MACs per image"),

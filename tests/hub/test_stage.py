@@ -252,5 +252,5 @@ def test_a_recipe_is_data(staged):
 )
 def test_a_downloaded_recipe_names_no_place_on_this_disk(staged, text):
     (staged.path / "recipe.yaml").write_text(text)
-    with pytest.raises(InputError, match="is of a release and names data on a disk"):
+    with pytest.raises(InputError, match="is of a release and names local files"):
         evaluate_main(["evaluate", "--model", str(staged.path)])

@@ -199,7 +199,7 @@ def test_export_on_the_command_line(capsys, monkeypatch, tmp_path, run):
     [
         (("--routed", "driver"), "no router"),
         (("--routed", "sometimes"), "sometimes"),
-        (("--threshold", "0.2"), "give --routed as well"),
+        (("--threshold", "0.2"), "pass --routed as well"),
         (("--input-size", "0"), "input-size=0"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
 from ride_timm.errors import InputError
-from ride_timm.evaluation.evaluate import answer_of
+from ride_timm.evaluation.evaluate import predictor
 from ride_timm.inference import options as inference
 from ride_timm.inference.options import Inference, Timed, fuse_conv_bn, prepare
 from ride_timm.training.recipe import load_recipe
@@ -88,16 +88,16 @@ def test_only_a_batchnorm_right_after_a_convolution_is_fused():
 
 
 @pytest.mark.parametrize("routed", [False, True])
-def test_default_answers_are_the_models_own(model, images, routed):
+def test_default_predictions_are_the_models_own(model, images, routed):
     with torch.no_grad():
-        expected, used = answer_of(model, routed, 0.4)(images)
+        expected, used = predictor(model, routed, 0.4)(images)
         logits, own = prepare(model, Inference(), routed, 0.4)(images)
     assert torch.equal(logits, expected) and (torch.equal(own, used) if routed else own is None and used is None)
 
 
 @pytest.mark.parametrize("options", [dict(fuse=True), dict(runtime="onnx"), dict(compile=True), dict(precision="bf16")])
 @pytest.mark.parametrize("routed", [False, True])
-def test_faster_answers_are_equal(monkeypatch, model, images, options, routed):
+def test_faster_predictions_are_equal(monkeypatch, model, images, options, routed):
     if "runtime" in options:
         for name in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(name)
@@ -105,10 +105,10 @@ def test_faster_answers_are_equal(monkeypatch, model, images, options, routed):
     threshold = middle_threshold(model, images)
     atol = 0.3 if "precision" in options else 1e-4  # logits are cosines times 30
     with torch.inference_mode():
-        expected, expected_used = answer_of(model, routed, threshold)(images)
-        answer = prepare(model, Inference(**options), routed, threshold, 32)
+        expected, expected_used = predictor(model, routed, threshold)(images)
+        predict = prepare(model, Inference(**options), routed, threshold, 32)
         for batch in (slice(0, 9), slice(0, 1), slice(2, 7)):
-            logits, used = answer(images[batch])
+            logits, used = predict(images[batch])
             assert logits.dtype == torch.float32 and logits.shape == (len(images[batch]), 7)
             if routed:
                 assert "precision" in options or torch.equal(used, expected_used[batch])

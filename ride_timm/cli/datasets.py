@@ -1,0 +1,106 @@
+"""show, check or save a long-tailed data set"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..data.check import check_installation, format_installation
+from ..data.datasets import LISTED, NAMES_HELP
+from ..data.hub import is_saved
+from ..data.load import load_longtail
+from ..data.save import save_longtail
+from ..errors import InputError, RunError
+from ..inference.load import data_recipe
+from ..priors import shot_groups
+from ..training.arguments import add_flags, flags_given, keys_of
+from ..training.recipe import Recipe
+from .process import print_json
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("datasets", help=__doc__, description=__doc__)
+    parser.set_defaults(run=run)
+    parser.add_argument("action", choices=("show", "check", "save"))
+    parser.add_argument("subject", metavar="NAME", help=NAMES_HELP)
+    parser.add_argument("--output", metavar="DIR", help="save: a new folder for the selected images")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="take the other settings from this recipe")
+    parser.add_argument("--all", action="store_true", help="list every class, or every missing image")
+    parser.add_argument(
+        "--decode", action="store_true",
+        help=f"check {', '.join(LISTED)}: decode every image instead of checking that the file exists",
+    )  # fmt: skip
+    add_flags(parser, [name for name in keys_of("data") if name not in ("dataset", "holdout", "augment")])
+
+
+def run(args: argparse.Namespace) -> None:
+    recipe = data_recipe(args.recipe, None, flags_given(args) | dict(dataset=args.subject))
+    if args.action == "save":
+        return _save(args, recipe)
+    if args.action == "check" and args.subject in LISTED and not is_saved(recipe.data_dir):
+        _check_published(args, recipe)
+        if not args.decode:
+            return
+    if args.action == "check" and recipe.streaming:
+        raise InputError("check reads every image, a stream only those of an epoch: leave --streaming out.")
+    data = load_longtail(**recipe.data_args)
+    counts = data.class_counts
+    groups = {name: int(mask.sum()) for name, mask in shot_groups(counts, *recipe.shots).items()}
+    facts = dict(name=data.name, classes=data.num_classes, train=len(data.train), test=len(data.test))
+    facts |= dict(class_counts=counts, **groups)
+    if args.action == "check":
+        facts["unreadable"] = unreadable = _unreadable(data)
+    if args.json:
+        print_json(facts)
+    else:
+        print(f"{data.name}: {facts['train']:,} training and {facts['test']:,} test images, {data.num_classes} classes")
+        print(f"images per class: {max(counts)} to {min(counts)}; classes by shot: {groups}")
+        names = list(data.class_names)
+        for name, count in list(zip(names, counts, strict=True))[: None if args.all else 20]:
+            print(f"  {name:<30} {count:>7}")
+        if not args.all and len(names) > 20:
+            print(f"  … {len(names) - 20} more (--all)")
+    if args.action == "check":
+        if unreadable:
+            raise RunError(f"{len(unreadable)} images cannot be read, the first: {unreadable[0]}")
+        print("every image can be read", file=sys.stderr)
+
+
+def _save(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Save the selected images of a data set; print the new folder and the number of its images."""
+    if args.output is None:
+        raise InputError("datasets save needs --output DIR, a new folder.")
+    data = save_longtail(args.output, **recipe.data_args)
+    facts = dict(output=args.output, train=len(data.train), test=len(data.test), val=len(data.val) if data.val else 0)
+    if args.json:
+        return print_json(facts)
+    print(f"{args.output}: {facts['train']:,} training, {facts['test']:,} test and {facts['val']:,} validation images")
+    print(f"read it with --dataset {args.output}, or with --data-dir {args.output} in place of {data.name}")
+
+
+def _check_published(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Print what is installed of a data set with published lists; RunError where something is missing."""
+    folders = [None if path is None else Path(path).expanduser() for path in (recipe.data_dir, recipe.annotations)]
+    installed = check_installation(args.subject, *folders)
+    if args.json:
+        print_json(installed)
+    else:
+        print(format_installation(installed, sys.maxsize if args.all else 10))
+    if installed["problems"]:
+        raise RunError(f"{args.subject} is not as published: {len(installed['problems'])} problems, see above")
+    checked = "every list and image is" if installed["root"] else "every list is"
+    print(f"{checked} as published", file=sys.stderr)
+
+
+def _unreadable(data: Any) -> list[str]:
+    """The messages of all images that cannot be read."""
+    messages = []
+    for part in (data.train, data.test, *([] if data.val is None else [data.val])):
+        for i in range(len(part)):
+            try:
+                part[i]
+            except RunError as error:
+                messages.append(str(error))
+    return messages

@@ -1,0 +1,202 @@
+"""accuracy on a test set, by shot group"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.augment.policies import get_policy
+from ..data.load import hold_out, load_longtail
+from ..data.loaders import make_loader
+from ..errors import InputError
+from ..evaluation.evaluate import evaluate, evaluation_batch
+from ..evaluation.macs import Macs, count_macs
+from ..evaluation.plots import plot_curve, plot_measures
+from ..evaluation.routing_curve import (
+    check_budget,
+    collect_outcomes,
+    curve_table,
+    point_for_budget,
+    prefix_points,
+    routing_curve,
+    thin,
+)
+from ..evaluation.tables import groups_table, metrics_table, millions
+from ..files import write_atomically
+from ..inference.load import SPEC, data_recipe, load_ride, own_recipe
+from ..inference.options import (
+    Timed,
+    add_inference_flags,
+    check_experts,
+    check_threshold,
+    chosen_experts,
+    inference_of,
+    prepare,
+)
+from ..models import Ride
+from ..models.load import check_images, check_path
+from ..training.arguments import add_flags, flags_given, keys_of
+from ..training.recipe import Recipe
+from .process import print_json
+
+# a run's held-out images are unseen only where the data are the run's own
+_DATA_KEYS = ("dataset", "annotations", "imb_type", "imb_factor", "split_seed", "image_column", "label_column")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help=__doc__, description=__doc__)
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", required=True, metavar="SPEC", help=SPEC)
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="take the data from this recipe")
+    parser.add_argument(
+        "--macs-budget", type=float, metavar="MACS",
+        help="with --routed: choose the threshold for at most this many MACs per image, on the run's held-out training "
+        "images, or on training images that the model has seen if there are none",
+    )  # fmt: skip
+    parser.add_argument("--plots", metavar="DIR", help="draw head_to_tail.png, reliability.png and experts.png there")
+    parser.add_argument("--curve", metavar="FILE", help="write accuracy against MACs of all thresholds, .png or .csv")
+    parser.add_argument("--time", action="store_true", help="report images per second of the forward passes")
+    add_inference_flags(parser)
+    add_flags(parser, [name for name in keys_of("data") if name != "holdout"] + ["threshold", "workers"])
+
+
+def run(args: argparse.Namespace) -> None:
+    _check(args)
+    check_path(args.model)
+    inference = inference_of(args)
+    recipe = data_recipe(args.recipe, args.model, _data_flags(args))
+    model = load_ride(args.model, args.routed or args.curve is not None).to(memory_format=torch.channels_last)
+    experts = chosen_experts(args.experts, model.num_experts)
+    data = load_longtail(**recipe.data_args | dict(use_val=recipe.use_val and args.macs_budget is not None))
+    if data.num_classes != model.num_classes:
+        raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
+    size = get_policy(recipe.augment).input_size(recipe.input_size)
+    check_images(model, (3, size, size), args.model)
+    macs = count_macs(model, (3, size, size))
+    if args.macs_budget is not None:
+        check_budget(macs, args.macs_budget)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
+
+    def batches(image_set: Any) -> Any:
+        where = dict(input_size=size, device=device, num_workers=recipe.workers)
+        where |= dict(reduced_decode=recipe.reduced_decode)
+        return make_loader(image_set, recipe.augment, train=False, batch_size=evaluation_batch(size), seed=0, **where)
+
+    threshold, chosen = recipe.threshold, None
+    if args.macs_budget is not None:
+        chosen = _choose_threshold(model, macs, data, recipe, own_recipe(args.model), batches, args.macs_budget)
+        threshold = chosen["threshold"]
+    test = batches(data.test)
+    one_by_one = not args.routed and inference.runtime != "onnx"
+    predict = Timed(prepare(model, inference, args.routed, threshold, size, experts if one_by_one else None))
+    num_members = len(experts) if one_by_one else None
+    metrics = evaluate(model, test, data.class_counts, args.routed, threshold, predict, num_members, recipe.shots)
+
+    used = metrics.get("experts_used")
+    cost = macs.expected(used) if used else macs.trunk + sum(macs.experts[i] for i in experts)
+    metrics |= dict(macs=round(cost), images=len(data.test))
+    metrics["correct"] = round(metrics["all"] * len(data.test) / 100)
+    name = "routed" if args.routed else "ensemble"
+    if args.experts is not None:
+        metrics["members"], name = [i + 1 for i in experts], f"experts {args.experts}"
+    rows = {name: metrics}
+    if args.plots is not None:
+        plot_measures(Path(args.plots), rows)
+    if args.routed:
+        metrics["threshold"] = threshold
+    if chosen:
+        metrics |= dict(macs_budget=args.macs_budget, chosen_on=chosen)
+    if args.time:
+        metrics |= dict(images_per_second=round(predict.images_per_second, 1), inference=str(inference))
+    if args.curve is not None:
+        outcomes = collect_outcomes(model, test)
+        prefixes = prefix_points(outcomes, macs, data.class_counts, recipe.shots)
+        curve = thin(routing_curve(outcomes, macs, data.class_counts, shots=recipe.shots))
+        _write_curve(Path(args.curve), curve, prefixes)
+        metrics |= dict(curve=curve, prefixes=prefixes)
+        rows |= {f"{i + 1} expert{'s' * (i > 0)} always": point for i, point in enumerate(prefixes)}
+    if args.json:
+        print_json(metrics)
+    else:
+        _print(args, rows, metrics, device)
+
+
+def _data_flags(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in flags_given(args).items() if name != "model"}
+
+
+def _check(args: argparse.Namespace) -> None:
+    """InputError for flags that exclude each other or files that cannot be written, before anything is read."""
+    threshold_given = "threshold" in flags_given(args)
+    if args.macs_budget is not None:
+        if not (math.isfinite(args.macs_budget) and args.macs_budget > 0):
+            raise InputError(f"macs-budget={args.macs_budget}: expected MACs per image, such as 80e6.")
+        if not args.routed:
+            raise InputError("macs-budget chooses the router's threshold: pass --routed as well.")
+        if threshold_given:
+            raise InputError("macs-budget chooses the threshold: leave --threshold out.")
+    check_threshold(threshold_given, args.routed)
+    check_experts(args, args.routed or args.curve is not None)
+    if args.plots is not None:
+        if not Path(args.plots).is_dir():
+            raise InputError(f"plots={args.plots}: no such folder.")
+        if find_spec("matplotlib") is None:
+            raise InputError("plots needs matplotlib: pip install matplotlib.")
+    if args.curve is not None:
+        path = Path(args.curve)
+        if path.suffix not in (".png", ".csv"):
+            raise InputError(f"curve={path}: expected a .png or a .csv file.")
+        if not path.parent.is_dir():
+            raise InputError(f"curve={path}: no folder {path.parent}.")
+        if path.suffix == ".png" and find_spec("matplotlib") is None:
+            raise InputError(f"curve={path}: a picture needs matplotlib (pip install matplotlib), a .csv does not.")
+
+
+def _choose_threshold(
+    model: Ride, macs: Macs, data: Any, recipe: Recipe, own: Recipe | None, batches: Any, macs_budget: float
+) -> dict[str, Any]:
+    """The most accurate point within the budget, classes weighing equally, on images other than the test set's.
+
+    These are the validation split if it is used, else the images that the run held out, else a fifth of the training
+    images: the model has seen those and is more confident on them, so that new images may use more experts.
+    """
+    unseen = own is not None and own.holdout > 0 and all(getattr(own, k) == getattr(recipe, k) for k in _DATA_KEYS)
+    if data.val is not None:
+        images, unseen, source = data.val, True, "validation images"
+    else:
+        images = hold_out(data.train, own.holdout if unseen else 0.2, recipe.split_seed)[1]
+        source = "training images" + (" that the run held out" if unseen else ", which the model has SEEN in training")
+    outcomes = collect_outcomes(model, batches(images))
+    curve = routing_curve(outcomes, macs, data.class_counts, outcomes.balanced_weights(), recipe.shots)
+    point = point_for_budget(curve, macs_budget)
+    return point | dict(images=len(images), seen_in_training=not unseen, source=source)
+
+
+def _write_curve(path: Path, curve: list[dict[str, Any]], prefixes: list[dict[str, Any]]) -> None:
+    if path.suffix == ".png":
+        write_atomically(path, lambda partial: plot_curve(partial, curve, prefixes))
+    else:
+        write_atomically(path, lambda partial: partial.write_text(curve_table(curve, prefixes), encoding="utf-8"))
+
+
+def _print(args: argparse.Namespace, rows: dict[str, Any], metrics: dict[str, Any], device: torch.device) -> None:
+    print(metrics_table(rows))
+    print(f"{metrics['correct']} of {metrics['images']} test images correct")
+    print(f"\n{groups_table(metrics)}")
+    if chosen := metrics.get("chosen_on"):
+        over = ", above the budget" if metrics["macs"] > args.macs_budget else ""
+        budget, there, here = map(millions, (args.macs_budget, chosen["macs"], metrics["macs"]))
+        print(f"threshold {chosen['threshold']:.4g} for at most {budget} MMACs per image, chosen on {chosen['images']} "
+              f"{chosen['source']}: {chosen['all']:.2f} % class-balanced at {there} MMACs there, {here} MMACs on the "
+              f"test set{over}")  # fmt: skip
+    if args.time:
+        speed = f"{metrics['images_per_second']:,.1f} images/s"
+        print(f"{speed} ({metrics['inference']}; {device}, {torch.get_num_threads()} threads)")
+    if args.curve is not None:
+        print(f"{len(metrics['curve'])} points of the routing curve in {args.curve}")

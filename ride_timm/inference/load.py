@@ -1,0 +1,67 @@
+"""Load a model for a command, with the recipe and the threshold that belong to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..data.datasets import KNOWN
+from ..errors import InputError
+from ..models import Ride
+from ..models.load import load_model
+from ..models.release import is_release
+from ..training.recipe import Recipe, available, load_recipe
+
+SPEC = "run folder, authors' .pth, or any name that timm.create_model takes"
+
+
+def load_ride(spec: str, routed: bool) -> Ride:
+    """The model of a SPEC, in eval mode; InputError where it is to be routed and has no router."""
+    model = load_model(spec)
+    if routed and model.router is None:
+        raise InputError(f"{spec} has no router: leave --routed out, or train stage two.")
+    return model
+
+
+def own_recipe(spec: str | None) -> Recipe | None:
+    """The recipe in the folder of a run or release; None for any other SPEC."""
+    path = _recipe_file(spec)
+    return load_recipe(path) if path else None
+
+
+def _recipe_file(spec: str | None) -> Path | None:
+    path = Path(spec.removeprefix("local-dir:")) / "recipe.yaml" if spec else None
+    return path if path and path.is_file() else None
+
+
+def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe that describes the data: the one named, else the model's own, else the default of the data set.
+
+    flags: recipe keys given on the command line, which take precedence. InputError where no data set is given, or only
+    a release whose images were local files.
+    """
+    if name:
+        recipe = load_recipe(name)
+    elif (path := _recipe_file(spec)) is not None:
+        recipe = load_recipe(path)
+        if recipe.on_disk and is_release(path.parent):
+            raise InputError(f"{path} is of a release and names local files: pass --data-dir or --recipe.")
+    elif "dataset" in flags:
+        known = KNOWN.get(flags["dataset"])
+        if known and known.recipe:
+            recipe = load_recipe(known.recipe)
+        else:
+            recipe = Recipe(augment=known.augment if known else "imagenet")
+    else:
+        raise InputError(f"no data set given: pass --dataset or --recipe (one of {', '.join(available())}).")
+    return recipe.override(flags)
+
+
+def threshold_for(spec: str, given: float | None) -> float:
+    """The gate probability given, else that of the model's recipe, else 0.5; InputError outside [0, 1]."""
+    if given is not None and not 0 <= given <= 1:
+        raise InputError(f"threshold={given}: expected a probability between 0 and 1.")
+    if given is not None:
+        return given
+    own = own_recipe(spec)
+    return own.threshold if own else 0.5

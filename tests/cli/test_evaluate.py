@@ -1,0 +1,108 @@
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+from commands import output, refusal, run_folder
+
+from ride_timm.cli.main import main
+from ride_timm.cli.process import exit_code
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    """JSON of evaluate on the embedded test images, of the ensemble and routed."""
+    found = {}
+    for kind, flags in (("plain", []), ("routed", ["--routed"])):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert exit_code(main, ["evaluate", "--model", str(run), "--json", *flags]) == 0
+        found[kind] = json.loads(printed.getvalue())
+    return found
+
+
+def test_evaluate(evaluated):
+    found = evaluated["plain"]
+    assert {"all", "many", "medium", "few", "top5", "macs", "images", "correct"} <= set(found)
+    assert "experts_used" not in found
+    assert found["images"] == 1000 and found["correct"] == round(10 * found["all"])
+    assert 0 <= found["all"] <= 40 and found["top5"] >= found["all"]  # it has not learned anything
+
+
+def test_evaluate_routed(evaluated):
+    found, plain = evaluated["routed"], evaluated["plain"]
+    assert len(found["experts_used"]) == 3 and sum(found["experts_used"]) == pytest.approx(1)
+    assert found["macs"] < plain["macs"] or found["experts_used"][2] == 1
+
+
+def test_evaluate_prints_a_table(capsys, run, evaluated):
+    text = output(capsys, "evaluate", "--model", f"local-dir:{run}", "--dataset", "fashion_lt")
+    assert "ensemble" in text and "few" in text
+    assert f"{evaluated['plain']['correct']} of 1000 test images correct" in text
+
+
+def test_metrics_by_group_and_expert(capsys, run, evaluated, tmp_path):
+    found = evaluated["plain"]
+    experts = found["experts"]
+    assert len(experts["accuracy"]["all"]) == 3 and 0 <= experts["disagreement"]["all"] <= 1
+    assert set(found["calibration"]) == {"all", "many", "medium", "few"} and len(found["reliability"]["few"]) == 15
+    assert found["worst_class"] == min(found["per_class"]) and len(found["head_to_tail"]) == 10
+    routed = evaluated["routed"]
+    assert routed["experts_used_by_group"]["all"] == routed["experts_used"] and "experts" not in routed
+    argv = (
+        "evaluate",
+        "--model",
+        run,
+        "--experts",
+        "1,3",
+        "--many-shot",
+        "500",
+        "--few-shot",
+        "50",
+        "--plots",
+        tmp_path,
+    )
+    chosen = json.loads(output(capsys, *argv, "--json"))
+    assert chosen["members"] == [1, 3] and len(chosen["experts"]["accuracy"]["all"]) == 2
+    for i, own in ((0, 0), (1, 2)):
+        assert chosen["experts"]["accuracy"]["all"][i] == experts["accuracy"]["all"][own]
+    assert chosen["macs"] == pytest.approx(found["macs"] * 76.4 / 102.2, rel=1e-2)
+    counts, groups = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10], {"many": 2, "medium": 4, "few": 4}
+    assert sum(n > 500 for n in counts) == groups["many"] and sum(n < 50 for n in counts) == groups["few"]
+    assert chosen["many"] == pytest.approx(sum(chosen["per_class"][:2]) / 2)
+    assert chosen["few"] == pytest.approx(sum(chosen["per_class"][6:]) / 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"head_to_tail.png", "reliability.png", "experts.png"}
+    text = output(capsys, "evaluate", "--model", run, "--experts", "2")
+    assert "experts 2" in text and "expert 2" in text and "expert 1" not in text and "harmonic mean" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--experts", "1,4"), "experts=1,4: expected different numbers from 1 to 3"),
+        (("--experts", "0,1"), "experts=0,1: expected different numbers from 1 to 3"),
+        (("--experts", "1,1"), "expected different numbers"),
+        (("--experts", "a"), "expected numbers from 1, such as 1,3"),
+        (("--experts", "1", "--routed"), "experts=1: the router chooses the experts; leave --experts out"),
+        (("--experts", "1", "--curve", "curve.csv"), "experts=1: the router chooses the experts"),
+        (("--experts", "1", "--runtime", "onnx"), "experts=1: the ONNX graph averages all experts"),
+        (("--plots", "nowhere"), "plots=nowhere: no such folder"),
+        (("--many-shot", "10", "--few-shot", "20"), "few_shot=20: expected at most many_shot + 1, 11"),
+    ],
+)
+def test_bad_flags(capsys, run, flags, message):
+    assert message in refusal(capsys, "evaluate", "--model", run, *flags)
+
+
+def test_a_model_of_other_classes(capsys, tmp_path):
+    other = run_folder(tmp_path, num_classes=4, router=False)
+    message = refusal(capsys, "evaluate", "--model", other)
+    assert "has 4 classes, the data set fashion_lt 10" in message
+
+
+def test_no_data_named(capsys, tmp_path, run):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, alone / name)
+    assert "--dataset or --recipe" in refusal(capsys, "evaluate", "--model", alone)
