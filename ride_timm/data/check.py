@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, listed
+from .columns import choose_image_column
 from .datasets import SplitFacts, lists_of
 from .hub import holds_rows, read_local
 from .lists import AnnotationList, find_lists, hub_split, image_root, read_list, rows_of
-from .load import choose_image_column
 
 
 def check_installation(dataset: str, data_dir: Path | None, annotations: Path | None) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def missing_files(part: AnnotationList, root: Path) -> list[dict[str, Any]]:
 
     Each folder is read once, which is far faster on a network drive than a query per file.
     """
-    by_folder = defaultdict(dict)
+    by_folder: dict[str, dict[str, list[int]]] = defaultdict(dict)
     for i, file in enumerate(part.files):
         folder, _, name = file.rpartition("/")
         by_folder[folder].setdefault(name, []).append(i)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, listed
+from .columns import check_unseen, choose_image_column, sets_of_columns
 from .datasets import EMBEDDED, KNOWN, default_profile, lists_of
 from .hub import holds_rows, is_hub_id, is_saved, read_hub, read_local, read_selection, read_splits
 from .image_set import ImageSet, LongTailData
@@ -27,7 +28,7 @@ from .lists import (
     read_list,
     rows_of,
 )
-from .longtail import IMB_FACTOR, check_imbalance, check_labels, longtail_indices
+from .longtail import IMB_FACTOR, check_imbalance, longtail_indices
 from .streaming import streamed_rows
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
     from .lists import AnnotationList
 
-IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("fine_label", "label", "labels")
 TEST_SPLITS = ("test", "validation", "val")
 VAL_SPLITS = ("val", "validation")
 
@@ -80,12 +79,12 @@ def load_longtail(
     if dataset in EMBEDDED and (data_dir or annotations) is not None:
         given = str(data_dir or annotations)
         raise InputError(f"data set {dataset!r} is embedded in the package: name the data set that {given!r} holds")
-    saved = data_dir is not None and is_saved(data_dir)
-    if saved:
+    from_lists = annotations is not None or lists_of(dataset) is not None
+    if data_dir is not None and is_saved(data_dir):
         wanted = dict(dataset=dataset, imb_type=profile, imb_factor=imb_factor, seed=seed)
         _check_selection(data_dir, annotations, wanted)
-        profile = "none"  # selected already
-    if not saved and (annotations is not None or lists_of(dataset)):
+        profile, from_lists = "none", False  # selected already
+    if from_lists:
         paths = find_lists(dataset, data_dir, annotations)
         names = _split_names(paths, train_split, test_split, use_val)
         make_set = partial(streamed_rows, shuffle_buffer=shuffle_buffer) if streaming else _matched_rows
@@ -98,7 +97,7 @@ def load_longtail(
     else:
         splits = read_splits(dataset, data_dir)
         names = _split_names(splits, train_split, test_split, use_val)
-        sets, class_names = _from_columns({name: splits[name] for name in names}, image_column, label_column)
+        sets, class_names = sets_of_columns({name: splits[name] for name in names}, image_column, label_column)
     train, test, *val = sets
     rows = longtail_indices(train.labels, profile, imb_factor, seed, len(class_names))
     return LongTailData(
@@ -111,14 +110,14 @@ def profile_of(dataset: str, imb_type: str | None, imb_factor: float, seed: int)
     profile = imb_type or default_profile(dataset)
     check_imbalance(profile, imb_factor, seed)
     known = KNOWN.get(dataset)
-    already = known is not None and not known.balanced
-    if already and (profile, imb_factor, seed) == ("exp", known.imb_factor, 0):
-        return "none"  # stated, though it is how the data set was made
-    if already and (profile != "none" or imb_factor != IMB_FACTOR):
-        raise InputError(
-            f"data set {dataset!r} is long-tailed already: leave imb_type, imb_factor and the split's seed out, or "
-            "choose another data set"
-        )
+    if known is not None and not known.balanced:
+        if (profile, imb_factor, seed) == ("exp", known.imb_factor, 0):
+            return "none"  # stated, though it is how the data set was made
+        if profile != "none" or imb_factor != IMB_FACTOR:
+            raise InputError(
+                f"data set {dataset!r} is long-tailed already: leave imb_type, imb_factor and the split's seed out, or "
+                "choose another data set"
+            )
     if profile == "none" and imb_factor != IMB_FACTOR:
         raise InputError(f"imb_factor={imb_factor:g} needs a long-tailed profile: add --imb-type exp or step")
     return profile
@@ -165,36 +164,6 @@ def _split_names(splits: Iterable[str], train_split: str, test_split: str | None
     return [*names, val_split]
 
 
-def _from_columns(
-    splits: dict[str, Dataset], image_column: str | None, label_column: str | None
-) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Complete sets of these splits, the training split first, and the names of its classes."""
-    (train_split, train), *_ = splits.items()
-    image_column = choose_image_column(train, image_column)
-    label_column = _choose_label_column(train, label_column)
-    train_names = getattr(train.features[label_column], "names", None)
-    sets: list[ImageSet] = []
-    for name, split in splits.items():
-        for column in (image_column, label_column):
-            if column not in split.column_names:
-                raise InputError(f"split {name!r} has no column {column!r}; it has {listed(split.column_names)}")
-        choose_image_column(split, image_column)
-        names = getattr(split.features[label_column], "names", None)
-        if train_names and names and train_names != names:
-            raise InputError(
-                f"splits {train_split!r} and {name!r} number their classes differently in {label_column!r}"
-            )
-        labels = _read_labels(split, label_column, name, names)
-        if not sets:
-            try:
-                labels, num_classes = check_labels(labels, len(train_names) if train_names else None)
-            except InputError as error:
-                raise InputError(f"split {name!r}, column {label_column!r}: {error}") from error
-        _check_unseen(labels, num_classes, f"split {name!r}")
-        sets.append(ImageSet(split.select_columns([image_column]), np.arange(len(labels)), labels, image_column, name))
-    return sets, tuple(train_names or map(str, range(num_classes)))
-
-
 def _from_lists(
     dataset: str,
     data_dir: Path | None,
@@ -208,7 +177,7 @@ def _from_lists(
     published = lists_of(dataset)
     num_classes = check_classes(train, published.num_classes if published else None)
     for other in others:
-        _check_unseen(other.labels, num_classes, f"annotation list {other.path}")
+        check_unseen(other.labels, num_classes, f"annotation list {other.path}")
     class_names = train.class_names(num_classes)
     if data_dir is not None and not data_dir.exists():
         raise InputError(f"data set folder {str(data_dir)!r} does not exist")
@@ -247,12 +216,6 @@ def _matched_rows(annotations: AnnotationList, split: Dataset, image_column: str
     return ImageSet(split.select_columns([image_column]), rows, annotations.labels, image_column, split_name)
 
 
-def _check_unseen(labels: np.ndarray, num_classes: int, what: str) -> None:
-    unseen = np.unique(labels[labels >= num_classes])
-    if len(unseen):
-        raise InputError(f"{what} has classes without a training image: {listed(unseen.tolist())}")
-
-
 def _expanded(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser()
 
@@ -280,70 +243,3 @@ def _seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise InputError(f"seed {seed!r} is not a non-negative integer")
     return int(seed)
-
-
-def choose_image_column(split: Dataset, column: str | None) -> str:
-    """The named column, or the first that holds images; `InputError` if there is none."""
-    from datasets import Image
-
-    found = [name for name, feature in split.features.items() if isinstance(feature, Image)]
-    if column is None:
-        column = next((name for name in (*IMAGE_COLUMNS, *found) if name in found), None)
-        if column is None:
-            raise InputError(
-                f"the data set has no image column; it has {listed(split.column_names)}; "
-                "make one with dataset.cast_column(name, datasets.Image())"
-            )
-    elif column not in split.column_names:
-        raise InputError(f"the data set has no column {column!r}; it has {listed(split.column_names)}")
-    if column not in found:
-        raise InputError(
-            f"column {column!r} does not hold images; see dataset.cast_column({column!r}, datasets.Image())"
-        )
-    return column
-
-
-def _choose_label_column(split: Dataset, column: str | None) -> str:
-    if column is None:
-        column = next((name for name in LABEL_COLUMNS if name in split.column_names), None)
-        if column is None:
-            raise InputError(
-                f"the data set has no label column {' or '.join(LABEL_COLUMNS)}; it has {listed(split.column_names)}: "
-                "pass the one with the classes as --label-column"
-            )
-    if column not in split.column_names:
-        raise InputError(f"the data set has no column {column!r}; it has {listed(split.column_names)}")
-    return column
-
-
-def _read_labels(split: Dataset, column: str, name: str, class_names: list[str] | None) -> np.ndarray:
-    """Labels [N] of a split as int64, read from their column alone."""
-    import pyarrow as pa
-
-    if split.num_rows == 0:
-        raise InputError(f"split {name!r} has zero images")
-    values = split.select_columns([column]).with_format("arrow")[:].column(column)
-    if not pa.types.is_integer(values.type) and values.null_count < len(values):
-        raise InputError(
-            f"label column {column!r} of split {name!r} holds {values.type}, not class numbers; "
-            f"encode it with dataset.class_encode_column({column!r})"
-        )
-    if values.null_count:
-        row = int(np.argmax(values.is_null().to_numpy()))
-        raise InputError(
-            f"label column {column!r} of split {name!r} has no value in row {row} ({values.null_count} rows in all); "
-            f"drop those rows, or encode them with dataset.class_encode_column({column!r}, include_nulls=True)"
-        )
-    labels = values.to_numpy()
-    num_classes = len(class_names) if class_names else np.iinfo(np.int64).max
-    wrong = (labels < 0) | (labels >= num_classes)
-    if wrong.all():
-        raise InputError(
-            f"split {name!r} is unlabelled: no label in {column!r} is a class (row 0 has {labels[0]}); "
-            "name another split"
-        )
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        allowed = f"0 … {num_classes - 1}" if class_names else "0, 1, 2, …"
-        raise InputError(f"label {labels[row]} in row {row} of split {name!r}, column {column!r}, is outside {allowed}")
-    return labels.astype(np.int64)

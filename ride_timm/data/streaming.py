@@ -147,7 +147,10 @@ class _StreamSamples(TorchIterable):
 
     def _sample(self, stored: dict[str, Any], key: str, label: int) -> tuple[Tensor, int] | RunError:
         try:
-            with open_stored(stored) as opened:
+            opened = open_stored(stored)
+            if opened is None:
+                raise OSError(f"{stored['path']} is no local file")
+            with opened:
                 return self.transform.augment(self.transform.crop(opened)), label
         except Exception as error:  # decoders have no common error
             failed = RunError(f"the image {key} of the stream cannot be read ({first_line(error)})")

@@ -34,16 +34,17 @@ class BatchAugment:
 
     def __init__(self, policy: str | Policy, input_size: int | None = None, device: str | torch.device = "cpu") -> None:
         self.policy = get_policy(policy)
-        if self.policy.padding is None:
+        padding = self.policy.padding
+        if padding is None:
             raise InputError(f"augmentation {self.policy.name!r} augments single images, not batches of small ones")
-        self.size = self.policy.input_size(input_size)
+        self.size, self.padding = self.policy.input_size(input_size), padding
         # as wide as a row of the image: broadcasting over 3 channels would not vectorise
         self.mean = torch.tensor(self.policy.mean, device=device).repeat(self.size)
         self.std = torch.tensor(self.policy.std, device=device).repeat(self.size)
 
     def draw(self, num_images: int, generator: torch.Generator) -> Draws:
         """Draws distributed as those of RandomCrop, RandomHorizontalFlip and RandomRotation."""
-        num_corners = 2 * self.policy.padding + 1
+        num_corners = 2 * self.padding + 1
         return Draws(
             torch.randint(num_corners, (num_images,), generator=generator),
             torch.randint(num_corners, (num_images,), generator=generator),
@@ -89,7 +90,7 @@ class BatchAugment:
         crop and flip (sign of x, offset into the flat batch, where 1 is its first pixel, and the inclusive bounds of x
         and y inside canvas and image).
         """
-        S, pad = self.size, self.policy.padding
+        S, pad = self.size, self.padding
         # PIL.Image.rotate, then affine_fixed of its Geometry.c, to the rounding
         angle = -np.radians(draws.angle.double().numpy() % 360.0)
         cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)

@@ -38,7 +38,8 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in _SIXTEEN_BITS):
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # 65535 / 255
     if image.mode == "I":
-        low, high = image.getextrema()  # 8-bit integers are often stored in 32 bits, as by `datasets` from int64
+        pixels = np.asarray(image)  # 8-bit integers are often stored in 32 bits, as by `datasets` from int64
+        low, high = int(pixels.min()), int(pixels.max())
         if low < 0 or high > 255:
             raise OSError(f"pixels of mode I from {low} to {high} have no known range; save it with 8 or 16 bits")
     if image.mode == "F":
@@ -108,7 +109,7 @@ def build_crop(
     return RandomResizedCrop(size, decoder)
 
 
-def build_augment(policy: str | Policy, train: bool, input_size: int | None = None) -> Callable:
+def build_augment(policy: str | Policy, train: bool, input_size: int | None = None) -> T.Compose:
     """The steps after the crop: RGB PIL image [S, S] -> normalised float32 [3, S, S]."""
     policy = get_policy(policy)
     steps = []
@@ -127,7 +128,7 @@ def build_augment(policy: str | Policy, train: bool, input_size: int | None = No
 
 def build_transform(
     policy: str | Policy, train: bool, input_size: int | None = None, decoder: Decoder = decode_full
-) -> Callable:
+) -> T.Compose:
     """The complete transform of an image: PIL image -> normalised float32 [3, S, S].
 
     S is `input_size`, or the policy's size. Random choices come from torch's global generator, as torchvision's do.

@@ -70,21 +70,30 @@ class Policy:
         return shape | dict(crop_pct=self.crop_pct, interpolation="bilinear")
 
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "size": 224, "resize": 256}
-_CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "size": 32, "resize": 32}
-_INAT = {"mean": (0.466, 0.471, 0.380), "std": (0.195, 0.194, 0.192), "size": 224, "resize": 256}
-_FASHION = {"mean": (0.2860,) * 3, "std": (0.3530,) * 3, "size": 28, "resize": 28}
-
+_CIFAR = Policy(
+    "cifar",
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2023, 0.1994, 0.2010),
+    size=32,
+    resize=32,
+    padding=4,
+    degrees=15.0,
+    in_memory=True,
+)
+_FASHION = Policy(
+    "fashion",
+    mean=(0.2860, 0.2860, 0.2860),
+    std=(0.3530, 0.3530, 0.3530),
+    size=28,
+    resize=28,
+    padding=2,
+    degrees=15.0,
+    in_memory=True,
+)
+_IMAGENET = Policy("imagenet", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=224, resize=256, jitter=0.4)
+_INAT = Policy("inat", mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192), size=224, resize=256)
 # arXiv:2010.01809 and its code: CIFAR crops, flips and rotates; ImageNet-LT crops, flips and jitters; iNat crops, flips
-POLICIES = {
-    policy.name: policy
-    for policy in (
-        Policy("cifar", **_CIFAR, padding=4, degrees=15.0, in_memory=True),
-        Policy("fashion", **_FASHION, padding=2, degrees=15.0, in_memory=True),
-        Policy("imagenet", **_IMAGENET, jitter=0.4),
-        Policy("inat", **_INAT),
-    )
-}
+POLICIES = {policy.name: policy for policy in (_CIFAR, _FASHION, _IMAGENET, _INAT)}
 
 
 def get_policy(policy: str | Policy) -> Policy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ class ViewTransform:
         return torch.stack(views)
 
 
-def collate(samples: list) -> tuple[Tensor, Tensor] | RunError:
+def collate(samples: Sequence) -> tuple[Tensor, Tensor] | RunError:
     """Samples ([V, 3, S, S], label) -> (images [V*b, 3, S, S] view by view, channels last; labels [b])."""
     failed = next((sample for sample in samples if isinstance(sample, RunError)), None)
     if failed is not None:

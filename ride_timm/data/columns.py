@@ -1,0 +1,121 @@
+"""Read splits by their columns: the image column stays undecoded, the label column is checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import InputError, listed
+from .image_set import ImageSet
+from .longtail import check_labels
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("fine_label", "label", "labels")
+
+
+def sets_of_columns(
+    splits: dict[str, Dataset], image_column: str | None, label_column: str | None
+) -> tuple[list[ImageSet], tuple[str, ...]]:
+    """Complete sets of these splits, the training split first, and the names of its classes."""
+    (train_split, train), *_ = splits.items()
+    image_column = choose_image_column(train, image_column)
+    label_column = _choose_label_column(train, label_column)
+    train_names = getattr(train.features[label_column], "names", None)
+    sets: list[ImageSet] = []
+    for name, split in splits.items():
+        for column in (image_column, label_column):
+            if column not in split.column_names:
+                raise InputError(f"split {name!r} has no column {column!r}; it has {listed(split.column_names)}")
+        choose_image_column(split, image_column)
+        names = getattr(split.features[label_column], "names", None)
+        if train_names and names and train_names != names:
+            raise InputError(
+                f"splits {train_split!r} and {name!r} number their classes differently in {label_column!r}"
+            )
+        labels = _read_labels(split, label_column, name, names)
+        if not sets:
+            try:
+                labels, num_classes = check_labels(labels, len(train_names) if train_names else None)
+            except InputError as error:
+                raise InputError(f"split {name!r}, column {label_column!r}: {error}") from error
+        check_unseen(labels, num_classes, f"split {name!r}")
+        sets.append(ImageSet(split.select_columns([image_column]), np.arange(len(labels)), labels, image_column, name))
+    return sets, tuple(train_names or map(str, range(num_classes)))
+
+
+def check_unseen(labels: np.ndarray, num_classes: int, what: str) -> None:
+    """InputError for labels of classes without a training image."""
+    unseen = np.unique(labels[labels >= num_classes])
+    if len(unseen):
+        raise InputError(f"{what} has classes without a training image: {listed(unseen.tolist())}")
+
+
+def choose_image_column(split: Dataset, column: str | None) -> str:
+    """The named column, or the first that holds images; `InputError` if there is none."""
+    from datasets import Image
+
+    found = [name for name, feature in split.features.items() if isinstance(feature, Image)]
+    if column is None:
+        column = next((name for name in (*IMAGE_COLUMNS, *found) if name in found), None)
+        if column is None:
+            raise InputError(
+                f"the data set has no image column; it has {listed(split.column_names)}; "
+                "make one with dataset.cast_column(name, datasets.Image())"
+            )
+    elif column not in split.column_names:
+        raise InputError(f"the data set has no column {column!r}; it has {listed(split.column_names)}")
+    if column not in found:
+        raise InputError(
+            f"column {column!r} does not hold images; see dataset.cast_column({column!r}, datasets.Image())"
+        )
+    return column
+
+
+def _choose_label_column(split: Dataset, column: str | None) -> str:
+    if column is None:
+        column = next((name for name in LABEL_COLUMNS if name in split.column_names), None)
+        if column is None:
+            raise InputError(
+                f"the data set has no label column {' or '.join(LABEL_COLUMNS)}; it has {listed(split.column_names)}: "
+                "pass the one with the classes as --label-column"
+            )
+    if column not in split.column_names:
+        raise InputError(f"the data set has no column {column!r}; it has {listed(split.column_names)}")
+    return column
+
+
+def _read_labels(split: Dataset, column: str, name: str, class_names: list[str] | None) -> np.ndarray:
+    """Labels [N] of a split as int64, read from their column alone."""
+    import pyarrow as pa
+
+    if split.num_rows == 0:
+        raise InputError(f"split {name!r} has zero images")
+    values = split.select_columns([column]).with_format("arrow")[:].column(column)
+    if not pa.types.is_integer(values.type) and values.null_count < len(values):
+        raise InputError(
+            f"label column {column!r} of split {name!r} holds {values.type}, not class numbers; "
+            f"encode it with dataset.class_encode_column({column!r})"
+        )
+    if values.null_count:
+        row = int(np.argmax(values.is_null().to_numpy()))
+        raise InputError(
+            f"label column {column!r} of split {name!r} has no value in row {row} ({values.null_count} rows in all); "
+            f"drop those rows, or encode them with dataset.class_encode_column({column!r}, include_nulls=True)"
+        )
+    labels = values.to_numpy()
+    num_classes = len(class_names) if class_names else np.iinfo(np.int64).max
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.all():
+        raise InputError(
+            f"split {name!r} is unlabelled: no label in {column!r} is a class (row 0 has {labels[0]}); "
+            "name another split"
+        )
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        allowed = f"0 … {num_classes - 1}" if class_names else "0, 1, 2, …"
+        raise InputError(f"label {labels[row]} in row {row} of split {name!r}, column {column!r}, is outside {allowed}")
+    return labels.astype(np.int64)
