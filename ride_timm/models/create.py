@@ -71,7 +71,7 @@ def assemble(
     return model
 
 
-_ENSEMBLE = inspect.getfullargspec(assemble).kwonlyargs  # arguments that every network takes
+_ENSEMBLE = inspect.getfullargspec(assemble).kwonlydefaults or {}  # arguments that every network takes
 
 
 def _classifier_names(layer: str, args: dict[str, Any]) -> tuple[str, ...]:
@@ -80,10 +80,10 @@ def _classifier_names(layer: str, args: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
     layer = "" if args.get("use_norm") else layer  # a cosine head is one layer
-    heads = (f"fc.head{layer}", "fc.affine") if args.get("class_affine") else (f"fc{layer}",)
+    heads = (f"fc.head{layer}", "fc.affine") if args["class_affine"] else (f"fc{layer}",)
     names = [f"experts.{i}.{head}" for i in range(num_experts) for head in heads]
-    if args.get("router"):
-        num_last = 1 if args.get("share_expert_help_pred_fc", True) else num_experts - 1
+    if args["router"]:
+        num_last = 1 if args["share_expert_help_pred_fc"] else num_experts - 1
         names += [f"router.hidden.{i}" for i in range(num_experts - 1)]
         names += [f"router.fc.{i}" for i in range(num_last)]
     return tuple(names)
@@ -114,7 +114,7 @@ def create_ride(
     release = find_release(variant, named, overlay, kwargs.get("cache_dir")) if pretrained else None
     released = release.model_args if release else tag_arguments(variant, named)
     check_arguments(make_parts, released, release.where if release else variant, _ENSEMBLE)
-    kwargs = dict(num_experts=3) | (defaults or {}) | released | kwargs
+    kwargs = _ENSEMBLE | (defaults or {}) | released | kwargs
     if release:
         kwargs["pretrained_cfg"] = release.pretrained_cfg
     if kwargs.get("num_classes") == 0 and (release or saved_args):

@@ -30,10 +30,10 @@ class Skip(nn.Sequential):
         """Do nothing: there is nothing to recompute."""
 
 
-class SkipEmbed(Skip):
+class SkipEmbed(nn.Module):
     """Replaces a patch embedding: tokens [B, N, D] or, from callers that expect an image, [B, N, D, 1]."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # called with tokens alone
+    def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2)
 
 
@@ -174,7 +174,7 @@ def stem_names(net: nn.Module, cut: Cut) -> list[str]:
     return names
 
 
-def skip(net: nn.Module, names: Iterable[str], by: type[Skip] = Skip) -> None:
+def skip(net: nn.Module, names: Iterable[str], by: type[nn.Module] = Skip) -> None:
     """Replace these modules by identities."""
     for name in names:
         parent, _, child = name.rpartition(".")

@@ -49,12 +49,13 @@ def find_release(variant: str, named: Any, overlay: dict[str, Any], cache_dir: s
         return None
     named = registered_tag(variant, named)
     cfg = PretrainedCfg(**named) if isinstance(named, dict) else named
-    if isinstance(cfg, PretrainedCfg) and cfg.source == "local-dir":
-        return read_folder(Path(cfg.file), variant)
-    if isinstance(cfg, PretrainedCfg) and cfg.source == "hf-hub":
-        return download(cfg.hf_hub_id, variant, cache_dir)
-    if isinstance(cfg, PretrainedCfg) and any(getattr(cfg, key) for key in WEIGHTS_BY_CALLER):
-        return None
+    if isinstance(cfg, PretrainedCfg):
+        if cfg.source == "local-dir":
+            return read_folder(Path(cfg.file), variant)
+        if cfg.source == "hf-hub":
+            return download(cfg.hf_hub_id, variant, cache_dir)
+        if any(getattr(cfg, key) for key in WEIGHTS_BY_CALLER):
+            return None
     tag = named if isinstance(named, str) else (cfg or timm.get_pretrained_cfg(variant)).tag
     name = f"{variant}.{tag}"
     timm.get_pretrained_cfg(name)  # raises for an unknown tag

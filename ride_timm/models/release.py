@@ -88,7 +88,7 @@ class Release:
 
     def load_into(
         self,
-        model: nn.Module,
+        model: Ride,
         classifier: tuple[str, ...],
         fit: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
     ) -> None:
@@ -102,7 +102,7 @@ class Release:
             tensors = safetensors.torch.load_file(self.weights)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{self.where}: {WEIGHTS} is damaged: not loaded ({error_line(error)}).") from error
-        if getattr(model, "router", None) is None and self.model_args.get("router"):  # router=False was asked for
+        if model.router is None and self.model_args.get("router"):  # router=False was asked for
             tensors = {name: value for name, value in tensors.items() if not name.startswith("router.")}
         tensors = fit(tensors, model) if fit else tensors
         cfg = self.pretrained_cfg
@@ -220,7 +220,7 @@ def without_implied_args(config: dict[str, Any]) -> dict[str, Any]:
 def save_config(model: Ride, path: Path, **facts: Any) -> None:
     """Write the config.json of saved weights; facts: arguments of timm's `save_config_for_hf`, such as data_config."""
     args = dict(num_experts=model.num_experts)  # timm saves no defaults
-    if "backbone" in model._model_args:
+    if "backbone" in get_model_args(model):
         args["backbone_pretrained"] = False  # the saved weights replace the backbone's
     save_config_for_hf(model, str(path), model_args=args, **facts)
     config = without_implied_args(json.loads(path.read_text(encoding="utf-8")))

@@ -209,7 +209,7 @@ class Ride(nn.Module):
         """
         if self.router is None:
             raise RuntimeError("This model has no router: train one (stage two), or create it with router=True.")
-        x = self.trunk(x)  # [A, C, H, W], at first A = B
+        x = self.trunk(x)  # feature map of A samples, at first A = B
         active = torch.arange(len(x), device=x.device)  # [A] rows in the batch
         num_used = torch.ones_like(active)  # [B]
         total, output = None, None

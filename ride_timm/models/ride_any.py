@@ -318,8 +318,17 @@ def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any
     saved = kwargs.get("pretrained_model_args") or {}
     if pretrained or kwargs.get("backbone_pretrained") == saved.get("backbone_pretrained"):
         kwargs["backbone_pretrained"] = False  # of a saved network, whose own weights follow
-    given: dict[str, Any] = dict(levels=levels, model_cls=AnyRide, classifier_layer=_classifier_layer(probe))
-    return create_ride(timm_parts, variant, pretrained, backbone=backbone, defaults=defaults, **given, **kwargs)
+    return create_ride(
+        timm_parts,
+        variant,
+        pretrained,
+        levels=levels,
+        model_cls=AnyRide,
+        defaults=defaults,
+        classifier_layer=_classifier_layer(probe),
+        backbone=backbone,
+        **kwargs,
+    )
 
 
 def _classifier_layer(net: nn.Module) -> str:

@@ -137,5 +137,5 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def ride_resnet32(pretrained: bool = False, **kwargs: Any) -> Ride:
     """ResNet-32 for CIFAR, stem and stage 1 shared; without a tag it has 100 classes."""
-    given: dict[str, Any] = dict(levels=(0, 1, 2, 3), model_cls=CifarRide)
-    return create_ride(resnet_cifar_parts, "ride_resnet32", pretrained, **given, **kwargs)
+    levels = (0, 1, 2, 3)
+    return create_ride(resnet_cifar_parts, "ride_resnet32", pretrained, levels=levels, model_cls=CifarRide, **kwargs)

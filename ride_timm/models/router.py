@@ -39,6 +39,7 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.top_choices_num = min(top_choices_num, num_classes)
         self.share_expert_help_pred_fc = share_expert_help_pred_fc
+        self.hidden_features = hidden_features
         self.hidden = nn.ModuleList(nn.Linear(num_features, hidden_features) for _ in range(num_experts - 1))
         num_outputs = 1 if share_expert_help_pred_fc else num_experts - 1
         self.fc = nn.ModuleList(nn.Linear(self.top_choices_num + hidden_features, 1) for _ in range(num_outputs))
@@ -51,7 +52,7 @@ class Router(nn.Module):
             num_classes,
             min(self.top_choices_num, num_classes),
             self.share_expert_help_pred_fc,
-            self.hidden[0].out_features,
+            self.hidden_features,
         )
 
     def gate(self, i: int, features: Tensor, mean_logits: Tensor) -> Tensor:

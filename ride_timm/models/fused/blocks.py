@@ -89,7 +89,7 @@ def _can_batch(experts: Sequence[nn.Module]) -> bool:
 def _enter_batched(blocks: Sequence[FusedBlock], xs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Run the first convolutions of all blocks on one feature map, which all `xs` are, as one convolution.
 
-    This map is the largest that experts see, and is read once in each direction. The results differ from separate
+    This map is the largest that experts see, and is read once in each xsion. The results differ from separate
     convolutions only by the order of summation.
     """
     x, conv = xs[0], blocks[0].conv1
@@ -114,10 +114,9 @@ class BatchedExperts(Experts):
         repeated = len(set(chosen)) < len(chosen)
         if not self.training or repeated or any(of_one.grad_checkpointing for of_one in stages):
             return super().forward(x, use_experts)
-        enter: Callable | None = _enter_batched
         maps: Sequence[Tensor] = [x] * len(chosen)
-        for level in zip(*stages, strict=True):
-            enter, maps = None, forward_blocks(level, maps, enter)
+        for i, level in enumerate(zip(*stages, strict=True)):
+            maps = forward_blocks(level, maps, None if i else _enter_batched)
         features = [expert.forward_pre_logits(y) for expert, y in zip(chosen, maps, strict=True)]
         logits = [expert.fc(y) for expert, y in zip(chosen, features, strict=True)]
         return torch.stack(features, 1), torch.stack(logits, 1)
