@@ -2,7 +2,7 @@
 
 python hub/card.py NAME.TAG
 
-renders it again, and keeps the section between the two hand-edited lines.
+renders it again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from folder import CARD, CLASSES, CONFIG, CURVES, HERE, RESULTS, Staged, is_registered
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from staged import CARD, CONFIG, HERE, RESULTS, Staged, is_registered
 from training import as_given, command, licence, numbers, rare_classes, settings, summary, training
 
 from ride_timm.cli.process import exit_code
@@ -25,20 +25,11 @@ from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe
 
 TEMPLATE = HERE / "card.md.jinja"
-BEGIN = "<!-- hand-edited: what stands between these two lines is kept when the card is rendered again -->"
-END = "<!-- hand-edited: end -->"
-NOTHING_YET = "None."
 _GROUPS = ("all", "many", "medium", "few")
 STAGE_NAMES = {"experts": "ensemble", "router": "routed"}
 
 
-def hand_edited(card: str) -> str:
-    """What stands between the two lines of a card; the usual text where there are none."""
-    match = re.search(re.escape(BEGIN) + r"\n(.*?)\n" + re.escape(END), card, re.S)
-    return match[1] if match else NOTHING_YET
-
-
-def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
+def render(staged: Staged) -> str:
     """The card as text: front matter and page."""
     config, results, recipe = staged.json(CONFIG), staged.json(RESULTS), staged.recipe()
     stages, claimed, data = results["stages"], results.get("claimed"), results.get("data", {})
@@ -61,8 +52,8 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         name=staged.name,
         spec=staged.name if is_registered(staged.name) else f"hf-hub:owner/{staged.name}",
         summary=summary(config, args, pretty, home, results, recipe),
-        has_classes=(staged.path / "classes.png").is_file(),
-        has_curves=(staged.path / "curves.png").is_file(),
+        has_classes=staged.has(CLASSES),
+        has_curves=staged.has(CURVES),
         has_router=bool(args.get("router")),
         has_routing="routing" in results,
         threshold=(routed or {}).get("threshold", 0.5),
@@ -85,14 +76,13 @@ def render(staged: Staged, by_hand: str = NOTHING_YET) -> str:
         rare_classes=rare_classes(recipe),
         balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
         few_note=_few_note(results, config.get("label_names")),
-        hand_edited=f"{BEGIN}\n{by_hand}\n{END}",
         licence=licence(staged, recipe, args),
     )
     return re.sub(r"\n{3,}", "\n\n", card.content.rstrip()) + "\n"
 
 
-def write_card(staged: Staged, by_hand: str) -> None:
-    (staged.path / CARD).write_text(render(staged, by_hand), encoding="utf-8")
+def write_card(staged: Staged) -> None:
+    (staged.path / CARD).write_text(render(staged), encoding="utf-8")
 
 
 def describe_data(results: dict[str, Any]) -> tuple[str, str | None, str | None]:
@@ -293,7 +283,7 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--root", type=Path, default=HERE, metavar="DIR", help="folder of the staged releases")
     args = parser.parse_args(argv)
     staged = Staged.find(args.name, args.root)
-    write_card(staged, hand_edited(staged.card()))
+    write_card(staged)
     print(f"rendered {staged.path / CARD}")
 
 

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from folder import CARD, HERE
 from huggingface_hub import DatasetCard, DatasetCardData, constants
-from publish import Hub, compare, print_changes
-from staged import CARD, HERE
+from publish import check_access, hub_errors, make_api, print_upload, repository, upload
 
 from ride_timm import InputError, RunError
 from ride_timm.cli.process import exit_code
 from ride_timm.data.datasets import KNOWN
 from ride_timm.data.image_set import ImageSet
 from ride_timm.data.load import load_longtail
-from ride_timm.models.download import repository_of
 from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser, add_flags, flags_given
 from ride_timm.training.recipe import Recipe
@@ -126,24 +125,17 @@ def check_split(found: dict[str, np.ndarray], train: ImageSet, where: str) -> No
             raise RunError(f"{where}: column {name!r} is not what was published.")
 
 
-def publish_split(recipe: Recipe, repo: str, push: bool, root: Path = SPLITS) -> dict[str, str]:
-    """Write the folder, say what a push would change, push if told to and read it back; gives the changes."""
+def publish_split(recipe: Recipe, repo: str, push: bool, root: Path = SPLITS) -> None:
+    """Write the folder of a split, then list what a push uploads, or push and read the rows back."""
+    if push:
+        check_access(repo)
     folder = write_split(recipe, repo, root)
-    hub = Hub(repo, "dataset")
-    if push:
-        hub.check_token()
-    there, commit = hub.look()
-    changes = compare(folder, there)
-    what = f"dataset {repo} on {constants.ENDPOINT}{' (new)' if commit is None else ''}"
-    print(f"pushing to {what}:" if push else f"dry run, nothing is sent; --push would change {what}:")
-    print_changes(changes, folder)
-    if push:
-        if {"add", "change"} & set(changes.values()):
-            hub.push(folder, commit, f"{folder.name}: index list", [])
-        with tempfile.TemporaryDirectory() as cache:
-            check_split(read_split(repo, cache, hub.token or False), load_longtail(**recipe.data_args).train, repo)
-        print(f"published {constants.ENDPOINT}/datasets/{repo} and read back row by row")
-    return changes
+    if not push:
+        return print_upload(folder, f"datasets/{repo}")
+    upload(folder, repo, f"{folder.name}: index list", "dataset")
+    with hub_errors(repo), tempfile.TemporaryDirectory() as cache:
+        check_split(read_split(repo, cache, make_api().token), load_longtail(**recipe.data_args).train, repo)
+    print(f"published {constants.ENDPOINT}/datasets/{repo} and read back row by row")
 
 
 def main(argv: list[str] | None) -> None:
@@ -155,9 +147,7 @@ def main(argv: list[str] | None) -> None:
     add_flags(parser, KEYS)
     args: Any = parser.parse_args(argv)
     recipe = Recipe(dataset=args.dataset).override({k: v for k, v in flags_given(args).items() if k != "dataset"})
-    name = split_name(recipe)
-    repo = f"{args.namespace}/{name}" if args.namespace else repository_of(name)
-    publish_split(recipe, repo, args.push, args.output)
+    publish_split(recipe, repository(split_name(recipe), args.namespace), args.push, args.output)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,55 @@
-"""Turn a run folder, or a checkpoint of the authors' code, into a Hub repository folder: hub/NAME.TAG/.
+"""Turn a run folder, or a checkpoint of the authors' code, into a release folder: hub/NAME.TAG/.
 
 python hub/stage.py SOURCE NAME.TAG [--seeds RUN …] [--recipe NAME|FILE] [--data-dir DIR] [--no-measure]
 
-SOURCE is a finished run folder of train_accelerate.py, a release staged from one, to which --seeds adds further runs,
-or an authors' .pth file. The model is measured on the test set where the data are at hand, which gives the router's
-curve and, for a checkpoint, its results.
+SOURCE is the folder of a finished run, a staged release (to add --seeds), or an authors' .pth file. Where the data are
+available, the model is measured on the test set: for the curve of the router, and for the results of a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import timm
 import torch
-from card import hand_edited, shots_of, write_card
-from measure import measure
-from pictures import draw_classes, draw_routing
-from staged import (
+from card import shots_of, write_card
+from folder import (
+    CLASSES,
+    CURVES,
     GOLDEN,
     HERE,
+    LICENCE,
     RECIPE,
     RESULTS,
+    ROUTING,
     Staged,
     is_registered,
     parse_name,
     read_json,
     read_recipe,
-    read_table,
-    write_table,
+    record,
+    write_json,
 )
+from measure import measure
+from pictures import draw_classes, draw_routing
 
 from ride_timm import InputError, RunError, load_legacy
 from ride_timm.cli.process import exit_code
 from ride_timm.data.datasets import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
+from ride_timm.files import write_atomically
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
 from ride_timm.models.release import CONFIG, WEIGHTS, release_table, sha256_of, without_implied_args
@@ -51,28 +57,30 @@ from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import RunFolder, provenance
 
-_DAMAGED = "take it anew from where the run was made"
-_SHOWN = ("all", "many", "medium", "few")
-_OF_A_SEED = ("seed", "commit", "precision", "device", "num_processes", "seconds")
-_OF_THE_DATA = ("num_classes", "in_chans", "global_pool", "img_size", "backbone_pretrained")
-_DEFAULTS = dict(num_experts=3, use_norm=True, reduce_dimension=True, share_expert_help_pred_fc=True, router=False)
+_DAMAGED = "copy it again from where the run was made"
+_CPU = torch.device("cpu")
+_METRICS = ("all", "many", "medium", "few")
+_FACTS_OF_A_SEED = ("seed", "commit", "precision", "device", "num_processes", "seconds")
 
 
-@torch.inference_mode()
-def golden_pair(model: Ride) -> dict[str, torch.Tensor]:
-    """Images [B, C, H, W] of seeded noise and the model's answers to them, in fp32 on the CPU."""
-    channels, height, width = model.pretrained_cfg["input_size"]
-    images = torch.randn(4 if height <= 64 else 2, channels, height, width, generator=torch.Generator().manual_seed(0))
-    pair = dict(input=images, output=model(images))
-    if model.router is not None:
-        pair["routed_output"], pair["experts_used"] = model.forward_routed(images)
-    return pair
+@contextmanager
+def scratch_folder(root: Path) -> Iterator[Path]:
+    """A temporary folder inside `root`, so that its content can be renamed into `root`."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".staging-", dir=root) as scratch:
+        yield Path(scratch)
 
 
-def stage(
+def stage(source: Path, name: str, root: Path = HERE, **options: Any) -> Staged:
+    """Build a release and install it in `root`; options as of `build`."""
+    with scratch_folder(root) as scratch:
+        return install(build(source, name, scratch, **options), root)
+
+
+def build(
     source: Path,
     name: str,
-    root: Path = HERE,
+    root: Path,
     *,
     seeds: tuple[Path, ...] = (),
     recipe: Recipe | None = None,
@@ -81,162 +89,185 @@ def stage(
     facts: dict[str, Any] | None = None,
     files: dict[str, str] | None = None,
 ) -> Staged:
-    """Stage a release; what stood in its folder gives way at the end, but for a hand-edited section of its card.
+    """Write the release folder root/NAME.TAG, which must not exist yet.
 
-    seeds: runs of the same recipe with other seeds, for the spread, beside those that a staged release has already;
-    recipe: of a checkpoint's data; data_dir: where the data lie; measured: look at the test set, if it is at hand;
-    facts: further entries of results.json; files: further texts, by name.
-    InputError for a source that is none, or of another network, or whose data are asked for and not there.
+    seeds: further runs of the same recipe; recipe: the data of a checkpoint; data_dir: the folder of the data;
+    measured: False skips the test set; facts: further entries of results.json; files: further text files by name.
+    InputError for a source that is not a finished run or a checkpoint, or of another network.
     """
     network, tag = parse_name(name)
-    by_hand = hand_edited(Staged(name, root / name).card())
-    root.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
-    try:
-        if source.is_dir():
-            results, recipe, names = _from_run(source, new, seeds)
-        elif source.is_file():
-            if seeds:
-                raise InputError("--seeds are run folders of one recipe: a checkpoint has none.")
-            results, names = _from_checkpoint(source, name, new), None
+    new = root / name
+    if not source.exists():
+        raise InputError(f"{source}: no such run folder or checkpoint.")
+    is_run = source.is_dir()
+    if seeds and not is_run:
+        raise InputError("--seeds takes runs of one recipe, and a checkpoint has no recipe.")
+    if data_dir and not is_run and recipe is None:
+        raise InputError("--data-dir needs --recipe for a checkpoint, such as cifar100_lt.")
+    new.mkdir()
+    if is_run:
+        results, recipe = _copy_run(source, new, seeds)
+    else:
+        results = _convert_checkpoint(source, name, new)
+    config = _finish_config(new / CONFIG, network, tag)
+    model = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
+    if recipe is not None and data_dir:
+        recipe = dataclasses.replace(recipe, data_dir=data_dir)
+    if measured and recipe is not None and (data_dir or recipe.dataset in EMBEDDED or not is_run):
+        found = measure(model, recipe)
+        names = found.pop("class_names")
+        if is_run:
+            _check_same(results["stages"], found["stages"])
+            found = {key: value for key, value in found.items() if key == "routing"}
         else:
-            raise InputError(f"{source}: no such run folder or checkpoint.")
-        _finish_config(new, network, name, tag)
-        model = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
-        recipe = _with_data(recipe, data_dir)
-        if measured and recipe is not None and (data_dir or recipe.dataset in EMBEDDED or not source.is_dir()):
-            found = measure(model, recipe)
-            names = found.pop("class_names")
-            if source.is_dir():
-                _check_same(results["stages"], found["stages"])
-                found = {key: value for key, value in found.items() if key == "routing"}
-            else:
-                facts = dict(facts or {}, measured_with=recipe.augment, device=device_name(torch.device("cpu")))
-                facts["shots"] = list(recipe.shots)  # its recipe, which says so for a run, does not go along
-                _name_classes(new / CONFIG, names)
-            results |= found
-        results |= dict(network=_network_facts(model), data=_data_facts(recipe, results)) | (facts or {})
-        if recipe is not None and source.is_dir():
-            (new / RECIPE).write_text(_public(recipe).to_yaml(), encoding="utf-8")
-        for file, text in (files or {}).items():
-            (new / file).write_text(text, encoding="utf-8")
-        if not (new / GOLDEN).is_file():
-            safetensors.torch.save_file(golden_pair(model), new / GOLDEN)
-        (new / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        if "per_class" in results["stages"].get("experts", {}):
-            names = names or list(map(str, range(model.num_classes)))
-            draw_classes(new / "classes.png", results, names, shots_of(results, recipe))
-        if "routing" in results:
-            draw_routing(new / "routing.png", results["routing"], results["stages"]["router"])
-        _finish_folder(new, root / name, by_hand)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    if root == HERE and is_registered(name):
-        _write_down(name, root / name)
-    return Staged(name, root / name)
+            config["label_names"] = names
+            found |= dict(measured_with=recipe.augment, shots=list(recipe.shots), device=device_name(_CPU))
+        results |= found
+    results |= dict(network=_network_facts(model), data=_data_facts(recipe, results)) | (facts or {})
+    write_json(new / CONFIG, config)
+    write_json(new / RESULTS, results)
+    if recipe is not None and is_run:
+        (new / RECIPE).write_text(_public(recipe).to_yaml(), encoding="utf-8")
+    for file, text in (files or {}).items():
+        (new / file).write_text(text, encoding="utf-8")
+    if not (new / GOLDEN).is_file():
+        pair = golden_pair(model)
+        write_atomically(new / GOLDEN, lambda partial: safetensors.torch.save_file(pair, partial))
+    if "per_class" in results["stages"].get("experts", {}):
+        names = config.get("label_names") or list(map(str, range(model.num_classes)))
+        draw_classes(new / CLASSES, results, names, shots_of(results, recipe))
+    if "routing" in results:
+        draw_routing(new / ROUTING, results["routing"], results["stages"]["router"])
+    staged = Staged(name, new)
+    write_card(staged)
+    return staged
 
 
-def _from_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[str, Any], Recipe, list[str] | None]:
-    """Copy what a run leaves; (its results, its recipe, its class names)."""
-    for file in (CONFIG, WEIGHTS, RESULTS, RECIPE):
-        if not (source / file).is_file():
-            raise InputError(f"{source} holds no {file}: not a run folder, or its run is not finished.")
-    folder = RunFolder(source)
-    names = read_json(source / CONFIG, _DAMAGED).get("label_names")
-    results, recipe = read_json(source / RESULTS, _DAMAGED), read_recipe(source / RECIPE, _DAMAGED)
-    if len(results["stages"]) == 1 and recipe.num_experts > 1 and (source / "state.pt").is_file():
-        state = folder.state()
-        if state and state.stage == "router" and state.epoch:
-            raise InputError(f"the run in {source} is not finished: its router is half trained (--resume).")
-    if results.get("source") is not None:  # None: a release that began from somebody's own weights
-        results["source"] = _public_name(results["source"])
-    staged = "seeds" in results
-    own = _of_a_seed(results)
-    runs = [own if run["seed"] == own["seed"] else run for run in results["seeds"]] if staged else [own]
+def install(new: Staged, root: Path) -> Staged:
+    """Move a release from its scratch folder to `root`, in exchange for an older one of its name.
+
+    A registered tag in hub/ is recorded in the package's table of releases.
+    """
+    final, old = Staged(new.name, root / new.name), new.path.with_name("old")
+    if final.path.exists():
+        os.replace(final.path, old)
+    try:
+        os.replace(new.path, final.path)
+    except BaseException:
+        if old.exists():
+            os.replace(old, final.path)
+        raise
+    if root == HERE and is_registered(final.name):
+        record(final)
+    return final
+
+
+@torch.inference_mode()
+def golden_pair(model: Ride) -> dict[str, torch.Tensor]:
+    """Images [B, C, H, W] of seeded noise and the model's outputs, in fp32 on the CPU."""
+    channels, height, width = model.pretrained_cfg["input_size"]
+    images = torch.randn(4 if height <= 64 else 2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    pair = dict(input=images, output=model(images))
+    if model.router is not None:
+        pair["routed_output"], pair["experts_used"] = model.forward_routed(images)
+    return pair
+
+
+def _read_run(path: Path, *files: str) -> tuple[dict[str, Any], Recipe]:
+    """Results and recipe of a finished run, which may be staged; it must have these further files.
+
+    InputError for an unfinished or damaged run, and for one of code that is in no commit.
+    """
+    for file in (*files, RESULTS, RECIPE):
+        if not (path / file).is_file():
+            raise InputError(f"{path} has no {file}: expected the folder of a finished run.")
+    results, recipe = read_json(path / RESULTS, _DAMAGED), read_recipe(path / RECIPE, _DAMAGED)
+    if (results["commit"] or "").endswith("+dirty"):
+        raise InputError(
+            f"{path} was trained with uncommitted changes (commit {results['commit']}), so nobody else can repeat it: "
+            "commit them and train again."
+        )
+    return results, recipe
+
+
+def _copy_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[str, Any], Recipe]:
+    """Copy the files of a run; its results, with those of the other seeds, and its recipe."""
+    results, recipe = _read_run(source, CONFIG, WEIGHTS)
+    read_json(source / CONFIG, _DAMAGED)
+    if (history := source / "metrics.csv").is_file():
+        begun = {row["stage"] for row in csv.DictReader(history.read_text(encoding="utf-8").splitlines())}
+        if unfinished := begun - results["stages"].keys():
+            raise InputError(f"stage {unfinished.pop()} of the run in {source} is not finished: finish it by --resume.")
+    if results.get("source") is not None:
+        results["source"] = _public_source(results["source"])
+    was_staged, own = "seeds" in results, _seed_facts(results)
+    runs = [own if run["seed"] == own["seed"] else run for run in results.get("seeds", [own])]
     for path in seeds:
-        for file in (RESULTS, RECIPE):
-            if not (path / file).is_file():
-                raise InputError(f"{path} holds no {file}: not a finished run.")
-        other, theirs = read_json(path / RESULTS, _DAMAGED), read_recipe(path / RECIPE, _DAMAGED)
-        theirs = _public(theirs) if staged else theirs  # a release names no place on a disk
-        if keys := [key for key in recipe.differing(theirs) if key != "seed"]:
-            raise InputError(f"the run in {path} is of another recipe ({', '.join(keys)}), not of another seed alone.")
-        if ("source" in results) != ("source" in other):
-            raise InputError(f"{source} and {path}: one began from trained weights (--from), the other did not.")
-        runs.append(_of_a_seed(other))
+        theirs, their_recipe = _read_run(path)
+        their_recipe = _public(their_recipe) if was_staged else their_recipe
+        if keys := [key for key in recipe.differing(their_recipe) if key != "seed"]:
+            raise InputError(f"the recipe of {path} differs in more than the seed: {', '.join(keys)}.")
+        if ("source" in results) != ("source" in theirs):
+            raise InputError(f"only one of {source} and {path} started from trained weights (--from).")
+        runs.append(_seed_facts(theirs))
     numbers = [run["seed"] for run in runs]
     if len(set(numbers)) < len(numbers):
-        raise InputError(f"--seeds: runs of the seeds {numbers}, expected every seed once.")
+        raise InputError(f"--seeds: the runs have seeds {', '.join(map(str, numbers))}; expected different ones.")
     results["seeds"] = runs
-    for file in (CONFIG, WEIGHTS, "curves.png", GOLDEN, "LICENSE"):  # a staged release keeps what it answered at first
+    for file in (CONFIG, WEIGHTS, CURVES, GOLDEN, LICENCE):
         if (source / file).is_file():
             shutil.copyfile(source / file, new / file)
-    return results, recipe, names
+    return results, recipe
 
 
-def _of_a_seed(results: dict[str, Any]) -> dict[str, Any]:
-    """What a release says of each of its seeds."""
-    stages = {name: {key: figures[key] for key in _SHOWN} for name, figures in results["stages"].items()}
-    return {key: results[key] for key in _OF_A_SEED if key in results} | dict(stages=stages)
+def _seed_facts(results: dict[str, Any]) -> dict[str, Any]:
+    """The entry of one run among the seeds of a release."""
+    stages = {name: {key: metrics[key] for key in _METRICS} for name, metrics in results["stages"].items()}
+    return {key: results[key] for key in _FACTS_OF_A_SEED if key in results} | dict(stages=stages)
 
 
-def _public_name(source: str) -> str | None:
-    """What everybody knows the weights by that a run started from; None for somebody's own run or file."""
+def _public_source(source: str) -> str | None:
+    """The public name of the weights that a run started from; None for private ones."""
     if source.startswith("hf-hub:"):
         return source
     folder = Path(source.removeprefix("local-dir:"))
     if (folder / WEIGHTS).is_file():
         known = release_table().get(folder.name, {}).get("sha256")
         return folder.name if known == sha256_of(folder / WEIGHTS) else None
-    if "." not in source and timm.is_model(source):  # the default tag is meant
+    if "." not in source and timm.is_model(source):
         source = f"{source}.{timm.get_pretrained_cfg(source).tag}"
     return source if is_registered(source) else None
 
 
-def _from_checkpoint(source: Path, name: str, new: Path) -> dict[str, Any]:
-    """Convert an authors' checkpoint; gives the beginnings of its results."""
-    network, _, _ = name.partition(".")
+def _convert_checkpoint(source: Path, name: str, new: Path) -> dict[str, Any]:
+    """Convert an authors' checkpoint; the first entries of its results."""
     model = load_legacy(source)
-    found = model.pretrained_cfg["architecture"]
+    found, network = model.pretrained_cfg["architecture"], name.partition(".")[0]
     if found != network:
         raise InputError(f"{source} holds a {found}, not a {network}.")
     if is_registered(name):
-        cfg = timm.get_pretrained_cfg(name)
-        if cfg.num_classes != model.num_classes:
-            raise InputError(f"{source} has {model.num_classes} classes, the tag {name} {cfg.num_classes}.")
-        model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, **cfg.to_dict(remove_source=True))
+        cfg = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
+        model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, **cfg)
     keys = ("input_size", "mean", "std", "crop_pct", "interpolation")
     RunFolder(new).export(model, {key: model.pretrained_cfg[key] for key in keys}, ())
     return dict(recipe=None, seed=None, **provenance(), precision="no", stages={})
 
 
-def _finish_config(new: Path, network: str, name: str, tag: str) -> None:
-    """The released config.json: the tag, and the sha256 of the weights."""
-    config = json.loads((new / CONFIG).read_text(encoding="utf-8"))
+def _finish_config(path: Path, network: str, tag: str) -> dict[str, Any]:
+    """The config.json of a release, with its tag and the sha256 of the weights."""
+    config, name = read_json(path), f"{network}.{tag}"
     if config["architecture"] != network:
         raise InputError(f"the source holds a {config['architecture']}, not a {network}.")
     if is_registered(name) and (expected := timm.get_pretrained_cfg(name).num_classes) != config["num_classes"]:
-        raise InputError(f"the source has {config['num_classes']} classes, the tag {name} {expected}.")
+        raise InputError(f"the source has {config['num_classes']} classes, the tag {name} has {expected}.")
     config["pretrained_cfg"]["tag"] = tag
-    config = without_implied_args(config) | dict(sha256=sha256_of(new / WEIGHTS))
-    (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _name_classes(path: Path, names: list[str]) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(dict(config, label_names=names), indent=2) + "\n", encoding="utf-8")
-
-
-def _with_data(recipe: Recipe | None, data_dir: str | None) -> Recipe | None:
-    if data_dir is None:
-        return recipe
-    if recipe is None:
-        raise InputError("--data-dir: name the --recipe of the data as well, such as cifar100_lt.")
-    return dataclasses.replace(recipe, data_dir=data_dir)
+    config = without_implied_args(config) | dict(sha256=sha256_of(path.with_name(WEIGHTS)))
+    write_json(path, config)
+    return config
 
 
 def _public(recipe: Recipe) -> Recipe:
-    """The recipe without places on this machine: of a folder of images, the name as a data set may be called."""
+    """The recipe without local paths; a folder of images becomes its name."""
     dataset = recipe.dataset
     if "dataset" in recipe.on_disk or os.path.isdir(dataset):
         dataset = re.sub(r"[^\w.-]+", "_", Path(dataset).name).strip("._-") or "local_images"
@@ -244,12 +275,12 @@ def _public(recipe: Recipe) -> Recipe:
 
 
 def _check_same(stated: dict[str, Any], measured: dict[str, Any]) -> None:
-    """RunError where a run's model does not have the accuracy that its results state (in percentage points)."""
+    """RunError where a model does not reach the accuracy that its run stated (within 0.1 points)."""
     for name, metrics in stated.items():
         if name in measured and abs(measured[name]["all"] - metrics["all"]) > 0.1:
             raise RunError(
-                f"the model measures {measured[name]['all']:.2f} % ({name}), its results say {metrics['all']:.2f}: "
-                "weights and results are not of one run, or the data are not the same."
+                f"{name}: measured {measured[name]['all']:.2f} %, the results of the run state {metrics['all']:.2f} %: "
+                "the weights are of another run, or the data differ."
             )
 
 
@@ -262,70 +293,31 @@ def _network_facts(model: Ride) -> dict[str, Any]:
 def _data_facts(recipe: Recipe | None, results: dict[str, Any]) -> dict[str, Any]:
     if recipe is None:
         return {}
-    recipe, counts = _public(recipe), results.get("class_counts")
+    counts = results.get("class_counts")
+    recipe = _public(recipe)
     facts = dict(dataset=recipe.dataset, imb_type=recipe.profile)
-    facts |= {key: getattr(recipe, key) for key in ("imb_factor", "split_seed")}
+    facts |= dict(imb_factor=recipe.imb_factor, split_seed=recipe.split_seed)
     return facts | (dict(train_images=sum(counts)) if counts else {})
-
-
-def _finish_folder(new: Path, final: Path, by_hand: str) -> None:
-    """Render the card, with the old one's hand-edited section, and put the folder in place of the old one."""
-    write_card(Staged(final.name, new), by_hand)
-    for path in new.iterdir():
-        path.chmod(0o644)
-    new.chmod(0o755)
-    if final.exists():
-        away = final.with_name(f".{final.name}.old")
-        shutil.rmtree(away, ignore_errors=True)
-        os.replace(final, away)
-        try:
-            os.replace(new, final)
-        except BaseException:
-            os.replace(away, final)
-            raise
-        shutil.rmtree(away, ignore_errors=True)
-    else:
-        os.replace(new, final)
-
-
-def _write_down(name: str, path: Path) -> None:
-    """The sha256 and the arguments beside the tag's cfg."""
-    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    args = {
-        key: value
-        for key, value in config["model_args"].items()
-        if key not in _OF_THE_DATA and _DEFAULTS.get(key) != value
-    }
-    table = read_table()
-    same = table.get(name, {}).get("sha256") == config["sha256"]
-    published = dict(published=table[name]["published"]) if same and "published" in table[name] else {}
-    table[name] = dict(model_args=args, sha256=config["sha256"]) | published
-    write_table(table)
-    release_table.cache_clear()
 
 
 def main(argv: list[str] | None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a finished run folder, a staged release, an authors' .pth"
-    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="finished run folder, staged release or .pth file")
     parser.add_argument("name", metavar="NAME.TAG", help="such as ride_resnet32.cifar100_lt100")
-    parser.add_argument(
-        "--seeds", type=Path, nargs="+", default=[], metavar="RUN", help="runs of the recipe's other seeds"
-    )
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="of a checkpoint: the recipe with its data")
-    parser.add_argument("--data-dir", metavar="DIR", help="read the data from this folder instead of the Hub")
-    parser.add_argument("--no-measure", dest="measured", action="store_false", help="do not look at the test set")
+    parser.add_argument("--seeds", type=Path, nargs="+", default=[], metavar="RUN", help="runs with other seeds")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="recipe with the data of a checkpoint")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the Hub)")
+    parser.add_argument("--no-measure", dest="measured", action="store_false", help="skip the test set")
     parser.add_argument("--root", type=Path, default=HERE, metavar="DIR", help="folder of the staged releases")
     args = parser.parse_args(argv)
     if args.recipe and args.source.is_dir():
-        raise InputError("--recipe is for checkpoints: a run folder brings its own.")
+        raise InputError("--recipe is for checkpoints: a run folder has its own.")
     set_threads(None)
     recipe = load_recipe(args.recipe) if args.recipe else None
-    where = dict(seeds=tuple(args.seeds), recipe=recipe, data_dir=args.data_dir, measured=args.measured)
-    staged = stage(args.source, args.name, args.root, **where)
+    options = dict(seeds=tuple(args.seeds), recipe=recipe, data_dir=args.data_dir, measured=args.measured)
+    staged = stage(args.source, args.name, args.root, **options)
     print(f"staged {staged.path}: {', '.join(staged.hashes())}")
-    print(f"next: python hub/verify.py {args.name}, then hub/tags.py and hub/results.py for the tables")
+    print(f"next: python hub/verify.py {args.name}, and python hub/tables.py for the tables")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from staged import LICENCE, Staged
+from folder import LICENCE, Staged
 
 from ride_timm.data.datasets import BALANCED
 from ride_timm.losses import LOSSES, PerExpertPriorLoss
@@ -239,7 +239,7 @@ def rare_classes(recipe: Recipe | None) -> str:
 
 def licence(staged: Staged, recipe: Recipe | None, args: dict[str, Any]) -> str:
     """Licence, and whom to cite besides RIDE, whose entry follows."""
-    if (staged.path / LICENCE).is_file():
+    if staged.has(LICENCE):
         return (
             "The checkpoint is the work of the paper's authors, published with their code under the MIT licence, whose "
             "notice stands in [LICENSE](LICENSE); `ride_timm`, which converted it, is an independent implementation "

@@ -16,8 +16,8 @@ from typing import Any
 
 import timm
 import yaml
+from folder import HERE, LICENCE, ROOT, Staged
 from stage import stage
-from staged import HERE, LICENCE, ROOT, Staged
 
 from ride_timm import InputError
 from ride_timm.cli.process import exit_code

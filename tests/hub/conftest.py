@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from release_files import SIZE, TAG
+from release_files import COMMIT, SIZE, TAG, set_json
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "hub"), str(HERE)]
@@ -44,6 +44,7 @@ def make_run(tmp_path_factory):
             stages["router"] = metrics | dict(macs=700, epochs=5, **used)
         facts = dict(num_processes=1, class_counts=[300, 150, 120, 30], seconds=125.0)
         folder.write_results(recipe, torch.device("cpu"), stages, **facts)
+        set_json(path / "results.json", commit=COMMIT)
         return path
 
     return make
@@ -63,6 +64,6 @@ def staged_once(run, tmp_path_factory):
 
 @pytest.fixture
 def staged(staged_once, tmp_path):
-    """A release of one's own to change, with a card to write into."""
+    """A copy of the staged release that a test may change."""
     shutil.copytree(staged_once.path, tmp_path / TAG)
     return replace(staged_once, path=tmp_path / TAG)

@@ -5,9 +5,10 @@ import pytest
 import stage as staging
 import timm
 import torch
+from card import main as card_main
 from card import render, shots_of
 from measure import measure
-from release_files import SIZE, TAG, set_json
+from release_files import COMMIT, SIZE, TAG, set_json
 from stage import stage
 from verify import check_accuracy, verify
 from verify import main as verify_main
@@ -37,6 +38,7 @@ def measured_run(recipe, tmp_path_factory):
     folder.export(model, dict(input_size=(3, SIZE, SIZE), crop_pct=1.0), ("red", "green", "blue"))
     stages = {name: dict(figures, epochs=3) for name, figures in measure(model, recipe)["stages"].items()}
     folder.write_results(recipe, torch.device("cpu"), stages, class_counts=COUNTS)
+    set_json(folder.path / "results.json", commit=COMMIT)
     return folder.path, model
 
 
@@ -72,7 +74,7 @@ def test_the_thresholds_of_a_checkpoint(recipe):
 
 @pytest.mark.parametrize(
     ("few", "message"),
-    [(None, r"few: measured \d+\.\d\d %, results\.json says no images\."), (-1.0, r"results\.json says -1\.00")],
+    [(None, r"few: measured \d+\.\d\d %, results\.json states – %\."), (-1.0, r"results\.json states -1\.00")],
 )
 def test_a_group_that_is_stated_otherwise_is_a_difference(measured_run, recipe, few, message):
     results = RunFolder(measured_run[0]).results()
@@ -84,7 +86,7 @@ def test_a_group_that_is_stated_otherwise_is_a_difference(measured_run, recipe, 
 def test_a_group_without_images_is_a_difference_to_a_stated_one(measured_run, recipe):
     """The thresholds decide which groups there are: others measure other figures."""
     other = recipe.override(dict(many_shot=100, few_shot=20))
-    with pytest.raises(InputError, match=r"experts, many: measured no images, results\.json says \d"):
+    with pytest.raises(InputError, match=r"experts, many: measured – %, results\.json states \d"):
         check_accuracy(measured_run[1], other, RunFolder(measured_run[0]).results())
 
 
@@ -104,10 +106,14 @@ def test_verifying_without_data_keeps_the_accuracy_of_the_same_files(measured_ru
     set_json(staged.path / "verified.json", versions=dict(torch="1.0"))
     for _ in range(2):
         again, text = told()
-        assert again == measured and " % measured before, of the same files, " in text and "not measured" not in text
+        assert again == measured and " % measured earlier, " in text and "not measured" not in text
         assert staged.json("verified.json")["measured_with"] == dict(torch="1.0")
         assert staged.json("verified.json")["versions"] != dict(torch="1.0")
-    card = staged.path / "README.md"
-    card.write_text(card.read_text(encoding="utf-8").replace("None.", "By hand."), encoding="utf-8")
+    (staged.path / "curves.png").write_bytes(b"another picture")  # neither it nor the card changes the accuracy
+    card_main(command)
+    assert told()[0] == measured
+    recipe = staged.path / "recipe.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("workers: 0", "workers: 1"), encoding="utf-8")
+    card_main(command)
     again, text = told()
     assert again is None and "accuracy not measured" in text

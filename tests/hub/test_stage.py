@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,10 @@ import safetensors.torch
 import timm
 import torch
 from card import main as card_main
+from folder import parse_name
 from publish import check_stamp
 from release_files import TAG, set_json
 from stage import stage
-from staged import parse_name
 from verify import main as verify_main
 from verify import verify
 
@@ -47,10 +48,10 @@ def test_a_run_becomes_a_release(staged, run):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18.a1", "the NAME one of"),
-        ("ride_resnet32", "the TAG of small letters"),
-        ("ride_resnet32.../../etc", "the TAG of small letters"),
-        ("test_ride_resnet.Own", "the TAG of small letters"),
+        ("resnet18.a1", "with NAME one of"),
+        ("ride_resnet32", "with TAG in lower case"),
+        ("ride_resnet32.../../etc", "with TAG in lower case"),
+        ("test_ride_resnet.Own", "with TAG in lower case"),
     ],
 )
 def test_names(name, message):
@@ -76,13 +77,13 @@ def drop(path, key):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: (path / "results.json").unlink(), r"holds no results\.json: not a run folder"),
+        (lambda path: (path / "results.json").unlink(), r"has no results\.json: expected the folder of a fini"),
         (lambda path: set_json(path / "config.json", architecture="ride_resnet50"), "holds a ride_resnet50, not a"),
-        (lambda path: halve(path / "results.json"), r"run/results\.json cannot be read \(JSON.*: take it anew"),
-        (lambda path: halve(path / "config.json"), r"run/config\.json cannot be read \(JSON.*: take it anew"),
+        (lambda path: halve(path / "results.json"), r"run/results\.json cannot be read \(JSON.*: copy it again"),
+        (lambda path: halve(path / "config.json"), r"run/config\.json cannot be read \(JSON.*: copy it again"),
         (lambda path: (path / "results.json").write_text("[]"), r"results\.json holds a list, expected an object"),
-        (lambda path: drop(path / "results.json", "stages"), r"results\.json does not say stages: take it anew"),
-        (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), r"recipe\.yaml is not UTF-8 text: take it anew"),
+        (lambda path: drop(path / "results.json", "stages"), r"results\.json lacks stages: copy it again"),
+        (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), r"recipe\.yaml is not UTF-8 text: copy it again"),
     ],
 )  # fmt: skip
 def test_sources_that_are_none(run, tmp_path, damage, message):
@@ -96,10 +97,10 @@ def test_sources_that_are_none(run, tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: halve(path / "results.json"), r"results\.json cannot be read \(JSON.*: take it anew"),
-        (lambda path: (path / "results.json").unlink(), r"holds no results\.json: not a finished run"),
-        (lambda path: (path / "recipe.yaml").unlink(), r"holds no recipe\.yaml: not a finished run"),
-        (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), r"recipe\.yaml is not UTF-8 text: take it anew"),
+        (lambda path: halve(path / "results.json"), r"results\.json cannot be read \(JSON.*: copy it again"),
+        (lambda path: (path / "results.json").unlink(), r"has no results\.json: expected the folder of a finished run"),
+        (lambda path: (path / "recipe.yaml").unlink(), r"has no recipe\.yaml: expected the folder of a finished run"),
+        (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), r"recipe\.yaml is not UTF-8 text: copy it again"),
     ],
 )
 def test_seeds_that_are_none(run, make_run, tmp_path, damage, message):
@@ -109,20 +110,36 @@ def test_seeds_that_are_none(run, make_run, tmp_path, damage, message):
         stage(run, TAG, tmp_path / "hub", seeds=(other,))
 
 
-def test_a_card_that_is_no_text_is_not_staged_over(staged, run):
-    """It may hold what somebody wrote; without it the way is free."""
-    (staged.path / "README.md").write_bytes(b"\xff")
-    root = staged.path.parent
-    for again in (lambda: stage(run, TAG, root), lambda: card_main([TAG, "--root", str(root)])):
-        with pytest.raises(InputError, match=r"README\.md is not UTF-8 text: mend it, or delete it"):
-            again()
-    (staged.path / "README.md").unlink()
-    card_main([TAG, "--root", str(root)])
-    verify(staged)
+@pytest.mark.parametrize("as_seed", [False, True])
+def test_runs_of_uncommitted_changes_are_refused(run, make_run, tmp_path, as_seed):
+    """Their commit is not the code that trained them."""
+    dirty = Path(shutil.copytree(make_run(seed=1, router=True, top_choices_num=3), tmp_path / "dirty"))
+    set_json(dirty / "results.json", commit="0123456789ab+dirty")
+    with pytest.raises(InputError, match=r"uncommitted changes \(commit 0123456789ab\+dirty\).*: commit them"):
+        stage(run if as_seed else dirty, TAG, tmp_path / "hub", seeds=(dirty,) if as_seed else ())
+    assert not list((tmp_path / "hub").iterdir())
+
+
+def test_a_half_trained_router_is_not_released(make_run, tmp_path):
+    source = Path(shutil.copytree(make_run(), tmp_path / "run"))
+    (source / "metrics.csv").write_text("stage,epoch,loss\nexperts,3,0.5\nrouter,1,0.4\n")
+    with pytest.raises(InputError, match=r"stage router of the run in .* is not finished: finish it by --resume"):
+        stage(source, TAG, tmp_path / "hub")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_released_files_follow_the_umask(run, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        staged = stage(run, TAG, tmp_path / "hub")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in staged.path.iterdir()} == {0o666 & ~umask}
+    assert staged.path.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_registered_tag_has_its_own_classes(run, tmp_path):
-    with pytest.raises(InputError, match=r"has 4 classes, the tag test_ride_resnet\.untrained 1000"):
+    with pytest.raises(InputError, match=r"has 4 classes, the tag test_ride_resnet\.untrained has 1000"):
         stage(run, "test_ride_resnet.untrained", tmp_path)
 
 
@@ -158,47 +175,47 @@ def flip_a_bit(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: flip_a_bit(path / "model.safetensors"), r"is not the file whose sha256 config\.json states"),
-        (lambda path: flip_a_bit(path / "golden.safetensors"), r"golden|experts used"),
-        (lambda path: (path / "golden.safetensors").write_bytes(b"x"), "is no golden pair"),
-        (lambda path: set_json(path / "results.json", seconds=1), "says something else than its data"),
+        (lambda path: flip_a_bit(path / "model.safetensors"), r"does not have the sha256 that config\.json states"),
+        (lambda path: flip_a_bit(path / "golden.safetensors"), r"golden"),
+        (lambda path: (path / "golden.safetensors").write_bytes(b"x"), "is not a golden pair"),
+        (lambda path: set_json(path / "results.json", seconds=1), "is not the card of its data"),
         (lambda path: set_json(path / "results.json", source="/home/somebody/run"), "expected a release"),
         (
             lambda path: (path / "results.json").write_text("{}"),
-            r"results\.json does not say .*stages: stage it",
+            r"results\.json lacks .*stages: stage it",
         ),
-        (lambda path: (path / "results.json").write_text("[]"), r"results\.json holds a list, expected an object of"),
+        (lambda path: (path / "results.json").write_text("[]"), r"results\.json holds a list, expected an object: "),
         (
             lambda path: halve(path / "results.json"),
             r"results\.json cannot be read \(JSON.*: stage it again",
         ),
-        (lambda path: drop(path / "results.json", "network"), r"results\.json does not say network: stage it again"),
+        (lambda path: drop(path / "results.json", "network"), r"results\.json lacks network: stage it again"),
         (
             lambda path: drop(path / "results.json", "stages.router.macs"),
-            r"not say stages\.router\.macs: stage it",
+            r"lacks stages\.router\.macs: stage it",
         ),
-        (lambda path: drop(path / "config.json", "architecture"), r"config\.json does not say architecture: stage it"),
+        (lambda path: drop(path / "config.json", "architecture"), r"config\.json lacks architecture: stage it"),
         (
             lambda path: drop(path / "config.json", "pretrained_cfg"),
-            r"not say pretrained_cfg\.input_size, pretr",
+            r"lacks pretrained_cfg\.input_size, pretr",
         ),
         (
             lambda path: drop(path / "config.json", "pretrained_cfg.mean"),
-            r"not say pretrained_cfg\.mean: stage it",
+            r"lacks pretrained_cfg\.mean: stage it",
         ),
         (
             lambda path: (path / "README.md").write_bytes(b"\xff"),
-            r"README\.md is not UTF-8 text: mend it, or delete it",
+            r"README\.md is not the card of its data: python hub/card\.py",
         ),
         (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), r"recipe\.yaml is not UTF-8 text: stage it again"),
         (lambda path: (path / "model.pth").write_bytes(b"x"), r"model\.pth does not belong to a release"),
         (lambda path: (path / "curves.png").symlink_to("/etc/passwd"), r"curves\.png does not belong"),
         (lambda path: (path / "more").mkdir(), "more does not belong"),
-        (lambda path: (path / "README.md").unlink(), r"holds no README\.md"),
+        (lambda path: (path / "README.md").unlink(), r"has no README\.md"),
         (lambda path: (path / "recipe.yaml").write_text("module: os\n"), "unknown key module"),
-        (lambda path: (path / "recipe.yaml").write_text("dataset: /etc\n"), "names data on a disk"),
-        (lambda path: (path / "recipe.yaml").write_text("data_dir: ../..\n"), "names data on a disk"),
-        (lambda path: (path / "recipe.yaml").write_text("annotations: /etc\n"), r"names data on a disk \(annotations"),
+        (lambda path: (path / "recipe.yaml").write_text("dataset: /etc\n"), "names local data"),
+        (lambda path: (path / "recipe.yaml").write_text("data_dir: ../..\n"), "names local data"),
+        (lambda path: (path / "recipe.yaml").write_text("annotations: /etc\n"), r"names local data \(annotations"),
     ],
 )
 def test_verify_notices(staged, damage, message, capsys):
@@ -214,7 +231,7 @@ def test_verify_notices(staged, damage, message, capsys):
 def test_a_damaged_stamp_is_none(staged, text):
     verify(staged)
     (staged.path / "verified.json").write_text(text)
-    with pytest.raises(InputError, match=r"verified\.json is missing or damaged, so the release is not verified: py"):
+    with pytest.raises(InputError, match=r"verified\.json is missing or damaged: python hub/verify\.py"):
         check_stamp(staged)
     verify(staged)
     check_stamp(staged)
@@ -228,15 +245,15 @@ def test_a_run_is_not_passed_for_a_checkpoint_when_its_recipe_is_lost(staged, fl
     command = [TAG, "--root", str(staged.path.parent)]
     for tried in (lambda: exit_code(verify_main, [*command, *flags]), lambda: exit_code(card_main, command)):
         assert tried() == 2
-        assert "recipe.yaml is missing, and results.json says that recipe 'beetles' trained" in capsys.readouterr().err
+        assert "recipe.yaml is missing, but results.json names recipe 'beetles': stage" in capsys.readouterr().err
     assert (staged.path / "README.md").read_bytes() == before
 
 
 def test_a_recipe_is_data(staged):
-    """YAML that would build objects is refused, and so is every key that is none of a recipe."""
+    """YAML tags that would build objects build none."""
     for text in ("name: !!python/object/apply:os.system ['true']\n", "model: !!python/name:os.system\n"):
         (staged.path / "recipe.yaml").write_text(text)
-        with pytest.raises(InputError, match="not YAML"):
+        with pytest.raises(InputError, match="expected a"):
             load_recipe(staged.path / "recipe.yaml")
 
 

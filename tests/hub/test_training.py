@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 from card import render
+from folder import HERE
 from release_files import TAG, set_json
-from results import render_table
 from stage import stage
-from staged import HERE
+from tables import render_results
 from training import DECOUPLED, METHODS
 
 from ride_timm.losses import LOSSES
@@ -131,4 +131,4 @@ def test_a_release_says_that_it_began_from_weights_and_from_which(run, tmp_path,
     assert card.count(f" (from the weights of {start})") == 1
     assert f" --from {told or 'path/to/the/trained/run'}\n" in card
     assert ("--stage router --from" in card) == (stages == ("router",))
-    assert f"epochs, from the weights of {start}, seed 0" in render_table(tmp_path / "hub")
+    assert f"epochs, from the weights of {start}, seed 0" in render_results(tmp_path / "hub")

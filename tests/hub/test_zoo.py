@@ -7,8 +7,8 @@ import timm
 import torch
 import zoo
 from authors_files import authors_checkpoint
+from folder import LICENCE, read_releases
 from release_files import front_matter
-from staged import LICENCE, read_table
 from verify import verify
 
 from ride_timm import InputError, load_legacy
@@ -19,7 +19,7 @@ def test_every_checkpoint_of_the_zoo_has_its_tag():
     assert len(checkpoints) == 10 and len({row["file"] for row in checkpoints.values()}) == 10
     for tag, row in checkpoints.items():
         assert timm.get_pretrained_cfg(tag).num_classes in (100, 1000, 8142)
-        args = read_table()[tag]["model_args"]
+        args = read_releases()[tag]["model_args"]
         assert args.get("num_experts", 3) == zoo.experts_of(tag) and bool(args.get("router")) == row["routed"]
         assert 0 < row["few"] < row["all"] + 2 < 80
 

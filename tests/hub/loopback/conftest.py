@@ -25,10 +25,11 @@ import shutil  # noqa: E402
 import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
+from folder import Staged  # noqa: E402
 from measure import measure  # noqa: E402
 from publish import publish  # noqa: E402
+from release_files import COMMIT, set_json  # noqa: E402
 from stage import stage  # noqa: E402
-from staged import Staged  # noqa: E402
 from verify import data_of, verify  # noqa: E402
 
 from ride_timm.data.augment.policies import get_policy  # noqa: E402
@@ -67,6 +68,7 @@ def run(tmp_path_factory):
     stages = {stage: metrics | dict(epochs=1) for stage, metrics in found["stages"].items()}
     facts = dict(num_processes=1, class_counts=found["class_counts"], seconds=1.0)
     folder.write_results(recipe, torch.device("cpu"), stages, **facts)
+    set_json(folder.path / "results.json", commit=COMMIT)
     return folder.path
 
 

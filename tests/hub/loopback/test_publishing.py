@@ -2,15 +2,23 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import folder
 import numpy as np
+import publish as publish_script
 import pytest
+import release as release_script
 import safetensors.torch
+import stage
+import tables
 import torch
-from card import BEGIN, END, NOTHING_YET, write_card
+import verify as verify_script
+from card import write_card
 from double import READER, STRANGER, WRITER
 from huggingface_hub import HfApi, ModelCard, get_token
 from publish import RELEASE, main, publish
+from release_files import set_json
 from splits import check_split, publish_split, read_split
 from verify import verify
 
@@ -24,16 +32,19 @@ NAME = "ride_resnet32.fashion_lt"
 
 
 def writes(hub, since):
-    return [line for line in hub.requests[since:] if line.split()[0] in ("POST", "PUT", "DELETE")]
+    """Requests that may change a repository; paths-info only asks."""
+    changing = [line for line in hub.requests[since:] if line.split()[0] in ("POST", "PUT", "DELETE")]
+    return [line for line in changing if "/paths-info/" not in line]
 
 
-def test_a_dry_run_sends_nothing(release, hub, capsys):
+def test_a_dry_run_lists_the_files_without_a_network(release, hub, capsys):
     count = len(hub.requests)
-    changes = publish(release, f"org/dry.{NAME}", push=False)
-    assert set(changes.values()) == {"add"} and {"README.md", "model.safetensors"} <= set(changes)
-    assert not writes(hub, count) and len(hub.requests) > count
+    publish(release, f"org/dry.{NAME}", push=False)
+    assert len(hub.requests) == count
     out = capsys.readouterr().out
-    assert "dry run, nothing is sent" in out and "(new)" in out and f"release {RELEASE}: new" in out
+    assert f"dry run, nothing is sent; --push would upload to {hub.endpoint}/org/dry.{NAME}:" in out
+    assert f"and tag it {RELEASE}" in out and "verified.json" not in out
+    assert all(file in out for file in release.hashes())
 
 
 def test_what_was_pushed_from_nothing(published, release, hub):
@@ -51,42 +62,31 @@ def test_what_was_pushed_from_nothing(published, release, hub):
     }
 
 
-def test_pushing_again_changes_nothing(published, release, hub, monkeypatch, capsys):
+def test_pushing_again_changes_nothing(published, release, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     before = hub.repos["model", published].main
-    assert set(publish(release, published, push=True).values()) == {"same"}
+    publish(release, published, push=True)
     assert hub.repos["model", published].main == before
-    assert "nothing to change" in capsys.readouterr().out
 
 
-def test_a_changed_card_keeps_what_was_written_by_hand(copy_of, hub, monkeypatch):
+def test_a_changed_card_is_pushed_and_the_tag_stays(copy_of, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     repo = f"alice/{NAME}"
     publish(copy_of, repo, push=True)
     tagged = hub.repos["model", repo].tags[RELEASE]
-    card = ModelCard.load(repo, token=WRITER)
-    assert f"{BEGIN}\n{NOTHING_YET}\n{END}" in card.content
-    card.content = card.content.replace(NOTHING_YET, "Used by the museum.\n\nThanks!")
-    card.push_to_hub(repo, token=WRITER)
-    results = copy_of.json("results.json")
-    results["seconds"] = 7200.0
-    (copy_of.path / "results.json").write_text(json.dumps(results))
-    write_card(copy_of, NOTHING_YET)
+    set_json(copy_of.path / "results.json", seconds=7200.0)
+    write_card(copy_of)
     verify(copy_of)
-    changes = publish(copy_of, repo, push=True)
-    assert {name for name, change in changes.items() if change == "change"} == {"README.md", "results.json"}
-    text = ModelCard.load(repo, token=WRITER).content
-    assert "Used by the museum.\n\nThanks!" in text and "120 minutes" in text
-    assert hub.repos["model", repo].tags[RELEASE] == tagged  # a release stays where it is
+    publish(copy_of, repo, push=True)
+    assert "120 minutes" in ModelCard.load(repo, token=WRITER).text
+    assert hub.repos["model", repo].tags[RELEASE] == tagged != hub.repos["model", repo].main
 
 
 def test_a_release_does_not_change_its_weights(published, copy_of, hub, monkeypatch):
     weights, config = copy_of.path / "model.safetensors", copy_of.json("config.json")
-    tensors = safetensors.torch.load_file(weights)
-    tensors["trunk.conv1.weight"] += 1e-6
-    safetensors.torch.save_file(tensors, weights)
+    change_weights(weights, 1e-6)
     (copy_of.path / "config.json").write_text(json.dumps(config | dict(sha256=sha256_of(weights)), indent=2))
-    write_card(copy_of, NOTHING_YET)
+    write_card(copy_of)
     verify(copy_of)
     monkeypatch.setenv("HF_TOKEN", WRITER)
     count = len(hub.requests)
@@ -98,10 +98,10 @@ def test_a_release_does_not_change_its_weights(published, copy_of, hub, monkeypa
 @pytest.mark.parametrize(
     ("token", "owner", "message"),
     [
-        (None, "org", "pushing needs a token"),
-        ("hf_nobodyknowsthisone", "org", "does not know your token"),
-        (READER, "org", "can only read"),
-        (STRANGER, "org", "may not write to org"),
+        (None, "org", "--push needs a token"),
+        ("hf_nobodyknowsthisone", "org", "refused your login (401)"),
+        (READER, "org", "the token of alice is read-only"),
+        (STRANGER, "org", "bob may not write to org"),
     ],
 )
 def test_tokens_that_will_not_do(release, hub, monkeypatch, capsys, token, owner, message):
@@ -121,11 +121,11 @@ def test_tokens_that_will_not_do(release, hub, monkeypatch, capsys, token, owner
 def test_unverified_folders_are_refused(copy_of, hub):
     count = len(hub.requests)
     (copy_of.path / "README.md").write_text("something else")
-    with pytest.raises(InputError, match=r"changed after it was verified \(README\.md\)"):
+    with pytest.raises(InputError, match=r"changed since it was verified \(README\.md\)"):
         publish(copy_of, "org/x", push=True)
-    with pytest.raises(InputError, match=r"README\.md says something else than its data"):
+    with pytest.raises(InputError, match=r"README\.md is not the card of its data"):
         verify(copy_of)
-    with pytest.raises(InputError, match=r"is not verified: python hub/verify\.py"):
+    with pytest.raises(InputError, match=r"is missing or damaged: python hub/verify\.py"):
         publish(copy_of, "org/x", push=True)
     assert len(hub.requests) == count
 
@@ -133,7 +133,7 @@ def test_unverified_folders_are_refused(copy_of, hub):
 def test_an_upload_that_breaks_off_leaves_no_release(release, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     hub.faults.append(dict(match="/commit/main", method="POST", status=500, times=9))
-    with pytest.raises(RunError, match=r"failed \(500\): try again"):
+    with pytest.raises(RunError, match="the upload to org/broken failed; run it again"):
         publish(release, "org/broken", push=True)
     assert not hub.repos["model", "org/broken"].tags
     hub.faults.clear()
@@ -158,6 +158,91 @@ def test_no_token_in_what_is_sent_or_kept(published, release, hub):
         assert not any(token.encode() in path.read_bytes() for token in tokens)
 
 
+# the release in one command
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """hub/ with its pages and the package's table of releases, as copies that a test may change."""
+    root = tmp_path / "hub"
+    root.mkdir()
+    monkeypatch.setattr(folder, "RELEASES", Path(shutil.copy(folder.RELEASES, tmp_path)))
+    for module in (folder, stage, verify_script, publish_script, release_script, tables):
+        monkeypatch.setattr(module, "HERE", root)
+    pages = dict(tags=(tmp_path / "tags.md", tables.render_tags),
+                 results=(tmp_path / "results.md", lambda: tables.render_results(root)),
+                 summary=(tmp_path / "summary.md", lambda: tables.render_summary(root)))  # fmt: skip
+    for name, (page, _) in pages.items():
+        page.write_text(f"<!-- {name}: rendered by hub/tables.py -->\n<!-- {name}: end -->\n", encoding="utf-8")
+    monkeypatch.setattr(tables, "PAGES", pages)
+    return tmp_path
+
+
+def snapshot(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def release_command(house, run, *flags):
+    return exit_code(release_script.main, [NAME, "--from", str(run), "--root", str(house / "hub"), *flags])
+
+
+def test_a_release_in_one_command(house, run, hub, monkeypatch, capsys):
+    count = len(hub.requests)
+    monkeypatch.delenv("RIDE_TIMM_HUB")
+    assert release_command(house, run) == 0
+    out = capsys.readouterr().out
+    assert "dry run" in out and f"{hub.endpoint}/ride-timm/{NAME}:" in out and "% measured, " in out
+    assert len(hub.requests) == count
+    staged = folder.Staged.find(NAME, house / "hub")
+    sha256 = staged.hashes()["model.safetensors"]
+    assert folder.read_releases()[NAME]["sha256"] == sha256 and "published" not in folder.read_releases()[NAME]
+    assert f"[staged]({NAME})" in (house / "tags.md").read_text(encoding="utf-8")
+    assert all(NAME in (house / page).read_text(encoding="utf-8") for page in ("results.md", "summary.md"))
+
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    assert release_command(house, run, "--push") == 0
+    repo = hub.repos["model", f"ride-timm/{NAME}"]
+    assert {file["lfs"] for file in repo.files(RELEASE).values()} >= {sha256}
+    assert folder.read_releases()[NAME]["published"] is True
+    assert f"[published](https://huggingface.co/ride-timm/{NAME})" in (house / "tags.md").read_text(encoding="utf-8")
+    assert [path.name for path in (house / "hub").iterdir()] == [NAME]  # no scratch folder is left
+
+
+@pytest.mark.parametrize(
+    ("token", "spoil", "message"),
+    [
+        (None, None, "--push needs a token"),
+        ("hf_nobodyknowsthisone", None, "refused your login (401)"),
+        (READER, None, "the token of alice is read-only"),
+        (STRANGER, None, "bob may not write to org"),
+        (WRITER, lambda run: (run / "results.json").unlink(), "has no results.json"),
+        (WRITER, lambda run: set_json(run / "results.json", commit="abc+dirty"), "uncommitted changes"),
+        (WRITER, lambda run: set_json(run / "config.json", num_classes=7), "7 classes, the tag"),
+        (WRITER, lambda run: set_json(run / "config.json", architecture="ride_resnet50"), "holds a ride_resnet50"),
+        (WRITER, lambda run: change_weights(run / "model.safetensors", 1.0), "the weights are of another run"),
+        (WRITER, lambda run: change_weights(run / "model.safetensors", 1e-7), f"release {RELEASE} of org/{NAME}"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_refused_before_anything_is_written(
+    published, house, run, hub, monkeypatch, capsys, token, spoil, message
+):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    if spoil:
+        run = Path(shutil.copytree(run, house / "run"))
+        spoil(run)
+    before, count = snapshot(house), len(hub.requests)
+    assert release_command(house, run, "--push") in (1, 2)
+    assert message in capsys.readouterr().err
+    assert snapshot(house) == before and not writes(hub, count)
+
+
+def change_weights(path, amount):
+    tensors = safetensors.torch.load_file(path)
+    tensors["trunk.conv1.weight"] += amount
+    safetensors.torch.save_file(tensors, path)
+
+
 # splits
 
 
@@ -179,12 +264,14 @@ def images(tmp_path_factory):
 def test_a_split_is_published_and_read_back(images, hub, monkeypatch, tmp_path, capsys):
     recipe = Recipe(dataset="cifar10", data_dir=str(images), imb_factor=0.1)
     count = len(hub.requests)
-    assert set(publish_split(recipe, "org/cifar10_lt10", False, tmp_path).values()) == {"add"}
-    assert not writes(hub, count)
+    publish_split(recipe, "org/cifar10_lt10", False, tmp_path)
+    assert "data/train.parquet" in capsys.readouterr().out and len(hub.requests) == count
     monkeypatch.setenv("HF_TOKEN", WRITER)
     publish_split(recipe, "org/cifar10_lt10", True, tmp_path)
     assert "read back row by row" in capsys.readouterr().out
-    assert set(publish_split(recipe, "org/cifar10_lt10", True, tmp_path).values()) == {"same"}
+    before = hub.repos["dataset", "org/cifar10_lt10"].main
+    publish_split(recipe, "org/cifar10_lt10", True, tmp_path)
+    assert hub.repos["dataset", "org/cifar10_lt10"].main == before
     monkeypatch.delenv("HF_TOKEN")
     found = read_split("org/cifar10_lt10", str(tmp_path / "cache"))
     expected = load_longtail("cifar10", str(images), imb_factor=0.1).train

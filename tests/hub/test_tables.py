@@ -5,32 +5,32 @@ import re
 import shutil
 
 import pytest
-import results as results_table
-import tags as tag_table
+import tables
 import zoo
 from authors_files import authors_checkpoint
-from card import hand_edited, render
+from card import render
+from folder import HERE, Staged, read_releases
 from release_files import TAG, set_json
 from stage import stage
-from staged import HERE, Staged, fill, read_table
 
 from ride_timm import InputError
 
 
-def test_the_table_of_tags_is_as_rendered():
-    page = tag_table.PAGE.read_text(encoding="utf-8")
-    assert fill(page, tag_table.BEGIN, tag_table.END, tag_table.render_table()) == page, "python hub/tags.py"
-    assert {row["state"] for row in tag_table.rows()} <= {"published", "staged", "convertible", "trainable"}
-    assert {row["tag"] for row in tag_table.rows()} >= set(read_table())
+@pytest.mark.parametrize("name", tables.PAGES)
+def test_the_pages_are_as_rendered(name):
+    path, render_table = tables.PAGES[name]
+    page = path.read_text(encoding="utf-8")
+    assert tables.fill(page, name, render_table()) == page, "python hub/tables.py"
 
 
-def test_the_tables_of_results_are_as_rendered():
-    summary = results_table.SUMMARY_PAGE.read_text(encoding="utf-8")
-    filled = fill(summary, results_table.BEGIN, results_table.END, results_table.render_summary())
-    assert filled == summary, "python hub/results.py"
-    page = results_table.PAGE.read_text(encoding="utf-8")
-    filled = fill(page, results_table.BEGIN, results_table.END, results_table.render_table())
-    assert filled == page, "python hub/results.py"
+def test_every_release_of_the_package_has_a_state():
+    states = tables.tag_states()
+    assert set(states.values()) <= {"published", "staged", "convertible", "trainable"}
+    assert set(states) >= set(read_releases())
+
+
+def test_the_results_in_the_readme_are_those_of_the_releases():
+    page = tables.PAGES["results"][0].read_text(encoding="utf-8")
     for folder in HERE.glob("*/config.json"):
         stages = json.loads(folder.with_name("results.json").read_text())["stages"]
         accuracies = [f"{metrics['all']:.1f}" for metrics in stages.values()]
@@ -43,13 +43,13 @@ def test_results_of_seeds_checkpoints_and_unmeasured_releases(make_run, run, tmp
     stage(run, TAG, tmp_path, seeds=seeds, measured=False)
     plain = authors_checkpoint(tmp_path / "plain.pth", "ride_resnet32")
     theirs = zoo.convert(plain, "ride_resnet32.cifar100_lt100_zoo", tmp_path)
-    assert len(results_table.measured(tmp_path)) == 1 and "zoo" not in results_table.render_table(tmp_path)
+    assert len(tables.measured(tmp_path)) == 1 and "zoo" not in tables.render_results(tmp_path)
     shutil.copytree(theirs.path, tmp_path / ".left.over")
     results = theirs.json("results.json")
     results["stages"] = dict(experts=dict(all=48.0, many=60.0, medium=50.0, few=20.0, macs=102_000_000))
     results |= dict(device="cpu", commit=None)
     (theirs.path / "results.json").write_text(json.dumps(results))
-    text = results_table.render_table(tmp_path)
+    text = tables.render_results(tmp_path)
     assert text.count("ride_resnet32.cifar100_lt100_zoo`](") == 1 and ".left" not in text
     assert "CIFAR100-LT (imbalance factor 100), the authors' checkpoint, measured, fp32, cpu." in text
     assert "| ensemble, mean ± deviation of seeds 0, 1 | 53.0 ± 4.2 |" in text
@@ -59,13 +59,14 @@ def test_results_of_seeds_checkpoints_and_unmeasured_releases(make_run, run, tmp
     for metrics in closed.values():
         metrics["epochs"] = 0  # re-balanced in closed form: there is no epoch to speak of
     set_json(tmp_path / TAG / "results.json", stages=closed)
-    assert "those of the last epoch" not in results_table.render_table(tmp_path)
+    assert "those of the last epoch" not in tables.render_results(tmp_path)
 
 
-def test_a_page_without_the_lines_to_fill():
-    with pytest.raises(InputError, match="has no lines <!-- a --> and <!-- b -->"):
-        fill("a page\n<!-- b -->\n", "<!-- a -->", "<!-- b -->", "text")
-    assert fill("x\n<a>\nold\n<b>\ny", "<a>", "<b>", r"\1 new") == "x\n<a>\n\\1 new\n<b>\ny"
+def test_filling_a_page():
+    begin, end = "<!-- tags: rendered by hub/tables.py -->", "<!-- tags: end -->"
+    with pytest.raises(InputError, match=f"has no lines {begin} and {end}"):
+        tables.fill(f"a page\n{end}\n", "tags", "text")
+    assert tables.fill(f"x\n{begin}\nold\n{end}\ny", "tags", r"\1 new") == f"x\n{begin}\n\\1 new\n{end}\ny"
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in HERE.glob("*/config.json")))
@@ -73,6 +74,6 @@ def test_what_is_staged_here_is_verified_and_stands_in_the_table(folder):
     staged = Staged.find(folder, HERE)
     seen = staged.json("verified.json")["files"]
     assert seen == staged.hashes()
-    assert read_table()[folder]["sha256"] == seen["model.safetensors"] == staged.json("config.json")["sha256"]
+    assert read_releases()[folder]["sha256"] == seen["model.safetensors"] == staged.json("config.json")["sha256"]
     text = (staged.path / "README.md").read_text(encoding="utf-8")
-    assert text == render(staged, hand_edited(text)), f"python hub/card.py {folder}, and verify it again"
+    assert text == render(staged), f"python hub/card.py {folder}, and verify it again"

@@ -1,0 +1,152 @@
+"""Render the tables of tags and of results from the staged releases.
+
+python hub/tables.py
+
+fills hub/README.md with the tags, docs/results.md with every measurement and its provenance, and README.md with a
+summary of one row per release. A tag is published (on the Hub), staged (a folder in
+hub/), convertible (a checkpoint of the authors) or trainable (from a recipe or the authors' configuration).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+from card import commit_fact, describe_data, result_row, run_facts, seed_facts
+from folder import CONFIG, HERE, RESULTS, ROOT, Staged, read_releases
+from training import began_from, how_chosen
+from zoo import DOWNLOAD, read_zoo
+
+from ride_timm import InputError
+from ride_timm.cli.process import exit_code
+from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, markdown_table, millions, number
+from ride_timm.models.release import NAMESPACE
+from ride_timm.training.arguments import Parser
+
+_TAG_COLUMNS = ("our name", "experts", "router", "original", "state")
+_SUMMARY_COLUMNS = ("weights", "data set", *GROUPS, "MMACs", "routed", "MMACs")
+_COLUMNS = ("model", "answer", "all", "many", "medium", "few", "top-5", "MACs", "images that use 1 / 2 / … experts")
+
+
+def tag_states() -> dict[str, str]:
+    """The state of every tag that has weights or may get them, by network."""
+    releases, checkpoints, states = read_releases(), read_zoo()["checkpoints"], {}
+    for name in timm.list_models("ride*"):
+        for tag in sorted(timm.models.get_arch_pretrained_cfgs(name)):
+            release = releases.get(tag, {})
+            if release.get("published"):
+                states[tag] = "published"
+            elif release.get("sha256") and (HERE / tag / CONFIG).is_file():
+                states[tag] = "staged"
+            elif not tag.endswith(".untrained"):
+                states[tag] = "convertible" if tag in checkpoints else "trainable"
+    return states
+
+
+def render_tags() -> str:
+    releases, checkpoints, lines = read_releases(), read_zoo()["checkpoints"], [_TAG_COLUMNS]
+    for tag, state in tag_states().items():
+        args, original = releases.get(tag, {}).get("model_args", {}), checkpoints.get(tag)
+        where = {"published": f"https://huggingface.co/{NAMESPACE}/{tag}", "staged": tag}.get(state)
+        lines.append(
+            (
+                f"`{tag}`",
+                str(args.get("num_experts", 3)),
+                "yes" if args.get("router") else "no",
+                f"[authors' zoo]({DOWNLOAD.format(original['file'])})" if original else "–",
+                f"[{state}]({where})" if where else state,
+            )
+        )
+    return markdown_table(lines)
+
+
+def measured(root: Path) -> list[tuple[Staged, dict[str, Any]]]:
+    """The releases of a folder that have measured results, by name, with their results."""
+    found = [Staged(path.parent.name, path.parent) for path in sorted(root.glob(f"[!.]*/{CONFIG}"))]
+    return [(staged, results) for staged in found if (results := staged.json(RESULTS))["stages"]]
+
+
+def _rows(staged: Staged, results: dict[str, Any]) -> list[list[str]]:
+    model = f"[`{staged.name}`](../hub/{staged.name})"
+    rows = [[model, *result_row(STAGE_NAMES[stage], metrics)] for stage, metrics in results["stages"].items()]
+    spread = seed_facts(results)
+    for name, *accuracies in spread["seed_rows"]:
+        rows.append([model, f"{name}, mean ± deviation of seeds {spread['seed_numbers']}", *accuracies, *"–––"])
+    return rows
+
+
+def _origin(staged: Staged, results: dict[str, Any]) -> str:
+    """Data, recipe, seed, epochs, precision, commit, time and processor."""
+    facts = [describe_data(results)[0]]
+    if results.get("claimed"):
+        facts.append("the authors' checkpoint, measured")
+    if results["recipe"]:
+        epochs = " + ".join(str(stage["epochs"]) for stage in results["stages"].values())
+        facts += [f"recipe `{results['recipe']}`", f"{epochs} epochs"]
+    if "source" in results:
+        facts.append(f"from the weights of {began_from(results)}")
+    others = [_made(run) for run in results.get("seeds", ()) if run["seed"] != results["seed"] and "device" in run]
+    recipe = staged.recipe()
+    chosen = f" {how_chosen(recipe, results['stages'])}" if recipe else ""
+    return f"- `{staged.name}`: {', '.join(filter(None, facts))}, {'; '.join([_made(results), *others])}.{chosen}"
+
+
+def _made(run: dict[str, Any]) -> str:
+    """Seed, precision, commit, time and processor of one run."""
+    time = f"{run['seconds']:,.0f} s on " if "seconds" in run else ""
+    return ", ".join(filter(None, (run_facts(run), commit_fact(run), f"{time}{run['device']}")))
+
+
+def render_results(root: Path = HERE) -> str:
+    """Every stage of every release, means over seeds, and below the table where each number comes from."""
+    releases = measured(root)
+    table = markdown_table([_COLUMNS, *(row for release in releases for row in _rows(*release))])
+    return f"{table}\n\n" + "\n".join(_origin(*release) for release in releases)
+
+
+def render_summary(root: Path = HERE) -> str:
+    """One row per release, by data set and accuracy: the ensemble by shot group, then the routed accuracy and cost."""
+    rows = []
+    for staged, results in measured(root):
+        experts, router = results["stages"]["experts"], results["stages"].get("router", {})
+        data = describe_data(results)[0].partition(" (")[0]
+        accuracies = [number(experts[group], 1) for group in GROUPS]
+        cost = [millions(experts["macs"]), number(router.get("all"), 1), millions(router.get("macs"))]
+        rows.append((data, experts["all"], [f"`{staged.name}`", data, *accuracies, *cost]))
+    return markdown_table([_SUMMARY_COLUMNS, *(row for *_, row in sorted(rows))])
+
+
+PAGES = {
+    "tags": (HERE / "README.md", render_tags),
+    "results": (ROOT / "docs" / "results.md", render_results),
+    "summary": (ROOT / "README.md", render_summary),
+}
+
+
+def fill(page: str, name: str, body: str) -> str:
+    """The page with `body` between the two marker lines of a table; InputError where it has none."""
+    begin, end = f"<!-- {name}: rendered by hub/tables.py -->\n", f"<!-- {name}: end -->"
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise InputError(f"the page has no lines {begin.strip()} and {end}.")
+    return f"{before}{begin}{body}\n{end}{after}"
+
+
+def refresh() -> None:
+    """Render every table into its page."""
+    filled = [(path, fill(path.read_text(encoding="utf-8"), name, render())) for name, (path, render) in PAGES.items()]
+    for path, page in filled:
+        path.write_text(page, encoding="utf-8")
+        print(f"rendered {path}")
+
+
+def main(argv: list[str] | None) -> None:
+    Parser(description=__doc__, allow_abbrev=False).parse_args(argv)
+    refresh()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, None))
