@@ -170,7 +170,7 @@ def _choose_threshold(
     if data.val is not None:
         images, unseen, source = data.val, True, "validation images"
     else:
-        images = hold_out(data.train, own.holdout if unseen else 0.2, recipe.split_seed)[1]
+        images = hold_out(data.train, own.holdout if own and unseen else 0.2, recipe.split_seed)[1]
         source = "training images" + (" that the run held out" if unseen else ", which the model has SEEN in training")
     outcomes = collect_outcomes(model, batches(images))
     curve = routing_curve(outcomes, macs, data.class_counts, outcomes.balanced_weights(), recipe.shots)

@@ -17,7 +17,7 @@ def build_parser() -> Parser:
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser = Parser(prog="python -m ride_timm", description="RIDE for timm.", allow_abbrev=False)
     one = partial(Parser, parents=[common], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=one)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=one)  # type: ignore[call-overload]
     for command in COMMANDS:
         command.add_parser(commands)
     return parser

@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         return print_json(predictions)
     for row in predictions:
-        routing = f"  ({row['experts_used']} of {model.num_experts} experts)" if routed else ""
-        print(f"{row['image']}: {row['label']} {100 * row['probability']:.1f} %{routing}")
+        experts_used = f"  ({row['experts_used']} of {model.num_experts} experts)" if routed else ""
+        print(f"{row['image']}: {row['label']} {100 * row['probability']:.1f} %{experts_used}")
 
 
 def _open(path: str) -> Image.Image:

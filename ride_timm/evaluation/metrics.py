@@ -128,6 +128,7 @@ def expert_metrics(counts: Counts, groups: dict[str, np.ndarray]) -> dict[str, A
     nats, averaged over experts and images; it is the term that RIDE's loss maximises, at temperature 1
     (arXiv:2010.01809, section 3). None without images, or without a pair.
     """
+    assert counts.member_right is not None and counts.disagreements is not None and counts.divergence is not None
     num_members = counts.member_right.shape[1]
     pairs = num_members * (num_members - 1) // 2
     metrics: dict[str, Any] = dict(accuracy={}, disagreement={}, diversity={})

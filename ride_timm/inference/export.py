@@ -40,8 +40,9 @@ class _Ensemble(nn.Module):
 
 
 class _Gate(nn.Module):
-    def __init__(self, router: Router, i: int) -> None:
+    def __init__(self, router: Router | None, i: int) -> None:
         super().__init__()
+        assert router is not None  # a network without one has nothing to route
         self.router, self.i = router, i
 
     def forward(self, features: Tensor, mean_logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -42,19 +43,17 @@ class OnnxRouted:
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """images float32 [B, 3, H, W], normalised -> (logits [B, C], num_experts_used int64 [B])"""
         used = np.ones(len(images), dtype=np.int64)
+        output = np.zeros((len(images), self.manifest["num_classes"]), dtype=np.float32)
         if len(images) == 0:
-            return np.zeros((0, self.manifest["num_classes"]), dtype=np.float32), used
+            return output, used
         (x,) = self.trunk.run(None, {"images": images})
         rows = np.arange(len(images))  # of the samples that went on
-        total = output = None
+        total: Any = 0
         for i, expert in enumerate(self.experts):
             features, logits = expert.run(None, {"maps": x})
-            total = logits if total is None else total + logits
+            total = total + logits
             mean = total / np.float32(i + 1)
-            if output is None:
-                output = mean
-            else:
-                output[rows] = mean
+            output[rows] = mean
             if i + 1 == len(self.experts):
                 break
             (probability,) = self.gates[i].run(None, {"features": features, "mean_logits": mean})
