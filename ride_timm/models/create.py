@@ -75,7 +75,10 @@ _ENSEMBLE = inspect.getfullargspec(assemble).kwonlydefaults or {}  # arguments t
 
 
 def _classifier_names(layer: str, args: dict[str, Any]) -> tuple[str, ...]:
-    """Name the modules that depend on the classes: all classifiers, and the router's layers, which read the logits."""
+    """Name the modules that depend on the classes.
+
+    These are all classifiers, and the router's layers, which read the logits.
+    """
     num_experts = args["num_experts"]
     if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
@@ -101,7 +104,7 @@ def create_ride(
     classifier_layer: str = "",
     **kwargs: Any,
 ) -> Ride:
-    """Build a network through timm's factory, with the weights of its release if `pretrained`.
+    """Build a network through timm's factory, with released weights if `pretrained`.
 
     Arguments in `kwargs` take precedence over those of the release, which take precedence over `defaults`.
     levels: out_indices of `features_only`, the last n levels if a number; classifier_layer: the layer of a native

@@ -1,4 +1,4 @@
-"""Cuts of timm networks: a table of families, and the stripping of a network to a trunk or an expert."""
+"""Cuts of timm networks into a trunk and experts, by a table of families."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Skip(nn.Sequential):
-    """Replaces a part of a network: returns its input, and accepts the arguments of any block or head."""
+    """Identity in place of a part of a network; accepts any part's arguments."""
 
     def forward(
         self,
@@ -31,7 +31,10 @@ class Skip(nn.Sequential):
 
 
 class SkipEmbed(nn.Module):
-    """Replaces a patch embedding: tokens [B, N, D] or, from callers that expect an image, [B, N, D, 1]."""
+    """Identity in place of a patch embedding.
+
+    Takes tokens [B, N, D] or, from callers that expect an image, [B, N, D, 1].
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2)
@@ -119,7 +122,10 @@ def _name(net: nn.Module) -> str:
 
 
 def find_cut(net: nn.Module, backbone: str) -> Cut:
-    """Look up exactly this class, as a subclass may compute something else; ValueError if it has no entry."""
+    """Look up the cut of a network's class; ValueError if it has none.
+
+    Only the exact class counts, since a subclass may compute something else.
+    """
     name = _name(net)
     if name not in CUTS or not type(net).__module__.startswith("timm."):
         reason = REASONS.get(name, "no cut into a trunk and experts is known for this family")
@@ -132,7 +138,7 @@ def find_cut(net: nn.Module, backbone: str) -> Cut:
 
 
 def check_positions(net: nn.Module, backbone: str) -> None:
-    """Raise ValueError if rotary positions come from a grid of tokens that varies: experts do not see the grid."""
+    """Raise ValueError if rotary positions depend on a grid that experts do not see."""
     if getattr(net, "rope", None) is not None:
         for option, attribute in (("dynamic_img_size", "dynamic_img_size"), ("patch_drop_rate", "patch_drop")):
             if getattr(net, attribute, None):
@@ -155,7 +161,7 @@ def stage_names(net: nn.Module, cut: Cut) -> list[tuple[str, ...]]:
 
 
 def resolve_split(net: nn.Module, cut: Cut, backbone: str, split: str | None) -> int:
-    """Find the index of the first stage owned by the experts; ValueError lists the valid names."""
+    """Find the index of the first stage of the experts; ValueError lists the names."""
     names = [stage[0] for stage in stage_names(net, cut)]
     if split is None:
         return len(names) - max(1, int(len(names) * cut.own))
@@ -165,7 +171,10 @@ def resolve_split(net: nn.Module, cut: Cut, backbone: str, split: str | None) ->
 
 
 def stem_names(net: nn.Module, cut: Cut) -> list[str]:
-    """List the stem's modules; a Sequential by its children, because some networks rely on its length."""
+    """List the stem's modules, of a Sequential its children.
+
+    Some networks rely on the length of the Sequential, so it stays.
+    """
     names = []
     for name in (name for pattern in cut.stem for name in _modules(net, pattern)):
         stem = net.get_submodule(name)
@@ -191,7 +200,10 @@ def keep_trunk(net: nn.Module, cut: Cut, split: int) -> nn.Module:
 
 
 def keep_expert(net: nn.Module, cut: Cut, split: int) -> nn.Module:
-    """Strip a network to the stages from `split` on, with its norm and head; names keep their index."""
+    """Strip a network to the stages from `split` on, its norm and its head.
+
+    Names keep their index.
+    """
     skip(net, stem_names(net, cut))
     if cut.tokens:
         skip(net, ["patch_embed"], SkipEmbed)

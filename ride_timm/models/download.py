@@ -1,4 +1,4 @@
-"""Fetch released weights from the Hub: what `pretrained=True` resolves to, checked before it is loaded."""
+"""Find, download and check the weights that `pretrained=True` loads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def repository_of(name_and_tag: str) -> str:
 
 
 def find_release(variant: str, named: Any, overlay: dict[str, Any], cache_dir: str | None) -> Release | None:
-    """Find the release for `pretrained=True`, download it if it is not cached, and check it.
+    """Find the release for `pretrained=True`, download it if needed, and check it.
 
     named: timm's `pretrained_cfg`: a tag, None for the default one, or the cfg of `hf-hub:` and `local-dir:`.
     Returns None if the caller names the weights (a file, a URL, tensors). Raises InputError if the release cannot be
@@ -69,7 +69,7 @@ def find_release(variant: str, named: Any, overlay: dict[str, Any], cache_dir: s
 
 
 def download(repository: str, variant: str | None = None, cache_dir: Any = None, tag: str | None = None) -> Release:
-    """Load a release of the Hub, `owner/name` or `owner/name@revision`, from the cache if it is there.
+    """Get a release from the Hub or the cache: `owner/name` or `owner/name@revision`.
 
     tag: `name.tag` if a tag was asked for: its config.json must state a sha256, in the project's own namespace the one
     in releases.json. Weights with another sha256 are downloaded once more. Raises InputError if that does not help,
@@ -113,7 +113,10 @@ def download(repository: str, variant: str | None = None, cache_dir: Any = None,
 
 
 def check_network(repository: str, cache_dir: Any = None) -> None:
-    """Raise InputError if a Hub repository cannot be read or is not a RIDE network, before loading its weights."""
+    """Raise InputError if a Hub repository is unreadable or not a RIDE network.
+
+    Downloads no weights.
+    """
     repo, revision = hf_split(repository)
     path = _fetch(CONFIG, False, dict(repo_id=repo, revision=revision, cache_dir=cache_dir), None)
     architecture = read_config(path, f"Hub repository {repository}")[0]["architecture"]
@@ -124,13 +127,13 @@ def check_network(repository: str, cache_dir: Any = None) -> None:
 
 
 def _blob_hash(path: Path) -> str:
-    """The sha256 that names a large file in the cache; "" if its name is something else."""
+    """The sha256 that names a large file in the cache; "" if it is named otherwise."""
     name = path.resolve().name
     return name if re.fullmatch(r"[0-9a-f]{64}", name) else ""
 
 
 def _fetch(file: str, force: bool, source: dict[str, Any], tag: str | None) -> Path:
-    """Download a file of a Hub repository to the cache; retry a truncated download once."""
+    """Download a file of a Hub repository to the cache; retry once if truncated."""
     from huggingface_hub import hf_hub_download
 
     for again in (True, False):

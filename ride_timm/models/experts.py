@@ -1,4 +1,4 @@
-"""Experts: the last stages of a network, each copy with its own pooling and classifier."""
+"""Experts: copies of a network's last stages with their own classifiers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Expert(nn.Module):
         self.fc = create_head(self.head_hidden_size, num_classes, use_norm)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier (and the pooling), keeping device, dtype and training mode."""
+        """Replace the classifier (and the pooling); device, dtype and mode stay."""
         if global_pool is not None:
             self.global_pool = create_pool(global_pool, num_classes)
             self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -100,7 +100,7 @@ class Expert(nn.Module):
 
     @torch.jit.ignore
     def prune(self, num_levels: int, prune_norm: bool = False, prune_head: bool = True) -> None:
-        """Keep the first levels of the stages; if any is dropped, so are classifier and pooling."""
+        """Keep the first levels of the stages; dropping any drops the classifier."""
         pruned = num_levels < len(self.stages.feature_info)
         self.stages.prune(num_levels)
         self.num_features = self.stages.feature_info[-1]["num_chs"]
@@ -112,7 +112,10 @@ class Expert(nn.Module):
         return self.stages(x)
 
     def forward_pre_logits(self, x: Tensor) -> Tensor:
-        """Feature map [B, D, h, w] -> pooled features [B, D] after dropout; with pooling '' still a feature map."""
+        """Feature map [B, D, h, w] -> pooled features [B, D] after dropout.
+
+        With pooling '' the features stay a feature map.
+        """
         x = self.global_pool(x)
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
@@ -133,7 +136,10 @@ class Experts(nn.ModuleList):
 
     @torch.jit.ignore
     def forward(self, x: Tensor, use_experts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Feature map of the trunk -> (pooled features [B, E, D], logits [B, E, C]), of `use_experts` if given."""
+        """Feature map of the trunk -> (pooled features [B, E, D], logits [B, E, C]).
+
+        use_experts: indices of the experts to run, all by default.
+        """
         chosen = self if use_experts is None else [self[i] for i in use_experts]
         features, logits = zip(*(expert(x) for expert in chosen), strict=True)
         return torch.stack(features, 1), torch.stack(logits, 1)

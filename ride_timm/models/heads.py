@@ -1,4 +1,4 @@
-"""Classifiers of an expert: linear, cosine, and either with a scale and an offset per class."""
+"""Classifiers of an expert: linear, cosine, and with an affine per class."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class CosineClassifier(nn.Module):
 
 
 class ClassAffine(nn.Module):
-    """A classifier with a scale and an offset per class: weight · head(x) + bias, initially head(x).
+    """A classifier with a scale and an offset per class, initially without effect.
 
-    x [B, D] -> [B, C]. A cosine head cannot absorb such a scale: it normalises its own weights.
+    logits = weight · head(x) + bias: x [B, D] -> [B, C]. A cosine head cannot absorb such a
+    scale, since it normalises its own weights.
     """
 
     def __init__(self, head: nn.Module, num_classes: int) -> None:
@@ -48,7 +49,7 @@ class ClassAffine(nn.Module):
 
 
 def create_head(num_features: int, num_classes: int, use_norm: bool) -> nn.Module:
-    """Create a cosine head (`use_norm`) or a linear head with bias; identity for no classes."""
+    """Create a cosine head (`use_norm`) or a linear head; identity for no classes."""
     if num_classes <= 0:
         return nn.Identity()
     return CosineClassifier(num_features, num_classes) if use_norm else nn.Linear(num_features, num_classes)

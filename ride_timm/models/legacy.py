@@ -23,7 +23,10 @@ _ROUTER_KEYS = {"hidden": "expert_help_pred_hidden_fcs", "fc": "expert_help_pred
 
 
 class _Inert:
-    """Replaces every class that a checkpoint names (ConfigParser, paths, loggers); accepts anything, does nothing."""
+    """Inert object in place of any class that a checkpoint names.
+
+    Such classes are the authors' ConfigParser, paths and loggers.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -36,8 +39,9 @@ class _Inert:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint by the authors' names, without `module.` and `backbone.`.
+    """Read the tensors of a checkpoint by the authors' names.
 
+    Prefixes `module.` and `backbone.` are stripped.
     Uses torch's restricted unpickler; objects that need an import are replaced by inert ones.
     Raises InputError for a file that is not a checkpoint of tensors.
     """
@@ -69,7 +73,7 @@ def _size(state_dict: dict[str, Tensor], key: str, dim: int) -> int:
 
 
 def _highest(state_dict: dict[str, Tensor], pattern: str) -> int:
-    """One more than the largest number matched by the pattern's group in the keys; 0 without a match."""
+    """One more than the largest number that the pattern's group matches; or 0."""
     return max((int(match[1]) + 1 for key in state_dict if (match := re.match(pattern, key))), default=0)
 
 
@@ -78,7 +82,10 @@ def _has(state_dict: dict[str, Tensor], pattern: str) -> bool:
 
 
 def infer_architecture(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Infer name and arguments for `timm.create_model` from the names and shapes of an authors' checkpoint."""
+    """Infer model name and arguments from an authors' checkpoint.
+
+    They are for `timm.create_model`, and follow from names and shapes of the tensors.
+    """
     # the most frequent count, so that a single missing or extra tensor is reported as such
     counts = [_highest(state_dict, rf"{part}s\.(\d+)\.") for part in ("layer2", "layer3", "layer4", "linear")]
     num_experts = max(multimode(count for count in counts if count), default=1)
@@ -169,8 +176,9 @@ def convert_state_dict(state_dict: dict[str, Tensor], model: Ride) -> dict[str, 
 
 
 def load_legacy(path: str | Path) -> Ride:
-    """Load an authors' `.pth` checkpoint as a model in eval mode, its architecture inferred from the tensors.
+    """Load an authors' `.pth` checkpoint as a model in eval mode.
 
+    The architecture is inferred from the tensors.
     Raises InputError for a file that cannot be read or is not such a checkpoint.
     """
     state_dict = read_state_dict(path)

@@ -1,4 +1,4 @@
-"""Load a network from a run folder, an authors' checkpoint, the Hub, or by a timm name."""
+"""Load a network: a run folder, an authors' checkpoint, the Hub, a timm name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HUB = "hf-hub:"
 
 
 def check_path(spec: str | Path) -> None:
-    """Raise InputError for a path that does not exist, which timm would take for a Hub name."""
+    """Raise InputError for a missing path, which timm would take for a Hub name."""
     text = str(spec)
     if "/" in text and ":" not in text and not Path(spec).exists():
         raise InputError(f"model {text!r}: no such folder or file (for a Hub repository write {_HUB}owner/name).")
@@ -28,7 +28,10 @@ def check_path(spec: str | Path) -> None:
 
 @torch.no_grad()
 def check_images(model: nn.Module, image: tuple[int, int, int], name: str) -> Tensor:
-    """Run one zero image [channels, height, width]; InputError if the network does not take such images."""
+    """Run one zero image; InputError if the network does not take such images.
+
+    image: its shape (channels, height, width).
+    """
     training = model.training
     try:
         return model.eval()(torch.zeros(1, *image))
@@ -40,8 +43,9 @@ def check_images(model: nn.Module, image: tuple[int, int, int], name: str) -> Te
 
 
 def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
-    """Load any network in eval mode: a run folder, an authors' `.pth`, or what `timm.create_model` takes.
+    """Load any network in eval mode.
 
+    spec: a run folder, an authors' `.pth`, or a name for `timm.create_model`.
     Raises InputError if it does not exist or the weights do not fit.
     """
     path = Path(spec)
@@ -63,8 +67,9 @@ def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
 
 
 def load_model(spec: str | Path, **kwargs: Any) -> Ride:
-    """Load a RIDE network in eval mode: a run folder, an authors' `.pth`, or what `timm.create_model` takes.
+    """Load a RIDE network in eval mode.
 
+    spec: a run folder, an authors' `.pth`, or a name for `timm.create_model`.
     Raises InputError if it does not exist, the weights do not fit, or it is another network.
     """
     if str(spec).startswith(_HUB):
@@ -92,7 +97,7 @@ def load_teacher(spec: str | Path, num_classes: int, image: tuple[int, int, int]
 
 
 def create_ride_model(name: str, size: int | None = None, **kwargs: Any) -> Ride:
-    """Create a RIDE network by `timm.create_model`; InputError for an unknown name or argument.
+    """Create a RIDE network; InputError for an unknown name or argument.
 
     size: image size, passed on to networks with a fixed one (ViT, Swin).
     """

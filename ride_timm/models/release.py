@@ -49,7 +49,10 @@ _SCALARS = (bool, int, float, str, type(None))
 
 @lru_cache
 def release_table() -> dict[str, dict[str, Any]]:
-    """Facts about a tag that timm's cfg has no field for, by `name.tag`: model_args, sha256, published."""
+    """Read facts about tags that timm's cfgs have no field for.
+
+    By `name.tag`: model_args, sha256, published.
+    """
     return json.loads(files(__package__).joinpath("releases.json").read_text(encoding="utf-8"))
 
 
@@ -124,7 +127,10 @@ class Release:
 
 
 def _differences(theirs: dict[str, Tensor], ours: dict[str, Tensor], adapted: tuple[str, ...]) -> str:
-    """Describe in one line why the tensors cannot be loaded; names that start with `adapted` may differ."""
+    """Describe in one line why tensors cannot be loaded.
+
+    Tensors whose names start with one of `adapted` may differ.
+    """
     problems = [f"missing {name}" for name in ours if name not in theirs and not name.startswith(adapted or ("\0",))]
     for name, value in theirs.items():
         if name.startswith(adapted or ("\0",)):
@@ -138,7 +144,10 @@ def _differences(theirs: dict[str, Tensor], ours: dict[str, Tensor], adapted: tu
 
 
 def registered_tag(variant: str, named: Any) -> Any:
-    """Turn a registered cfg, which timm's scripts pass instead of a name, into its tag; return anything else."""
+    """Turn a registered cfg into its tag; return anything else.
+
+    timm's scripts pass the cfg instead of the name.
+    """
     cfg = PretrainedCfg(**named) if isinstance(named, dict) else named
     if not isinstance(cfg, PretrainedCfg):
         return named
@@ -155,8 +164,9 @@ def tag_arguments(variant: str, named: Any) -> dict[str, Any]:
 
 
 def read_config(path: Path, where: str, variant: str | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Read and check a release's config.json: (its content, timm's pretrained cfg, the sha256 it states or "").
+    """Read and check a release's config.json.
 
+    Returns its content, timm's pretrained cfg, and the sha256 it states or "".
     Raises InputError if it is not timm's, belongs to another network, or names a file outside its folder.
     """
     try:
@@ -187,8 +197,9 @@ def read_config(path: Path, where: str, variant: str | None = None) -> tuple[dic
 
 
 def check_arguments(make_parts: Callable[..., Any], args: dict[str, Any], where: str, also: Iterable[str]) -> None:
-    """Raise InputError for model_args that the network does not take, or that reach outside the release.
+    """Raise InputError for model_args that the network does not take.
 
+    Arguments that would reach outside the release are among them.
     make_parts: function whose parameters the network takes; also: further parameters.
     """
     known = inspect.signature(make_parts).parameters
@@ -204,7 +215,7 @@ def check_arguments(make_parts: Callable[..., Any], args: dict[str, Any], where:
 
 
 def without_implied_args(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json whose `model_args` repeat nothing that the loading library passes itself.
+    """Drop `model_args` that the library which loads config.json passes itself.
 
     num_classes always goes: transformers passes it too, and fails on the second one. in_chans and global_pool go where
     they are the network's defaults; others stay, because transformers reads them nowhere else.
@@ -218,7 +229,10 @@ def without_implied_args(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_config(model: Ride, path: Path, **facts: Any) -> None:
-    """Write the config.json of saved weights; facts: arguments of timm's `save_config_for_hf`, such as data_config."""
+    """Write the config.json of saved weights.
+
+    facts: arguments of timm's `save_config_for_hf`, such as data_config.
+    """
     args = dict(num_experts=model.num_experts)  # timm saves no defaults
     if "backbone" in get_model_args(model):
         args["backbone_pretrained"] = False  # the saved weights replace the backbone's
@@ -228,7 +242,10 @@ def save_config(model: Ride, path: Path, **facts: Any) -> None:
 
 
 def read_folder(folder: Path, variant: str | None = None) -> Release:
-    """Read a release in a folder; a sha256 stated in its config.json must be that of its weights."""
+    """Read a release in a folder; InputError if it fails a check.
+
+    A sha256 stated in its config.json must be that of its weights.
+    """
     where = f"folder {folder}"
     config, cfg, sha256 = read_config(folder / CONFIG, where, variant)
     weights = folder / WEIGHTS

@@ -1,4 +1,4 @@
-"""RIDE: a shared trunk, experts whose logits are averaged, and an optional router. arXiv:2010.01809"""
+"""RIDE: a shared trunk, experts, and an optional router. arXiv:2010.01809"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -77,7 +77,10 @@ class Ride(nn.Module):
 
     @torch.jit.ignore
     def add_class_affine(self) -> None:
-        """Add a scale and an offset per class to the classifiers, unless they have them; at first the logits stay."""
+        """Add a scale and an offset per class to the classifiers, unless they have them.
+
+        Initially they do not change the logits.
+        """
         if self.num_classes > 0 and not self.has_class_affine:
             for expert in self.experts:
                 expert.fc = ClassAffine(expert.fc, self.num_classes).train(expert.training)
@@ -110,7 +113,10 @@ class Ride(nn.Module):
         return tuple(expert.fc for expert in self.experts)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give every expert a new classifier, and the model a new router if it has one: gates read the logits."""
+        """Give every expert a new classifier.
+
+        A router is replaced as well, because gates read the logits.
+        """
         if self.routed and num_classes <= 0:
             raise ValueError("A routed model needs its classifiers: num_classes must be above 0.")
         for expert in self.experts:
@@ -134,7 +140,10 @@ class Ride(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps per level: the trunk's, then the experts' concatenated on the channel axis (timm's contract)."""
+        """Feature maps per level: the trunk's, then the experts' concatenated.
+
+        They are concatenated on the channel axis. For the arguments see timm.
+        """
         assert output_fmt in ("NCHW",), "Output shape must be NCHW."
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         x, levels = self.trunk.forward_levels(x)
@@ -149,7 +158,7 @@ class Ride(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the given feature levels do not need (timm's contract); return the indices kept."""
+        """Drop what the given feature levels do not need; return the indices kept."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         in_trunk, pruned = len(self.trunk.feature_info), max_index + 1 < len(self.feature_info)
         if max_index < in_trunk:
@@ -166,7 +175,7 @@ class Ride(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> feature maps of all experts, concatenated on the channel axis: [B, E·D, h, w].
+        """Images [B, in_chans, H, W] -> concatenated feature maps [B, E·D, h, w].
 
         For a backbone with output_fmt NHWC or NLC: [B, h, w, E·D] or tokens [B, N, E·D].
         """
@@ -177,7 +186,10 @@ class Ride(nn.Module):
         return torch.cat(maps, self.channel_axis)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature maps [B, E·D, h, w] -> mean logits [B, C]; pre_logits (or no classes): pooled features [B, E·D]."""
+        """Feature maps [B, E·D, h, w] -> mean logits [B, C].
+
+        With pre_logits, or without classes, pooled features [B, E·D].
+        """
         maps = x.chunk(self.num_experts, dim=self.channel_axis)
         outputs = []
         for i, expert in enumerate(self.experts):
@@ -187,7 +199,10 @@ class Ride(nn.Module):
         return torch.stack(outputs, 1).mean(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> ensemble logits [B, C]; routed logits in eval mode if routed=True."""
+        """Images [B, in_chans, H, W] -> ensemble logits [B, C].
+
+        With routed=True these are routed logits in eval mode.
+        """
         if self.routed and not self.training:
             if torch.jit.is_scripting():
                 raise RuntimeError("TorchScript cannot route: create the network with routed=False, or export it.")
@@ -197,13 +212,17 @@ class Ride(nn.Module):
 
     @torch.jit.ignore
     def forward_experts(self, x: Tensor, use_experts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Images -> (pooled features [B, E, D], logits [B, E, C]); `use_experts` selects experts, from 0."""
+        """Images -> (pooled features [B, E, D], logits [B, E, C]).
+
+        use_experts: indices of the experts to run, from 0, all by default.
+        """
         return self.experts(self.trunk(x), use_experts)
 
     @torch.jit.ignore
     def forward_routed(self, x: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
-        """Images -> (logits [B, C], num_experts_used [B]); an expert runs only on the samples sent to it.
+        """Images -> (logits [B, C], num_experts_used [B]).
 
+        An expert runs only on the samples sent to it.
         A sample continues to the next expert while sigmoid(gate) > threshold; its logits are the mean over the experts
         it used. Below, A samples are active: those still computing. arXiv:2010.01809, section 3.3.
         """

@@ -1,4 +1,7 @@
-"""RIDE on any timm backbone listed in `cuts.py`: `timm.create_model("ride", backbone="convnext_tiny")`."""
+"""RIDE on any timm backbone listed in `cuts.py`.
+
+timm.create_model("ride", backbone="convnext_tiny")
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,10 @@ class TimmStages(nn.Module):
         self.feature_info = [dict(net.feature_info[i], module=f"net.{net.feature_info[i]['module']}") for i in levels]
 
     def _stage_of(self, module: str) -> int:
-        """Index of the stage that contains a feature level's module; -1 for the stem, the last one for a final norm."""
+        """Index of the stage that contains a feature level's module.
+
+        -1 for the stem, the last stage for a final norm.
+        """
         stages = stage_names(self.net, self.cut)
         for i, names in enumerate(stages):
             if any(f"{module}.".startswith(f"{name}.") for name in names):
@@ -82,8 +88,9 @@ class TimmStages(nn.Module):
     def forward_levels(
         self, x: Tensor, norm: bool = False, size: Sequence[int] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Images, or the output of a trunk -> (output, feature maps [B, D, h, w] of all levels in order).
+        """x -> (output, feature maps [B, D, h, w] of all levels in order).
 
+        x: images, or the output of a trunk;
         norm: apply the final norm; size: (h, w) of the trunk's feature maps, which tokens do not carry.
         """
         if not self.feature_info:
@@ -122,7 +129,10 @@ def _classifier_name(net: nn.Module) -> str:
 
 
 class TimmExpert(Expert):
-    """The last stages of a timm network with its own norm, pooling and classifier, the latter moved to `fc`."""
+    """The last stages of a timm network with its own norm, pooling and classifier.
+
+    The classifier moves to `fc`.
+    """
 
     __jit_unused_properties__ = ("global_pool",)
 
@@ -212,7 +222,10 @@ class AnyRide(Ride):
 
 
 def fit_to_size(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resample positions and windows of weights saved at another image size, as the native network does."""
+    """Resample positions and windows of weights saved at another image size.
+
+    Uses the rule of the native network.
+    """
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     for prefix, stages in model.named_modules():
         if not isinstance(stages, TimmStages):
@@ -228,7 +241,7 @@ def fit_to_size(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 
 
 def _backbone_cfg(backbone: str) -> PretrainedCfg:
-    """Return timm's pretrained cfg of a backbone; ValueError if timm has no such model."""
+    """Get timm's pretrained cfg of a backbone; ValueError if there is no such model."""
     if not isinstance(backbone, str) or not timm.is_model(backbone.partition(".")[0]):
         close = get_close_matches(str(backbone), timm.list_models(), 3)
         raise ValueError(
@@ -241,7 +254,10 @@ def _backbone_cfg(backbone: str) -> PretrainedCfg:
 
 
 def _load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | str | Path) -> nn.Module:
-    """Create the backbone with its published weights or those of a file; ValueError if they cannot be loaded."""
+    """Create the backbone with its published weights or those of a file.
+
+    Raises ValueError if they cannot be loaded.
+    """
     overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
     if overlay and not Path(str(source)).is_file():
         raise ValueError(f"backbone_pretrained={str(source)!r}: no such file.")
@@ -263,7 +279,7 @@ def timm_parts(
     use_norm: bool = False,  # unlike the recipes: `ride` with one expert is its backbone, native head included
     **backbone_args: Any,
 ) -> Parts:
-    """Share the stem and first stages of a timm network, its last stages, norm and head per expert.
+    """Share the stem and first stages of a timm network; the rest per expert.
 
     split: name of the first stage owned by each expert (default: the last half of the stages, for a plain transformer
     the last third of the blocks); backbone_pretrained: initialise trunk and experts from the backbone's published
@@ -302,7 +318,7 @@ _FROM_BACKBONE = ("input_size", "test_input_size", "min_input_size", "fixed_inpu
 
 
 def _cfg(backbone: str, **kwargs: Any) -> dict[str, Any]:
-    """Translate the backbone's pretrained cfg to ours: the same input, our module names."""
+    """Translate the backbone's pretrained cfg: the same input, our module names."""
     cfg = _backbone_cfg(backbone)
     first_conv = (cfg.first_conv,) if isinstance(cfg.first_conv, str) else tuple(cfg.first_conv or ())
     ours = {key: getattr(cfg, key) for key in _FROM_BACKBONE}
@@ -332,7 +348,10 @@ def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any
 
 
 def _classifier_layer(net: nn.Module) -> str:
-    """The layer of a classifier that depends on the classes, such as ".fc2"; "" if the classifier is one layer."""
+    """The layer of a native classifier that depends on the classes, such as ".fc2".
+
+    "" if the classifier is one layer.
+    """
     name, layer = _classifier_name(net), net.pretrained_cfg["classifier"]
     return layer.removeprefix(name) if isinstance(layer, str) and layer.startswith(f"{name}.") else ""
 
@@ -358,7 +377,7 @@ def _create_named(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
 
 @register_model
 def ride(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """Any timm backbone listed in `cuts.py` (default: ResNet-18), with its native heads."""
+    """Any timm backbone listed in `cuts.py`, by default ResNet-18; native heads."""
     backbone = kwargs.pop("backbone", DEFAULT_BACKBONE)
     given = kwargs.get("pretrained_cfg")
     given = given.to_dict() if isinstance(given, PretrainedCfg) else given
@@ -371,13 +390,13 @@ def ride(pretrained: bool = False, **kwargs: Any) -> Ride:
 
 @register_model
 def ride_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """Swin-T, patch embedding and stages 1-2 shared, stages 3-4 per expert; cosine heads."""
+    """Swin-T, patches and stages 1-2 shared, stages 3-4 per expert; cosine heads."""
     return _create_named("ride_swin_tiny", pretrained, kwargs)
 
 
 @register_model
 def ride_swin_small(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """Swin-S, patch embedding and stages 1-2 shared, stages 3-4 per expert; cosine heads."""
+    """Swin-S, patches and stages 1-2 shared, stages 3-4 per expert; cosine heads."""
     return _create_named("ride_swin_small", pretrained, kwargs)
 
 

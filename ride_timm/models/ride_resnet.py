@@ -1,4 +1,4 @@
-"""RIDE on ResNet and ResNeXt for ImageNet-like images of any size: layer3, layer4 and the head per expert."""
+"""RIDE on ResNet and ResNeXt: layer3, layer4 and the head per expert."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def residual_stage(
     make_shortcut: Callable[[int, int, int], nn.Module],
     **block_args: Any,
 ) -> nn.Sequential:
-    """Build one block per drop path rate; the first has the stride and, if shapes change, the shortcut.
+    """Build a stage of one residual block per drop path rate.
 
+    The first block has the stride and, if shapes change, the shortcut.
     make_shortcut: (in_channels, out_channels, stride) -> the first block's shortcut.
     """
     out_channels = planes * block.expansion
@@ -142,7 +143,7 @@ _RESNEXT = dict(cardinality=32, base_width=4)
 
 @register_model
 def ride_resnet10(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """ResNet-10 (one basic block a stage), the small network of the authors for ImageNet-LT."""
+    """ResNet-10, one basic block a stage: the authors' small ImageNet-LT network."""
     return _create("ride_resnet10", pretrained, dict(block=BasicBlock, layers=(1, 1, 1, 1)), kwargs)
 
 

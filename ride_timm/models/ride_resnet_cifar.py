@@ -1,4 +1,4 @@
-"""RIDE on the CIFAR ResNet-32 of LDAM and RIDE: option-A shortcuts, layer2, layer3 and the head per expert."""
+"""RIDE on the CIFAR ResNet-32: layer2, layer3 and the head per expert."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class CifarRide(Ride):
-    """`Ride` with He-normal initialisation by fan-in, also of a router or classifiers added later."""
+    """`Ride` with He-normal initialisation by fan-in, as the authors have it.
+
+    A router or classifiers added later are initialised alike.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

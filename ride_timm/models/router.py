@@ -1,4 +1,7 @@
-"""The expert assignment module: a gate after each expert but the last. arXiv:2010.01809, section 3.3"""
+"""The router: a gate after each expert but the last.
+
+The expert assignment module of arXiv:2010.01809, section 3.3.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ class Router(nn.Module):
         )
 
     def gate(self, i: int, features: Tensor, mean_logits: Tensor) -> Tensor:
-        """Gate after expert i, from 0: its features [B, D], mean logits so far [B, C] -> gate logits [B]."""
+        """Features [B, D] and mean logits so far [B, C] -> gate logits [B].
+
+        i: index of the expert before the gate, from 0.
+        """
         choices = mean_logits.topk(self.top_choices_num, dim=1).values  # [B, k]
         hidden = F.relu(self.hidden[i](F.normalize(features, dim=1)))  # [B, 16]
         fc = self.fc[0 if self.share_expert_help_pred_fc else i]

@@ -1,4 +1,4 @@
-"""Ghost batches: BatchNorm statistics per part of a batch, as if the parts were on different GPUs."""
+"""Ghost batches: BatchNorm statistics per part of a batch."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def _frozen_running_statistics(model: nn.Module) -> Iterator[None]:
 def forward_in_parts(
     forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, ghost_batch: int | None
 ) -> Tensor:
-    """Run `forward` on near-equal parts of at most `ghost_batch` images, or on the complete batch if None.
+    """Run `forward` on near-equal parts of at most `ghost_batch` images.
 
+    With None, run it on the complete batch.
     forward: images [b, …] -> [b, …] by `model`. In training each part is normalised by its own statistics. Only those
     of the first part update the running statistics, as in nn.DataParallel, which keeps the buffers of its first GPU;
     in arXiv:1705.08741 all parts do.
@@ -44,7 +45,7 @@ def forward_in_parts(
 
 
 def check_parts(model: nn.Module, size: int, num_images: Iterable[int], ghost_batch: int | None, cause: str) -> None:
-    """Raise InputError if a step or a ghost batch of one image leaves BatchNorm without statistics.
+    """Raise InputError if BatchNorm would see a step or ghost batch of one image.
 
     model: on the CPU, left unchanged; size: its smallest training image size; num_images: images per process in the
     steps; cause: what sets these numbers, for the message.

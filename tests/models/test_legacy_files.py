@@ -1,4 +1,4 @@
-"""Hostile files and files that are not an authors' checkpoint: nothing in them is executed."""
+"""Hostile files and files that are not checkpoints: nothing is executed."""
 
 import builtins
 import io

@@ -1,4 +1,7 @@
-"""Every registered name meets timm's contract: small here, at full size with RIDE_TIMM_FULL_SIZE=1."""
+"""Every registered name meets timm's contract.
+
+Small networks here, full size with RIDE_TIMM_FULL_SIZE=1.
+"""
 
 import copy
 import os

@@ -18,7 +18,10 @@ NAMES = [*RIDE_NAMES, "test_ride_resnet"]
 
 
 def settle(model: Ride, batch) -> Ride:
-    """Set the running statistics to this batch, so that an untrained network separates images in eval mode."""
+    """Set the running statistics to this batch.
+
+    An untrained network then separates images in eval mode.
+    """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -30,7 +33,7 @@ def settle(model: Ride, batch) -> Ride:
 
 @pytest.fixture(scope="module")
 def routed() -> tuple[Ride, torch.Tensor]:
-    """A tiny float64 model whose gates pass about half of the samples on, and its batch."""
+    """A tiny float64 model whose gates pass about half of the samples; its batch."""
     batch = images(B=24, dtype=torch.float64)
     model = settle(build(router=True, top_choices_num=4, share_expert_help_pred_fc=False).double(), batch)
     torch.manual_seed(5)

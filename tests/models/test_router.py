@@ -7,8 +7,9 @@ from ride_timm.models import Router
 
 
 def plain_gate(router: Router, i: int, features: list[list[float]], logits: list[list[float]]) -> float:
-    """w · [top-k(mean of experts 1…i), relu(A f / |f| + a)] + b of one image, in plain Python.
+    """Compute the gate of one image in plain Python.
 
+    w · [top-k(mean of experts 1…i), relu(A f / |f| + a)] + b, with
     features: E lists of D numbers; logits: E lists of C numbers.
     """
     num_classes = len(logits[0])

@@ -1,4 +1,4 @@
-"""Saved networks load again, through timm and transformers, whatever was changed before saving."""
+"""Saved networks load again, through timm and transformers."""
 
 import json
 

@@ -1,4 +1,7 @@
-"""The calls of timm's train.py, validate.py, inference.py and benchmark.py, which its wheels do not ship."""
+"""The calls of timm's scripts, which its wheels do not ship.
+
+train.py, validate.py, inference.py and benchmark.py.
+"""
 
 import pytest
 import timm

@@ -74,7 +74,10 @@ def images(backbone, B=2, seed=1):
 
 
 def lively(backbone) -> nn.Module:
-    """Create the backbone with every part active: layer scales near 1, BatchNorm statistics of a batch."""
+    """Create the backbone with every part active.
+
+    Layer scales are near 1, BatchNorm statistics those of a batch.
+    """
     torch.manual_seed(3)
     net = timm.create_model(backbone, num_classes=7, **BACKBONES[backbone][1])
     with torch.no_grad():

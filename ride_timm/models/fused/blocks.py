@@ -1,4 +1,4 @@
-"""Residual blocks with fused norms, and experts batched so that one call normalises all of them."""
+"""Residual blocks with fused norms, and experts that train batched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .norm import norm_relu
 
 
 class FusedBlock(nn.Module):
-    """A residual block of timm's ResNets, each norm fused with its shortcut and ReLU; modules keep their names."""
+    """A residual block of timm whose norms are fused with shortcut and ReLU.
+
+    Its modules keep their names.
+    """
 
     def __init__(self, block: BasicBlock | Bottleneck) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class FusedStage(nn.Sequential):
 def _forward_rest(
     blocks: Sequence[FusedBlock], xs: Sequence[Tensor], shortcuts: Sequence[Tensor], twice: bool
 ) -> list[Tensor]:
-    """Run each block from behind its first convolution: output of that convolution, shortcut -> output."""
+    """Run blocks from the outputs of their first convolutions to their own outputs."""
     num_convs = blocks[0].num_convs
     for i in range(1, num_convs):
         xs = norm_relu([getattr(block, f"bn{i}") for block in blocks], xs)
@@ -56,8 +59,9 @@ def forward_blocks(
     xs: Sequence[Tensor],
     enter: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None,
 ) -> list[Tensor]:
-    """Run stages of equal shapes batched, one feature map each: block by block, the norms of all stages in one call.
+    """Run stages of equal shapes batched, each on its own feature map.
 
+    Block by block, one call normalises for all stages.
     enter: (first blocks, xs) -> (outputs of their first convolutions, shortcuts), instead of one call per block.
     """
     copies = list(xs) * 2
@@ -87,8 +91,9 @@ def _can_batch(experts: Sequence[nn.Module]) -> bool:
 
 
 def _enter_batched(blocks: Sequence[FusedBlock], xs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Run the first convolutions of all blocks on one feature map, which all `xs` are, as one convolution.
+    """Run the first convolutions of all blocks as one, on one feature map.
 
+    All `xs` are that feature map.
     This map is the largest that experts see, and is read once in each xsion. The results differ from separate
     convolutions only by the order of summation.
     """
@@ -138,7 +143,7 @@ def _fusable(block: nn.Module) -> bool:
 
 
 def fuse_blocks(model: nn.Module) -> int:
-    """Replace every plain ResNet block by a `FusedBlock`, in place; return how many.
+    """Replace every plain ResNet block by a `FusedBlock`; return how many.
 
     A Sequential of fused blocks only becomes a `FusedStage`; hooks on its blocks are not called.
     """
@@ -164,7 +169,7 @@ def fuse_blocks(model: nn.Module) -> int:
 
 
 def fuse(model: Ride) -> int:
-    """Make the ResNet blocks of a model train faster on a CPU, in place; return how many blocks changed.
+    """Make ResNet blocks train faster on a CPU; return how many were replaced.
 
     BatchNorm, shortcut and ReLU become one pass over the activations, compiled at first use (needs a C++ compiler), and
     experts of equal shapes train batched. Parameters, buffers, their names and the results in eval mode stay.

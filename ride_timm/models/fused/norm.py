@@ -1,4 +1,4 @@
-"""BatchNorm, shortcut and ReLU in one pass over the activations, for training on a CPU.
+"""BatchNorm, shortcut and ReLU in one pass, for training on a CPU.
 
 Outside its convolutions, a ResNet on a CPU mostly reads and writes activations, and channels that are no multiple of
 the vector width (RIDE's 24) slow that down. Here the pixels of a channels-last feature map are viewed as rows of
@@ -26,7 +26,10 @@ def _row_width(x: Tensor) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """View channels-last [B, C, H, W] as [P, R, K], pixels in memory order, K a common multiple of C and LANES."""
+    """View channels-last [B, C, H, W] as [P, R, K], pixels in memory order.
+
+    K is the least common multiple of C and LANES, R rows make a block.
+    """
     width = _row_width(x)
     num_rows = x.numel() // width
     most = max(1, min(num_rows, ROW_BLOCK // width))
@@ -46,8 +49,9 @@ def _tile(by_channel: Tensor, rows: Tensor) -> Tensor:
 def _statistics(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows [P, R, K] -> mean [C], 1 / deviation [C], scale [K] and shift [K]; updates running mean and var in place.
+    """Rows [P, R, K] -> mean [C], 1 / deviation [C], scale [K] and shift [K].
 
+    Updates the running mean and var in place.
     A block sums differences to its first row, which loses little to cancellation; blocks are combined by their means.
     """
     num_channels = len(weight)
@@ -76,14 +80,17 @@ def _normalize_add(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor) ->
 
 
 def _where_passed(grad: Tensor, out: Tensor) -> Tensor:
-    """Gradient of a ReLU's input from that of its output; out: its output, or its input."""
+    """Gradient of a ReLU's input; grad: of its output; out: its output or input."""
     return torch.where(out <= 0, 0.0, grad.float())
 
 
 def _factors(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight and bias [C], and factors a, b, c [K] of the input's gradient a * grad + b * x + c."""
+    """Gradients of weight and bias [C], and factors of the input's gradient.
+
+    The factors a, b, c [K] give a * grad + b * x + c.
+    """
     num_channels = len(weight)
     count = x.numel() // num_channels
     of_bias = grad.sum(1).view(-1, num_channels).sum(0)
@@ -103,7 +110,10 @@ def _gradient_sums(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *norm:
 def _gradient_sums_add(
     out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, *grads: Tensor
 ) -> tuple[Tensor, ...]:
-    """Apply `_factors` and append the shortcut's gradient; grads: of every copy of the output."""
+    """Apply `_factors` and append the shortcut's gradient.
+
+    grads: of every copy of the output.
+    """
     grad = _where_passed(sum(grad.float() for grad in grads), out)
     return *_factors(grad, x, weight, mean, inverse), grad.to(x.dtype)
 
@@ -122,7 +132,7 @@ _COMPILED: dict[tuple[Any, ...], Callable[..., Sequence[Tensor]]] = {}
 def _each(
     one_pass: Callable[..., Any], maps: Sequence[tuple[Tensor, ...]], *constants: float
 ) -> list[tuple[Tensor, ...]]:
-    """Call `one_pass(*tensors, *constants)` for each feature map, all compiled as one function.
+    """Call `one_pass(*tensors, *constants)` per feature map, compiled as one.
 
     maps: one tuple of contiguous tensors per feature map, of equal shapes and dtypes. The first call for these compiles
     for seconds. The cache is our own: the look-up of torch.compile costs more than a pass over a small feature map.
@@ -152,8 +162,9 @@ def _compile(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable
 
 
 class _NormReLU(torch.autograd.Function):
-    """relu(batch_norm(x) + shortcut) of `count` channels-last feature maps [B, C, H, W] of one shape, in training.
+    """relu(batch_norm(x) + shortcut) in training, of `count` feature maps.
 
+    Feature maps: channels-last [B, C, H, W], of one shape.
     parts: x of all feature maps, then weight, bias, running mean, running var and the shortcuts, if any.
     twice: with shortcuts, the outputs are returned again as copies with gradients of their own.
     """
@@ -242,8 +253,9 @@ def norm_relu(
     shortcuts: Sequence[Tensor] | None = None,
     twice: bool = False,
 ) -> list[Tensor]:
-    """relu(norm(x) + shortcut) of each feature map, x and shortcut [B, C, H, W]; twice: each output is returned twice.
+    """relu(norm(x) + shortcut) of each feature map [B, C, H, W].
 
+    twice: return every output twice, first all once.
     In training on a CPU all feature maps take one pass, if they fit (`_fits`) and are alike with their norms. Two uses
     of an output should take a copy each: the backward pass then sums their gradients (with shortcuts; without, the
     copies are the same tensor). Otherwise the modules run one after the other.

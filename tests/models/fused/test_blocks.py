@@ -1,4 +1,4 @@
-"""Fused blocks and batched experts: the same numbers as blocks and experts one by one."""
+"""Fused blocks and batched experts against the plain modules."""
 
 from collections import OrderedDict
 from copy import deepcopy
@@ -18,7 +18,7 @@ from ride_timm.training.ghost_batches import forward_in_parts
 
 @pytest.mark.parametrize("name", ["ride_resnet32", "test_ride_resnet"])
 def test_a_network_trains_alike(uncompiled, name):
-    """Logits, gradients and statistics of a fused network are within float32's own error, measured by float64."""
+    """A fused network is within float32's own error, measured by float64."""
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=10).to(memory_format=torch.channels_last)
     fused, exact = deepcopy(plain), deepcopy(plain).double()
@@ -51,7 +51,7 @@ def test_under_torch_compile_the_compiler_sees_the_modules():
 
 @pytest.mark.parametrize("name", ["ride_resnet32", "test_ride_resnet"])
 def test_batched_experts(uncompiled, name):
-    """Features, logits and gradients equal those of the experts one by one; float64 takes the unfused path."""
+    """Batched experts equal experts one by one; float64 takes the unfused path."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).to(memory_format=torch.channels_last).double()
     batched = deepcopy(model)

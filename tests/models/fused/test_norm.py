@@ -14,8 +14,9 @@ from ride_timm.models.fused.norm import norm_relu
 
 
 def judge(dtype, shape, with_shortcut, count=1, twice=False):
-    """Compare outputs, gradients and running statistics of float64 modules with the fused pass in `dtype`.
+    """Compare the fused pass in `dtype` with float64 modules.
 
+    Compared are outputs, gradients and running statistics.
     count: feature maps in one call; twice: each output has two uses with different gradients, here a copy each.
     """
     torch.manual_seed(0)
@@ -89,7 +90,7 @@ def test_compiled_passes_give_the_same(dtype, tolerance, shape, with_shortcut, t
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize(("shift", "first", "tolerance"), [(1000, 0, 1e-4), (0, 3, 1e-5), (0, 30, 1e-3)])
 def test_statistics_lose_little_to_cancellation(shift, first, tolerance):
-    """Compiled sums over 1,024 rows far from zero, or with an outlier in the first row."""
+    """Compiled sums over 1,024 rows, far from zero or with an outlier."""
     torch.manual_seed(0)
     norm, x = nn.BatchNorm2d(16, momentum=1.0), channels_last(4, 16, 32, 32) + shift
     x[0, :, 0, 0] += first
