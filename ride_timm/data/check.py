@@ -146,7 +146,7 @@ def _shared(lists: dict[str, AnnotationList]) -> list[str]:
         for other in splits[i + 1 :]:
             common = set(lists[one].files) & set(lists[other].files)
             if common:
-                problems.append(f"{one} and {other} share {len(common):,} images, such as {min(common)}")
+                problems.append(f"{one} and {other} have {len(common):,} images in common, such as {min(common)}")
     return problems
 
 

@@ -180,8 +180,8 @@ class NameKeys:
     Hub's ImageNet appends the class to a name (`n01440764_10026_n01440764.JPEG`); it is removed.
 
     rows: paths of the rows if they are known beforehand, None for a row without one. Then `row_of` maps a key to its
-    row, and `clash` is (file, row, row), by position: the last rows that were hard to separate or, if they still share
-    a key or the file has no row, inseparable.
+    row, and `clash` is (file, row, row), by position: the last rows that were hard to separate or, if they still have
+    one key or the file has no row, inseparable.
     """
 
     def __init__(self, files: Sequence[str], rows: Sequence[str | None] = ()) -> None:

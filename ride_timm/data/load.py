@@ -133,7 +133,7 @@ def _check_selection(data_dir: Path, annotations: Path | None, wanted: dict[str,
     if differing:
         held, asked = (", ".join(f"{key}={values[key]}" for key in differing) for values in (saved, wanted))
         raise InputError(
-            f"folder {str(data_dir)!r} was saved with {held}, not {asked}: save the other selection as well"
+            f"folder {str(data_dir)!r} was saved with {held}, not {asked}: save the other selection to another folder"
         )
 
 
@@ -158,8 +158,8 @@ def _split_names(splits: Iterable[str], train_split: str, test_split: str | None
         if use_val is None:
             return names
         raise InputError(
-            f"the data set has no validation split beside {train_split!r} and {test_split!r}; it has {listed(splits)}: "
-            "hold out training images instead (--holdout 0.1)"
+            f"the data set has no validation split besides {train_split!r} and {test_split!r}; it has "
+            f"{listed(splits)}: hold out training images instead (--holdout 0.1)"
         )
     return [*names, val_split]
 

@@ -1,4 +1,4 @@
-"""Streaming: rows of a Hub data set or of parquet files, read shard by shard and never held as a whole.
+"""Streaming: rows of a Hub data set or of parquet files, read shard by shard and never held completely.
 
 Guarantees of a `StreamedSet`, on `datasets`' shards, seeded shuffle buffer and `split_dataset_by_node`:
 
@@ -213,8 +213,8 @@ class StreamBatches(Batches):
                 if key in met:  # here, not in a worker: each reads shards of its own
                     raise RunError(
                         f"two rows of split {self.images.split!r} have the name of one listed image, {key}, and a "
-                        "stream cannot tell which is meant: leave --streaming out, which compares folders as well, or "
-                        "list paths that tell them apart"
+                        "stream cannot choose between them: leave --streaming out, to compare folders as well, or list "
+                        "paths that differ"
                     )
                 met.add(key)
             yield batch

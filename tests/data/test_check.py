@@ -1,4 +1,4 @@
-"""What `datasets check` finds of a published data set: nothing to find, or exactly what is wrong."""
+"""`datasets check` of a published data set: no problem, or exactly the problem there is."""
 
 import datasets
 import pytest
@@ -29,7 +29,7 @@ def test_the_known_totals():
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_a_whole_installation_has_no_problem(tmp_path, rows):
+def test_a_complete_installation_has_no_problem(tmp_path, rows):
     root = (write_rows if rows else write_images)(tmp_path)
     found = check_installation("imagenet_lt", root, write_lists(tmp_path / "lists"))
     assert found["problems"] == [] and found["root"] == str(tmp_path)
@@ -59,7 +59,7 @@ def test_missing_and_empty_images_are_named_by_line_path_and_class(tmp_path):
     assert f"missing: train, line 9: {paths[1]}" in text and "train, … 1 more (--all)" in text and paths[2] not in text
 
 
-def test_a_wrong_root_is_said_once_a_list(tmp_path):
+def test_a_wrong_root_is_reported_once_per_list(tmp_path):
     found = check_installation("imagenet_lt", tmp_path, write_lists(tmp_path / "lists"))
     assert [p.split(" is under")[0] for p in found["problems"]] == [
         f"{split}: none of the {n} images" for split, n in (("train", 13), ("val", 6), ("test", 9))
@@ -83,7 +83,7 @@ def test_a_wrong_root_is_said_once_a_list(tmp_path):
         ),
         ({"train": [*LISTS["train"][:-1], "train/a/new.JPEG 3"]}, "line 13 of"),
         ({"val": [*LISTS["val"][:-1], LISTS["val"][0]]}, f"line 6, {LISTS['val'][0].split()[0]} (line 1)"),
-        ({"val": [*LISTS["val"][:-1], LISTS["train"][-1]]}, "train and val share 1 images, such as"),
+        ({"val": [*LISTS["val"][:-1], LISTS["train"][-1]]}, "train and val have 1 images in common, such as"),
         ({"test": None}, "test: there is no list ImageNet_LT_test.txt in"),
     ],
 )

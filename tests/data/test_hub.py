@@ -1,4 +1,4 @@
-"""Which files of a folder are which split."""
+"""The splits of folders and of parquet files."""
 
 from itertools import count
 
@@ -63,7 +63,7 @@ def test_folders_of_parquet_files(tmp_path, inside):
         file.parent.mkdir(exist_ok=True)
         split(labels).to_parquet(file)
     if inside == "data":
-        write_folders(tmp_path, "train")  # what is beside the rows does not count
+        write_folders(tmp_path, "train")  # folders next to the rows are ignored
     assert load_longtail(str(tmp_path), imb_type="none").class_counts == [2, 1]
 
 

@@ -75,7 +75,7 @@ def test_labels_with_gaps_or_beyond_the_classes_are_named(tmp_path):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_the_authors_layout(tmp_path, monkeypatch, inside):
-    """Lists beside the images, or both in the folder ImageNet_LT of the given root."""
+    """Lists next to the images, or both in the folder ImageNet_LT of the given root."""
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded"))
     write_lists(write_images(tmp_path / "ImageNet_LT"))
     data = load_longtail("imagenet_lt", tmp_path if inside else tmp_path / "ImageNet_LT")
@@ -105,7 +105,7 @@ def test_a_set_without_a_test_list_is_tested_on_its_validation_list(tmp_path, mo
     write_lists(write_images(tmp_path), "iNaturalist18", lists)
     data = load_longtail("inat18", tmp_path)
     assert data.test.split == "val" and len(data.test) == 6
-    with pytest.raises(InputError, match=r"no validation split beside 'train' and 'val'.*--holdout"):
+    with pytest.raises(InputError, match=r"no validation split besides 'train' and 'val'.*--holdout"):
         load_longtail("inat18", tmp_path, use_val=True)
 
 
@@ -212,11 +212,11 @@ def matched(tmp_path, files, paths):
         (["dog/1.png", "fox/2.png"], ["a/b/fox/2.jpg", "a/b/dog/1.jpg", "a/b/dog/2.jpg", "a/b/fox/1.jpg"], [1, 0]),
         (["train/a/dog/1.png"], ["train/a/dog/1.png", "train/b/dog/1.png", None], [0]),
         (["dog/1.jpg", "dog/1.png"], ["dog/1.png", "cat/1.png", "dog/1.jpg"], [2, 0]),
-        # an image that stands in the list twice is one image
+        # an image that is listed twice is one image
         (["train/dog/1.png", "train/dog/1.png"], ["1.png", "2.png", "2.png"], [0, 0]),
     ],
 )
-def test_rows_of_the_same_name_are_told_apart_by_their_folders(tmp_path, files, paths, expected):
+def test_rows_of_the_same_name_are_separated_by_their_folders(tmp_path, files, paths, expected):
     assert matched(tmp_path, files, paths) == [paths[row] for row in expected]
 
 
@@ -229,7 +229,7 @@ def test_rows_of_the_same_name_are_told_apart_by_their_folders(tmp_path, files, 
         (["train/c/2.png", "train/dog/1.png"], ["x/dog/1.png", "c/2.png", "y/dog/1.png"], "row 0 .*, or row 2, y/dog"),
     ],
 )
-def test_rows_that_cannot_be_told_apart_are_named(tmp_path, files, paths, message):
+def test_rows_that_cannot_be_separated_are_named(tmp_path, files, paths, message):
     with pytest.raises(InputError, match=rf"list_train.txt: line 2, {files[1]}, may be {message}.*: expected one row"):
         matched(tmp_path, files, paths)
 

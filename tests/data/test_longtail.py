@@ -68,7 +68,7 @@ def test_none_keeps_rows_and_their_order():
     assert longtail_indices([2, 0, 1, 0, 0], "none", 0.01).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_class_smaller_than_its_size_is_kept_whole():
+def test_a_class_smaller_than_its_size_is_kept_completely():
     labels = np.repeat([0, 1], [3, 97])  # n_max is 50 for both
     assert np.bincount(labels[longtail_indices(labels, "exp", 1.0)]).tolist() == [3, 50]
 

@@ -70,7 +70,7 @@ def test_evaluation_sees_every_listed_image_once(tmp_path, num_shards, num_proce
 
 
 class Keys(IterableDataset):
-    """What a part gives, as workers see it."""
+    """The keys of a part, split over workers."""
 
     def __init__(self, part):
         self.part = part
@@ -94,7 +94,7 @@ def test_parts_in_training_are_disjoint_and_complete(tmp_path, num_shards, num_p
 
 
 def test_one_process_trains_on_every_image_once_in_an_order_of_the_epoch(data):
-    """The images are plain, so augmentation changes their brightness alone: labels and counts tell them apart."""
+    """The images are plain, so augmentation changes their brightness alone: labels and counts distinguish them."""
     first, again = loader(data.train), loader(data.train)
     orders = {}
     for epoch in (0, 1):

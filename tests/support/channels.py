@@ -1,4 +1,4 @@
-"""Maps as training lays them out."""
+"""Random feature maps in channels-last memory format, as in training."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of small images, on any device."""
+"""Augmentation of small images a batch at a time, on any device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Draws(NamedTuple):
     angle: Tensor
 
     def part(self, start: int, stop: int) -> Draws:
-        """The draws of images start … stop-1."""
+        """The draws of images start ... stop-1."""
         return Draws(*(value[start:stop] for value in self))
 
 

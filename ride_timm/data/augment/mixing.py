@@ -1,4 +1,4 @@
-"""Changes of whole training batches, by timm: random erasing, mixup, CutMix."""
+"""Changes of training batches, by timm: random erasing, mixup, CutMix."""
 
 from __future__ import annotations
 

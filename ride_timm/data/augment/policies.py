@@ -26,7 +26,7 @@ class Policy:
     size: default input size in pixels; resize: shorter image size before the centre crop at test time, at that size.
     padding, degrees: padded crop and rotation of small images; without padding, a random resized crop instead.
     jitter: strength of the brightness, contrast and saturation changes.
-    in_memory: decode the set once, hold it in memory and augment whole batches.
+    in_memory: decode the set once, hold it in memory and augment it batch by batch.
     auto_augment: timm's name of a policy, see `TimmAugment`; applied before the padded crop, or after the random
         resized crop and its flip.
     """

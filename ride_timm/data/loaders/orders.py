@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from ...errors import InputError
 
-# one random stream per purpose, so that no two purposes share draws; the last three are the loaders'
+# one random stream per purpose, so that no two purposes use the same draws; the last three are the loaders'
 SHUFFLE, CLASS, BUCKET, BATCH, SAMPLE, STRONG = range(6)
 
 
@@ -140,9 +140,13 @@ class RankSlices:
             raise InputError(f"rank {self.rank} is not below the number of processes, {self.num_processes}")
         if self.train and min(self.batch_size, self.num_draws) < self.num_processes:
             what = (
-                f"batch size {self.batch_size}" if self.batch_size < self.num_processes else f"{self.num_draws} images"
+                f"a batch of {self.batch_size}"
+                if self.batch_size < self.num_processes
+                else f"a set of {self.num_draws}"
             )
-            raise InputError(f"{what} cannot serve {self.num_processes} processes: each needs an image in every step")
+            raise InputError(
+                f"{what} is too small for {self.num_processes} processes: each needs an image in every step"
+            )
 
     @property
     def fewest(self) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def test_numbers_of_the_policies():
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("policy", ["imagenet", "inat"])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_whole_transform_equals_torchvision(policy, train, kind):
+def test_a_complete_transform_equals_torchvision(policy, train, kind):
     data = encoded(smooth(300, 260), kind)
     transform = build_transform(policy, train, 48)
     plain = [T.RandomResizedCrop(48)] if train else [T.Resize(54), T.CenterCrop(48)]

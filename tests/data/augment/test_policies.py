@@ -1,4 +1,4 @@
-"""timm's augmentations of single images: their generator, their place in the transform, their names."""
+"""timm's augmentations of single images: their generator, their position in the transform, their names."""
 
 import random
 
@@ -19,8 +19,8 @@ DESCRIPTIONS = ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1", "original", "v0", 
 MEAN = (0.5, 0.4, 0.3)
 
 
-def picture(side=32):
-    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+def picture(size=32):
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
@@ -30,7 +30,7 @@ def test_choices_follow_from_torchs_generator_alone(description):
 
     def draw(seed):
         torch.manual_seed(seed)
-        random.seed(int.from_bytes(np.random.bytes(4), "big"))  # other generators stand anywhere
+        random.seed(int.from_bytes(np.random.bytes(4), "big"))  # in any state
         return [np.asarray(augment(picture())) for _ in range(6)]
 
     one, again, other = draw(0), draw(0), draw(1)
@@ -51,15 +51,15 @@ def test_other_generators_are_left_where_they_were():
 
 
 @pytest.mark.parametrize(("name", "after"), [("cifar", None), ("imagenet", "RandomHorizontalFlip")])
-def test_it_stands_before_a_padded_crop_or_after_the_flip_in_training_only(name, after):
+def test_it_precedes_a_padded_crop_or_follows_the_flip_in_training_only(name, after):
     plain = get_policy(name)
     policy = plain.with_auto_augment("rand-m9-mstd0.5")
     assert policy.in_memory == plain.in_memory and get_policy(name) == plain and plain.auto_augment is None
     size = policy.size
     steps = [type(step).__name__ for step in build_augment(policy, True).transforms]
     without = [type(step).__name__ for step in build_augment(plain, True).transforms]
-    place = steps.index("TimmAugment")
-    assert [None, *steps][place] == after and steps[:place] + steps[place + 1 :] == without
+    position = steps.index("TimmAugment")
+    assert [None, *steps][position] == after and steps[:position] + steps[position + 1 :] == without
     image = picture(size)
     assert build_augment(policy, True)(image).shape == (3, size, size)
     assert torch.equal(build_augment(policy, False)(image), build_augment(plain, False)(image))

@@ -18,12 +18,12 @@ DECODERS = (decode_full, decode_reduced)
 
 
 @pytest.mark.parametrize(
-    "side, factor",
+    "size, factor",
     [(1, 1), (223, 1), (224, 1), (447.9, 1), (448, 2), (895, 2), (896, 4), (1791, 4), (1792, 8), (9999, 8)],
 )
-def test_the_box_stays_at_least_as_large_as_the_output(side, factor):
-    assert reduction((5, 7, 5 + side, 7 + 20_000), (224, 224)) == factor
-    assert reduction((5, 7, 5 + 20_000, 7 + side), (224, 224)) == factor
+def test_the_box_stays_at_least_as_large_as_the_output(size, factor):
+    assert reduction((5, 7, 5 + size, 7 + 20_000), (224, 224)) == factor
+    assert reduction((5, 7, 5 + 20_000, 7 + size), (224, 224)) == factor
 
 
 @pytest.mark.parametrize(
@@ -33,10 +33,10 @@ def test_the_jpeg_is_decoded_at_the_factor_asked_for(decoded, size):
     output = min(size[0], 224), min(size[0], 224)
     decode_reduced(opened(encoded(smooth(*size))), lambda w, h: ((0, 0, w, h), output))
     factor = reduction((0, 0, *size), output)
-    assert decoded == [tuple(-(-side // factor) for side in size)]
+    assert decoded == [tuple(-(-edge // factor) for edge in size)]
 
 
-def test_reduced_decoding_takes_place(decoded):
+def test_large_images_are_decoded_at_reduced_size(decoded):
     data = image_set(encoded(smooth(2000, 1500)))
     common = {"batch_size": 1, "seed": 0, "input_size": 224, "reduced_decode": True}
     list(make_loader(data, "imagenet", train=False, **common))
@@ -115,7 +115,7 @@ def test_reduced_pixels_are_close(decoded, mode, orientation, progressive):
 
 
 def test_a_reduced_crop_is_not_shifted():
-    """A fine ramp: its values tell the position to a fraction of a pixel."""
+    """A fine ramp: its values give the position to a fraction of a pixel."""
     ramp = np.broadcast_to(np.linspace(20, 235, 1600)[None, :, None], (1200, 1600, 3)).astype(np.uint8)
     data = encoded(Image.fromarray(ramp))
     for left in (101, 102, 103, 337):
@@ -124,7 +124,7 @@ def test_a_reduced_crop_is_not_shifted():
         assert difference(reduced, full).mean() < 0.5
 
 
-def test_decoded_images_serve_as_well():
+def test_decoded_images_work_as_well():
     image = opened(encoded(smooth(640, 480)))
     image.load()
     assert difference(Fit(56, 64, decode_reduced)(image), Fit(56, 64)(image)).max() == 0

@@ -92,7 +92,7 @@ def test_orders_leave_the_global_generators_alone():
 @pytest.mark.parametrize("train", [True, False])
 def test_slices_of_all_ranks_make_the_batches(n, batch_size, num_processes, train):
     if train and n < num_processes:
-        with pytest.raises(InputError, match=f"{n} images cannot serve {num_processes} processes"):
+        with pytest.raises(InputError, match=f"a set of {n} is too small for {num_processes} processes"):
             RankSlices(n, batch_size, train, 0, num_processes)
         return
     ranks = [list(RankSlices(n, batch_size, train, r, num_processes)) for r in range(num_processes)]
