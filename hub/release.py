@@ -14,13 +14,13 @@ from pathlib import Path
 
 from folder import HERE, Staged, parse_name
 from publish import check_access, check_release, publish, repository
-from ride_timm.models.release import NAMESPACE
 from stage import build, install, scratch_folder
 from tables import refresh
 from verify import data_of, print_findings, verify
 
 from ride_timm.cli.process import exit_code
 from ride_timm.hardware import set_threads
+from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser
 
 

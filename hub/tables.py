@@ -1,10 +1,10 @@
-"""Render the tables of tags and of results from the staged releases.
+"""Render the tables of tags and results from the staged releases, and those of methods from the losses.
 
 python hub/tables.py
 
-fills hub/README.md with the tags, docs/results.md with every measurement and its provenance, and README.md with a
-summary of one row per release. A tag is published (on the Hub), staged (a folder in
-hub/), convertible (a checkpoint of the authors) or trainable (from a recipe or the authors' configuration).
+fills hub/README.md with the tags, docs/results.md with every measurement and its provenance, docs/methods.md with the
+losses and their keys, and README.md with a summary of both. A tag is published (on the Hub), staged (a folder in hub/),
+convertible (a checkpoint of the authors) or trainable (from a recipe or the authors' configuration).
 """
 
 from __future__ import annotations
@@ -22,12 +22,23 @@ from zoo import DOWNLOAD, read_zoo
 from ride_timm import InputError
 from ride_timm.cli.process import exit_code
 from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, markdown_table, millions, number
+from ride_timm.losses import LOSSES, RegisteredLoss
 from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser
 
 _TAG_COLUMNS = ("our name", "experts", "router", "original", "state")
 _SUMMARY_COLUMNS = ("weights", "data set", *GROUPS, "MMACs", "routed", "MMACs")
-_COLUMNS = ("model", "answer", "all", "many", "medium", "few", "top-5", "MACs", "images that use 1 / 2 / … experts")
+_COLUMNS = (
+    "weights",
+    "prediction",
+    "all",
+    "many",
+    "medium",
+    "few",
+    "top-5",
+    "MMACs",
+    "images that use 1 / 2 / … experts",
+)
 
 
 def tag_states() -> dict[str, str]:
@@ -118,10 +129,38 @@ def render_summary(root: Path = HERE) -> str:
     return markdown_table([_SUMMARY_COLUMNS, *(row for *_, row in sorted(rows))])
 
 
+def _arxiv(paper: str | None) -> str:
+    return f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "–"
+
+
+def _by_paper() -> list[tuple[str, RegisteredLoss]]:
+    """The losses from the oldest paper to the latest."""
+    return sorted(LOSSES.items(), key=lambda item: item[1].paper or "")
+
+
+def render_losses() -> str:
+    rows = [(f"`{name}`", entry.citation.removeprefix("the "), _arxiv(entry.paper)) for name, entry in _by_paper()]
+    return markdown_table([("`--loss`", "method", "paper"), *rows])
+
+
+def render_methods() -> str:
+    rows = [
+        (f"`{name}`", f"{entry.citation}: {entry.summary}".removeprefix("the "), _arxiv(entry.paper), _keys(entry))
+        for name, entry in _by_paper()
+    ]
+    return markdown_table([("`--loss`", "method", "paper", "keys"), *rows])
+
+
+def _keys(entry: RegisteredLoss) -> str:
+    return ", ".join(f"`{item.name}`" for item in entry.keys) or "–"
+
+
 PAGES = {
     "tags": (HERE / "README.md", render_tags),
     "results": (ROOT / "docs" / "results.md", render_results),
+    "methods": (ROOT / "docs" / "methods.md", render_methods),
     "summary": (ROOT / "README.md", render_summary),
+    "losses": (ROOT / "README.md", render_losses),
 }
 
 
@@ -137,8 +176,10 @@ def fill(page: str, name: str, body: str) -> str:
 
 def refresh() -> None:
     """Render every table into its page."""
-    filled = [(path, fill(path.read_text(encoding="utf-8"), name, render())) for name, (path, render) in PAGES.items()]
-    for path, page in filled:
+    pages: dict[Path, str] = {}
+    for name, (path, render) in PAGES.items():
+        pages[path] = fill(pages.get(path) or path.read_text(encoding="utf-8"), name, render())
+    for path, page in pages.items():
         path.write_text(page, encoding="utf-8")
         print(f"rendered {path}")
 
