@@ -71,7 +71,7 @@ def render(staged: Staged) -> str:
         curve_rows=[_curve_row(point) for point in _few_points(results.get("routing", {}).get("curve", []))],
         training=training(recipe, results),
         command=command(recipe, results),
-        settings=settings(recipe, args, stages) if recipe else [],
+        settings=[*settings(recipe, args, stages), *_teacher(results)] if recipe else [],
         tail=_tail(results, shots[1]),
         rare_classes=rare_classes(recipe),
         balanced_note="" if data.get("dataset") != "inat18" else " (three images a class)",
@@ -104,6 +104,14 @@ def describe_data(results: dict[str, Any]) -> tuple[str, str | None, str | None]
     elif as_given(results) and min(counts) > 0:
         pretty += f" (ready-made, imbalance factor {round(max(counts) / min(counts))})"
     return pretty, hub_id, home
+
+
+def _teacher(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The row of the teacher: its public name, if it has one, and the hash of its weights."""
+    if "teacher" not in results:
+        return []
+    spec, digest = results["teacher"]["spec"], results["teacher"]["sha256"]
+    return [("teacher", f"{f'`{spec}`, ' if spec else ''}sha256 of its weights {digest[:12]}")]
 
 
 def shots_of(results: dict[str, Any], recipe: Recipe | None) -> tuple[int, int]:

@@ -200,6 +200,8 @@ def _copy_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
             raise InputError(f"stage {unfinished.pop()} of the run in {source} is not finished: finish it by --resume.")
     if results.get("source") is not None:
         results["source"] = _public_source(results["source"])
+    if teacher := results.get("teacher"):
+        teacher["spec"] = _public_source(teacher["spec"])
     was_staged, own = "seeds" in results, _seed_facts(results)
     runs = [own if run["seed"] == own["seed"] else run for run in results.get("seeds", [own])]
     for path in seeds:

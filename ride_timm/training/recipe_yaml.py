@@ -13,6 +13,12 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 class _TextLoader(yaml.BaseLoader):
     """YAML 1.1 would read `no` as False, 010 as 8, 1:30 as 90 and 1e-3 as a string."""
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        tag = node.tag.removeprefix("tag:yaml.org,2002:")
+        if tag not in ("str", "seq", "map"):
+            raise ConstructorError(None, None, f"tag !!{tag} is not for recipes", node.start_mark)
+        return super().construct_object(node, deep)
+
     def construct_scalar(self, node: Any) -> Any:
         text = super().construct_scalar(node)
         return None if node.style is None and text in _NULLS else text
