@@ -43,12 +43,13 @@ from folder import (
     write_json,
 )
 from measure import measure
-from pictures import draw_classes, draw_routing
 
 from ride_timm import InputError, RunError, load_legacy
 from ride_timm.cli.process import exit_code
 from ride_timm.data.datasets import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
+from ride_timm.evaluation.plots import plot_classes, plot_routing
+from ride_timm.evaluation.tables import STAGE_NAMES
 from ride_timm.files import write_atomically
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
@@ -135,9 +136,10 @@ def build(
         write_atomically(new / GOLDEN, lambda partial: safetensors.torch.save_file(pair, partial))
     if "per_class" in results["stages"].get("experts", {}):
         names = config.get("label_names") or list(map(str, range(model.num_classes)))
-        draw_classes(new / CLASSES, results, names, shots_of(results, recipe))
+        rows = {STAGE_NAMES[stage]: metrics for stage, metrics in results["stages"].items()}
+        plot_classes(new / CLASSES, rows, results["class_counts"], names, shots_of(results, recipe))
     if "routing" in results:
-        draw_routing(new / ROUTING, results["routing"], results["stages"]["router"])
+        plot_routing(new / ROUTING, **results["routing"], chosen=results["stages"]["router"])
     staged = Staged(name, new)
     write_card(staged)
     return staged

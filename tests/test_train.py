@@ -131,7 +131,7 @@ def test_listed_images_and_a_validation_split_that_chooses_the_epoch(train, colo
     experts = found["stages"]["experts"]
     assert [experts["many"], experts["medium"], experts["few"]] == experts["per_class"]
     assert len(experts["experts"]["accuracy"]["all"]) == 2
-    assert {"head_to_tail.png", "reliability.png", "experts.png"} <= {path.name for path in output.iterdir()}
+    assert {"curves.png", "classes.png", "reliability.png", "experts.png"} <= {path.name for path in output.iterdir()}
     (colours.parent / "gone").mkdir(exist_ok=True)
     gone = ["--annotations", lists, "--data-dir", colours.parent / "gone"]
     assert train(flags_of("colours", tmp_path / "no", *gone)) == 2

@@ -16,7 +16,7 @@ from ..data.loaders import make_loader
 from ..errors import InputError
 from ..evaluation.evaluate import evaluate, evaluation_batch
 from ..evaluation.macs import Macs, count_macs
-from ..evaluation.plots import plot_curve, plot_measures
+from ..evaluation.plots import plot_metrics, plot_routing
 from ..evaluation.routing_curve import (
     check_budget,
     collect_outcomes,
@@ -27,7 +27,7 @@ from ..evaluation.routing_curve import (
     thin,
 )
 from ..evaluation.tables import groups_table, metrics_table, millions
-from ..files import write_atomically
+from ..files import write_text
 from ..inference.load import SPEC, data_recipe, load_ride, own_recipe
 from ..inference.options import (
     Timed,
@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
         help="with --routed: choose the threshold for at most this many MACs per image, on the run's held-out training "
         "images, or on training images that the model has seen if there are none",
     )  # fmt: skip
-    parser.add_argument("--plots", metavar="DIR", help="draw head_to_tail.png, reliability.png and experts.png there")
+    parser.add_argument("--plots", metavar="DIR", help="draw classes.png, reliability.png and experts.png there")
     parser.add_argument("--curve", metavar="FILE", help="write accuracy against MACs of all thresholds, .png or .csv")
     parser.add_argument("--time", action="store_true", help="report images per second of the forward passes")
     add_inference_flags(parser)
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         metrics["members"], name = [i + 1 for i in experts], f"experts {args.experts}"
     rows = {name: metrics}
     if args.plots is not None:
-        plot_measures(Path(args.plots), rows)
+        plot_metrics(Path(args.plots), rows, data.class_counts, data.class_names, recipe.shots)
     if args.routed:
         metrics["threshold"] = threshold
     if chosen:
@@ -118,7 +118,10 @@ def run(args: argparse.Namespace) -> None:
         outcomes = collect_outcomes(model, test)
         prefixes = prefix_points(outcomes, macs, data.class_counts, recipe.shots)
         curve = thin(routing_curve(outcomes, macs, data.class_counts, shots=recipe.shots))
-        _write_curve(Path(args.curve), curve, prefixes)
+        if args.curve.endswith(".png"):
+            plot_routing(Path(args.curve), curve, prefixes, metrics if args.routed else None)
+        else:
+            write_text(Path(args.curve), curve_table(curve, prefixes))
         metrics |= dict(curve=curve, prefixes=prefixes)
         rows |= {f"{i + 1} expert{'s' * (i > 0)} always": point for i, point in enumerate(prefixes)}
     if args.json:
@@ -176,13 +179,6 @@ def _choose_threshold(
     curve = routing_curve(outcomes, macs, data.class_counts, outcomes.balanced_weights(), recipe.shots)
     point = point_for_budget(curve, macs_budget)
     return point | dict(images=len(images), seen_in_training=not unseen, source=source)
-
-
-def _write_curve(path: Path, curve: list[dict[str, Any]], prefixes: list[dict[str, Any]]) -> None:
-    if path.suffix == ".png":
-        write_atomically(path, lambda partial: plot_curve(partial, curve, prefixes))
-    else:
-        write_atomically(path, lambda partial: partial.write_text(curve_table(curve, prefixes), encoding="utf-8"))
 
 
 def _print(args: argparse.Namespace, rows: dict[str, Any], metrics: dict[str, Any], device: torch.device) -> None:

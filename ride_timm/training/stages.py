@@ -146,7 +146,8 @@ class Stage:
             facts |= {key: value for key in ("source", "teacher") if (value := getattr(state, key))}
             run.write_results(self.recipe, self.accelerator.device, state.results, **facts)
             run.save(state)
-            plot_run(run.path, state.history, run.results())
+            names, shots = self.data.longtail.class_names, self.recipe.shots
+            plot_run(run.path, state.history, run.results(), names, shots)
         self.accelerator.wait_for_everyone()
 
     def settle(self) -> None:

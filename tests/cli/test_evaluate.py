@@ -71,7 +71,7 @@ def test_metrics_by_group_and_expert(capsys, run, evaluated, tmp_path):
     assert sum(n > 500 for n in counts) == groups["many"] and sum(n < 50 for n in counts) == groups["few"]
     assert chosen["many"] == pytest.approx(sum(chosen["per_class"][:2]) / 2)
     assert chosen["few"] == pytest.approx(sum(chosen["per_class"][6:]) / 4)
-    assert {path.name for path in tmp_path.iterdir()} == {"head_to_tail.png", "reliability.png", "experts.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"classes.png", "reliability.png", "experts.png"}
     text = output(capsys, "evaluate", "--model", run, "--experts", "2")
     assert "experts 2" in text and "expert 2" in text and "expert 1" not in text and "harmonic mean" in text
 

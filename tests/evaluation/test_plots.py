@@ -1,4 +1,4 @@
-"""What is drawn of the measures, read back from the figures."""
+"""Plots, read back from their figures."""
 
 import pytest
 import torch
@@ -6,43 +6,112 @@ import torch
 from ride_timm.evaluation import plots
 from ride_timm.evaluation.counts import CountAccumulator
 from ride_timm.evaluation.metrics import compute_metrics
+from ride_timm.evaluation.plots import COLOURS
 
 pytest.importorskip("matplotlib")
-COUNTS = [200, 50, 5]
+COUNTS, NAMES, SHOTS = [5, 200, 50], ("rare", "common", "medium"), (100, 20)
 
 
 def measured(routed):
-    """Two images of each class; experts 0 and 1 differ on the last class alone, expert 1 is the one that is right."""
+    """Two images of each class; the experts differ on the rare class alone, where the second one is right."""
     targets = torch.arange(3).repeat(2)
     right = 8.0 * torch.nn.functional.one_hot(targets, 3).float()
-    wrong = torch.where(targets[:, None] == 2, right.roll(1, 1), right)
+    wrong = torch.where(targets[:, None] == 0, right.roll(1, 1), right)
     counts = CountAccumulator(3, 2 if routed else None, None if routed else 2)
     if routed:
-        counts.update(right, targets, experts_used=torch.tensor([1, 1, 2, 1, 2, 2]))
+        counts.update(right, targets, experts_used=torch.tensor([2, 1, 1, 2, 1, 2]))
     else:
         counts.update(right, targets, member_logits=torch.stack([wrong, right], 1))
     return compute_metrics(counts.reduce(), COUNTS)
 
 
-def test_experts_alone_their_differences_and_how_many_are_used():
-    figure = plots._experts({"ensemble": measured(False), "routed": measured(True)})
-    alone, differing, routed, used, nats = figure.axes
-    heights = [[bar.get_height() for bar in bars] for bars in alone.containers]  # all, many, medium, few
-    assert heights[0] == [100, 100, 100, 100]  # the ensemble
-    assert heights[1] == pytest.approx([100 * 4 / 6, 100, 100, 0]) and heights[2] == [100, 100, 100, 100]
-    assert [bars.get_label() for bars in alone.containers] == ["ensemble", "expert 0", "expert 1"]
-    assert [bar.get_height() for bar in differing.containers[0]] == pytest.approx([100 / 3, 0, 0, 100])
-    assert nats.get_ylabel().startswith("diversity") and nats.lines[0].get_ydata()[-1] > 0
-    assert [[bar.get_height() for bar in bars] for bars in routed.containers] == [[100] * 4]
-    shares = [[bar.get_height() for bar in bars] for bars in used.containers]
-    assert shares == [pytest.approx([50, 100, 50, 0]), pytest.approx([50, 0, 50, 100])]
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures by file name."""
+    figures, save = {}, plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({path.name: figure}) or save(figure, path))
+    return figures
+
+
+def heights(axes):
+    return [[bar.get_height() for bar in bars] for bars in axes.containers]
+
+
+def colours(axes):
+    from matplotlib.colors import to_hex
+
+    return [to_hex(bar.get_facecolor()) for bar in axes.containers[0]]
+
+
+def test_experts_alone_their_differences_and_how_many_are_used(drawn, tmp_path):
+    plots.plot_experts(tmp_path / "experts.png", {"ensemble": measured(False), "routed": measured(True)})
+    alone, differing, diversity, routed, used, empty = drawn["experts.png"].axes
+    assert heights(alone) == [[100] * 4, pytest.approx([100 * 4 / 6, 100, 100, 0]), [100] * 4]
+    assert [bars.get_label() for bars in alone.containers] == ["ensemble", "expert 1", "expert 2"]
+    assert heights(differing)[0] == pytest.approx([100 / 3, 0, 0, 100])
+    assert colours(differing) == colours(diversity) == list(COLOURS.values())
+    assert heights(diversity)[0][3] > 0
+    assert heights(routed) == [[100] * 4] and not empty.axison
+    assert heights(used) == [pytest.approx([50, 100, 50, 0]), pytest.approx([50, 0, 50, 100])]  # all, many, medium, few
     tops = [bar.get_y() + bar.get_height() for bar in used.containers[1]]
     assert tops == pytest.approx([100] * 4)
 
 
-def test_what_was_not_measured_is_left_out(tmp_path):
+def test_the_chosen_experts_are_named_by_their_numbers(drawn, tmp_path):
+    plots.plot_experts(tmp_path / "experts.png", {"experts 1,3": measured(False) | dict(members=[1, 3])})
+    labels = [bars.get_label() for bars in drawn["experts.png"].axes[0].containers]
+    assert labels == ["experts 1,3", "expert 1", "expert 3"]
+
+
+def test_classes_from_head_to_tail(drawn, tmp_path):
+    plots.plot_classes(tmp_path / "classes.png", {"ensemble": measured(False)}, COUNTS, NAMES, SHOTS)
+    images, accuracy = drawn["classes.png"].axes
+    assert heights(images)[0] == [200, 50, 5] and heights(accuracy) == [[100, 100, 100]]
+    assert colours(images) == colours(accuracy) == [COLOURS[group] for group in ("many", "medium", "few")]
+    assert [label.get_text() for label in accuracy.get_xticklabels()] == ["common", "medium", "rare"]
+    assert "few 100.0" in accuracy.get_title()
+
+
+def test_many_classes_are_averaged_within_their_group(drawn, tmp_path):
+    counts = [1000] * 399 + [5] * 1
+    metrics = dict(measured(False), per_class=[50.0] * 398 + [None, 10.0])
+    plots.plot_classes(tmp_path / "classes.png", {"ensemble": metrics}, counts, list(map(str, range(400))), SHOTS)
+    bars = drawn["classes.png"].axes[1].containers[0]
+    assert [bar.get_height() for bar in bars] == [50.0] * 100 + [10.0]
+    assert sum(round(bar.get_width()) for bar in bars) == 400
+
+
+def test_one_axis_a_panel_and_all_files(drawn, tmp_path):
+    history = [dict(stage="experts", epoch=1, loss=2.0, all=None, many=None, medium=None, few=None)]
+    history += [dict(stage="experts", epoch=2, loss=1.0, all=50.0, many=50.0, medium=50.0, few=None)]
+    history += [dict(stage="router", epoch=1, loss=0.5, all=50.0, many=50.0, medium=50.0, few=None)]
+    results = dict(stages=dict(experts=measured(False), router=measured(True)), class_counts=COUNTS)
+    plots.plot_run(tmp_path, history, results, NAMES, SHOTS)
+    names = {"curves.png", "classes.png", "reliability.png", "experts.png"}
+    assert {path.name for path in tmp_path.iterdir()} == set(drawn) == names
+    for figure in drawn.values():
+        assert all(not axes._twinned_axes.get_siblings(axes)[1:] for axes in figure.axes)
+        assert all(axes.get_title() for axes in figure.axes if axes.axison and figure is not drawn["reliability.png"])
+    loss, accuracy = drawn["curves.png"].axes[:2]
+    assert list(loss.lines[0].get_ydata()) == [2.0, 1.0]
+    assert [line.get_color() for line in accuracy.lines] == list(COLOURS.values())
+
+
+def test_what_was_not_measured_is_left_out(drawn, tmp_path):
     metrics = measured(False)
-    del metrics["experts"]  # as of a graph that gives the mean alone
-    written = plots.plot_measures(tmp_path, {"ensemble": metrics})
-    assert {path.name for path in written} == {"head_to_tail.png", "reliability.png", "experts.png"}
-    assert not plots._experts({"ensemble": metrics}).axes[1].axison
+    del metrics["experts"]  # as for an ONNX graph, which returns the mean alone
+    plots.plot_experts(tmp_path / "experts.png", {"ensemble": metrics})
+    assert not drawn["experts.png"].axes[1].axison
+
+
+def test_routing_with_the_chosen_threshold(drawn, tmp_path):
+    def point(macs, accuracy):
+        return dict(threshold=0.5, macs=macs, all=accuracy, many=accuracy, medium=None, few=accuracy)
+
+    curve, prefixes = [point(50e6, 40.0), point(80e6, 45.0)], [point(50e6, 40.0), point(100e6, 45.0)]
+    plots.plot_routing(tmp_path / "routing.png", curve, prefixes, point(70e6, 44.0))
+    panels = drawn["routing.png"].axes
+    assert [axes.get_title() for axes in panels] == ["all", "many", "few"]
+    assert [list(line.get_xdata()) for line in panels[0].lines] == [[50, 100], [50, 80], [70]]
+    assert panels[2].lines[1].get_color() == COLOURS["few"]
+    assert [text.get_text() for text in panels[0].texts] == ["1", "2"]
