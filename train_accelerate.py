@@ -63,9 +63,7 @@ def train(argv: list[str] | None) -> None:
         print(run.table())
 
 
-def train_stage(
-    stage: Stage, state: TrainingState, run: RunFolder, accelerator: Accelerator, watch: Watch
-) -> None:  # fmt: skip
+def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator: Accelerator, watch: Watch) -> None:
     """All epochs of a stage after the last finished one, then its results."""
     epoch = state.restore(stage)
     bar = progress_bar(stage, epoch, accelerator)
