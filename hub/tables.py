@@ -28,17 +28,7 @@ from ride_timm.training.arguments import Parser
 
 _TAG_COLUMNS = ("our name", "experts", "router", "original", "state")
 _SUMMARY_COLUMNS = ("weights", "data set", *GROUPS, "MMACs", "routed", "MMACs")
-_COLUMNS = (
-    "weights",
-    "prediction",
-    "all",
-    "many",
-    "medium",
-    "few",
-    "top-5",
-    "MMACs",
-    "images that use 1 / 2 / … experts",
-)
+_COLUMNS = ("weights", "prediction", *GROUPS, "top-5", "MACs", "images that use 1 / 2 / … experts")
 
 
 def tag_states() -> dict[str, str]:

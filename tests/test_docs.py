@@ -51,6 +51,13 @@ def test_relative_links_resolve(page):
         assert not anchor or anchor in _anchors(found), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:ride_timm|hub|benchmarks|configs|docs|tests)/[\w./]*)`", text):
+        assert "NAME" in name or (ROOT / name).exists(), name
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150 and max(map(len, lines)) <= 120
