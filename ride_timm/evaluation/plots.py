@@ -160,7 +160,7 @@ def plot_experts(path: Path, rows: Rows) -> None:
         if experts:
             numbers = metrics.get("members", range(1, 1 + len(experts["accuracy"]["all"])))
             alone = zip(*(experts["accuracy"][group] for group in GROUPS), strict=True)
-            bars += [(f"expert {i}", _colour(k), own) for k, (i, own) in enumerate(zip(numbers, alone, strict=True))]
+            bars += [(f"expert {i}", _colour(k), [*own]) for k, (i, own) in enumerate(zip(numbers, alone, strict=True))]
         width = 0.8 / len(bars)
         for i, (label, colour, heights) in enumerate(bars):
             places = [group + (i + 0.5) * width - 0.4 for group in range(len(GROUPS))]
