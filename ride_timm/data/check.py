@@ -1,4 +1,4 @@
-"""Check a published data set against its lists: every image is searched, none is decoded."""
+"""Check a published data set against its lists, without decoding an image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .lists import AnnotationList, find_lists, hub_split, image_root, read_list,
 
 
 def check_installation(dataset: str, data_dir: Path | None, annotations: Path | None) -> dict[str, Any]:
-    """Compare lists with the published totals, and the images under `data_dir` with the lists.
+    """Compare lists with the published totals, and images with the lists.
 
     -> {"name", "root", "splits": {split: {"list", "lines", "classes", "largest", "smallest", "class_counts", "missing":
     [{"line", "path"}, ...]}}, "problems": [one sentence each]}. Without `data_dir` the lists alone are checked. Raises
@@ -92,7 +92,7 @@ def _differences(
 
 
 def missing_files(part: AnnotationList, root: Path) -> list[dict[str, Any]]:
-    """Listed images that are missing or empty: {"line", "path"} each, in the list's order.
+    """Listed images that are missing or empty, {"line", "path"} each.
 
     Each folder is read once, which is far faster on a network drive than a query per file.
     """
@@ -151,7 +151,7 @@ def _shared(lists: dict[str, AnnotationList]) -> list[str]:
 
 
 def format_installation(found: dict[str, Any], num_missing: int = 10) -> str:
-    """The findings as text: one line per list, the problems, and the first missing images of each list."""
+    """Format findings: a line per list, the problems, the first missing images."""
     lines = [f"{found['name']}: images under {found['root'] or '– (no --data-dir: lists alone)'}"]
     for split, part in found["splits"].items():
         counts = f"{part['largest']} to {part['smallest']} a class"

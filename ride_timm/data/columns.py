@@ -1,4 +1,4 @@
-"""Read splits by their columns: the image column stays undecoded, the label column is checked."""
+"""Read splits by their columns: images undecoded, labels checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABEL_COLUMNS = ("fine_label", "label", "labels")
 def sets_of_columns(
     splits: dict[str, Dataset], image_column: str | None, label_column: str | None
 ) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Complete sets of these splits, the training split first, and the names of its classes."""
+    """Complete sets of these splits, training first, and its class names."""
     (train_split, train), *_ = splits.items()
     image_column = choose_image_column(train, image_column)
     label_column = _choose_label_column(train, label_column)

@@ -1,4 +1,4 @@
-"""Known data sets, one row each; everything else that names a data set reads this table."""
+"""Known data sets: one table that everything else reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class SplitFacts(NamedTuple):
-    """Totals of a published list: its images, and those of its largest and smallest class."""
+    """Images of a published list, and of its largest and smallest class."""
 
     images: int
     largest: int
@@ -16,7 +16,7 @@ class SplitFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Lists:
-    """Published annotation lists: their file names begin with PREFIX_, as in PREFIX_train.txt."""
+    """Published annotation lists: PREFIX_train.txt, PREFIX_val.txt, ..."""
 
     prefix: str
     num_classes: int
@@ -103,7 +103,7 @@ NAMES_HELP += ", a Hub id owner/name, or a local path"
 
 
 def default_profile(dataset: str) -> str:
-    """The long-tailed profile of a data set where none is stated: "exp" for balanced ones, else "none"."""
+    """The default long-tailed profile: "exp" for balanced sets, else "none"."""
     return "exp" if dataset in BALANCED else "none"
 
 

@@ -1,4 +1,4 @@
-"""Read the splits of a data set from the package, a local folder or the Hub, with HF `datasets`."""
+"""Read the splits of a data set from the package, a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _BETWEEN_WORDS = r"[-._ 0-9]+"
 
 
 def read_splits(dataset: str, data_dir: str | Path | None) -> dict[str, Dataset]:
-    """The splits by name, from `data_dir`, the package, a local path or the Hub, the first that applies."""
+    """The splits by name.
+
+    They come from `data_dir`, the package, a local path or the Hub, the first that applies.
+    """
     if data_dir is not None:
         return read_local(Path(data_dir).expanduser())
     if dataset in EMBEDDED:
@@ -60,7 +63,7 @@ def _read_embedded(dataset: str) -> dict[str, Dataset]:
 
 
 def read_hub(hub_id: str, name: str, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
-    """The splits of a Hub data set; `InputError` with one line for whatever prevents it."""
+    """The splits of a Hub data set; `InputError` if they cannot be read."""
     import datasets
 
     with _quiet(datasets):
@@ -76,7 +79,7 @@ def read_hub(hub_id: str, name: str, streaming: bool = False) -> dict[str, Datas
 
 
 def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
-    """The splits of a local folder or parquet file; `InputError` with one line for whatever prevents it."""
+    """The splits of a folder or parquet file; `InputError` if unreadable."""
     import datasets
 
     if not path.exists():
@@ -104,7 +107,7 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
 
 
 def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
-    """`data_files` of a folder with train/: each split is read from the top folders of its name.
+    """`data_files` of a folder with train/: splits by its top folders' names.
 
     By default, `datasets` looks for split names in all folders, and adds the test images of a class named "train" or
     "train station" to the training set. Empty if rows or the card define the splits.
@@ -128,7 +131,7 @@ def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
 
 @contextmanager
 def _quiet(datasets) -> Iterator[None]:
-    """No progress bars and no retry warnings while reading: the final error says it once."""
+    """Suppress progress bars and retry warnings; the final error says it once."""
     from datasets.utils import are_progress_bars_disabled
 
     hub_log = logging.getLogger("huggingface_hub")
@@ -157,7 +160,10 @@ def is_saved(path: str | Path | None) -> bool:
 
 
 def read_selection(path: Path) -> dict[str, Any]:
-    """The selection that a folder of `save_longtail` holds: {"dataset", "imb_type", "imb_factor", "seed"}."""
+    """The selection that a folder of `save_longtail` holds.
+
+    -> {"dataset", "imb_type", "imb_factor", "seed"}
+    """
     return json.loads((path / SELECTION).read_text(encoding="utf-8"))
 
 

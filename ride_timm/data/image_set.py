@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def open_stored(stored: dict[str, Any]) -> Image | None:
-    """Open an image stored by `datasets`, {"bytes", "path"}, without decoding it; None if it is not local."""
+    """Open a stored image without decoding it; None if it is not local.
+
+    stored: {"bytes", "path"}, as `datasets` stores images.
+    """
     if stored["bytes"] is not None:
         return PIL.Image.open(BytesIO(stored["bytes"]))
     if stored["path"] is not None and "://" not in stored["path"]:
@@ -32,7 +35,9 @@ def open_stored(stored: dict[str, Any]) -> Image | None:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Rows of one split, with their labels. Item i is (RGB image, label); images are decoded on access.
+    """Rows of one split, with their labels.
+
+    Item i is (RGB image, label); images are decoded on access.
 
     images: the complete split; rows int64 [n]: its rows that belong to this set, in order; labels int64 [n];
     annotations: the list whose lines are the rows of the split, if there is one.
@@ -52,7 +57,9 @@ class ImageSet:
         return self.read(i, upright)
 
     def read(self, i: int, load: Callable[[Image], Image]) -> tuple[Image, int]:
-        """(loaded image, label). `load` gets the image opened but not decoded, so it may decode a part of it.
+        """An image, as loaded by `load`, and its label.
+
+        `load` gets the image opened but not decoded, so it may decode a part of it.
 
         Raises `RunError`, naming split and row (or list and line), for an image that is missing or cannot be read.
         """
@@ -71,13 +78,13 @@ class ImageSet:
 
     @cached_property
     def _stored(self) -> Dataset:
-        """The split with its images undecoded: {"bytes", "path"}; without bytes, the path of the file."""
+        """The split with its images undecoded, {"bytes", "path"}."""
         from datasets import Image
 
         return self.images.cast_column(self.image_column, Image(decode=False))
 
     def _open(self, row: int) -> Image | None:
-        """The image in a row of the split, undecoded if it is local; None if the row holds none."""
+        """The image in a row of the split, undecoded if local; None if missing."""
         stored = self._stored[row][self.image_column]
         if stored is None:
             return None
@@ -106,7 +113,9 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LongTailData:
-    """A long-tailed training set and its test set. Every class has a training image; the test set may lack classes.
+    """A long-tailed training set and its test set.
+
+    Every class has a training image; the test set may lack classes.
 
     val: the data set's validation images, if requested; split_names: of the training, test and validation split;
     available: training images before the long-tailed selection.

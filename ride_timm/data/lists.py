@@ -1,4 +1,4 @@
-"""Annotation lists: `path label` by line, the images and classes of a data set before any is opened.
+"""Annotation lists: the images of a data set and their classes, line by line.
 
 ImageNet-LT and Places-LT (Liu et al. 2019, arXiv:1904.05160) and iNaturalist 2018 are published this way. The paths
 are those of files under a root, or of rows of a data set on the Hub.
@@ -46,7 +46,9 @@ class AnnotationList:
 
 
 def read_list(path: str | Path) -> AnnotationList:
-    """Read a list without checking its classes. Paths may contain spaces; the label follows the last one.
+    """Read a list without checking its classes.
+
+    Paths may contain spaces; the label follows the last one.
 
     Raises `InputError`, naming list and line, for a line without a path or without a label 0, 1, 2, ...
     """
@@ -98,10 +100,11 @@ def check_classes(annotations: AnnotationList, num_classes: int | None = None) -
 
 
 def find_lists(dataset: str, data_dir: Path | None, annotations: Path | None) -> dict[str, Path]:
-    """The lists of a data set by split, from `annotations` if given, else from the images' root or its folder PREFIX.
+    """The lists of a data set by split.
 
-    Published lists have their published names; the names of others end in train.txt, val.txt and test.txt. Raises
-    `InputError` unless there is exactly one training list.
+    They are in `annotations` if given, else in the images' root or its folder PREFIX. Published lists have their
+    published names; the names of others end in train.txt, val.txt and test.txt. Raises `InputError` unless there is
+    exactly one training list.
     """
     published = lists_of(dataset)
     if annotations is not None:
@@ -135,7 +138,10 @@ def find_lists(dataset: str, data_dir: Path | None, annotations: Path | None) ->
 
 
 def image_root(dataset: str, data_dir: Path, annotations: AnnotationList) -> Path:
-    """The root of the paths: `data_dir`, or its folder PREFIX if the first image is found there only."""
+    """The root of the paths: `data_dir`, or its folder PREFIX.
+
+    PREFIX is chosen if the first image is found there only.
+    """
     published = lists_of(dataset)
     if published is not None and not (data_dir / annotations.files[0]).is_file():
         inside = data_dir / published.prefix
@@ -145,7 +151,9 @@ def image_root(dataset: str, data_dir: Path, annotations: AnnotationList) -> Pat
 
 
 def check_first_images(annotations: AnnotationList, root: Path) -> None:
-    """Check that the first image of every class exists, so that a wrong root fails before training.
+    """Check that the first image of every class exists.
+
+    A wrong root then fails before training.
 
     Raises `InputError` with line and path of the first that is missing.
     """
@@ -159,7 +167,7 @@ def check_first_images(annotations: AnnotationList, root: Path) -> None:
 
 
 def files_as_dataset(annotations: AnnotationList, root: Path) -> Dataset:
-    """The listed files as a data set of one column, "image", of paths: no file is opened."""
+    """The listed files as a data set with one column "image"; none is opened."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Dataset, DatasetInfo, Features, Image
@@ -173,11 +181,12 @@ def files_as_dataset(annotations: AnnotationList, root: Path) -> Dataset:
 
 
 class NameKeys:
-    """Keys that match listed files to rows of a Hub data set: the end of the path, without the extension.
+    """Keys that match listed files to rows of a Hub data set.
 
-    That is the file name, preceded by as many folders as it takes for the listed files to differ and for no two rows
-    to match one of them; with the extension, which the Hub may have changed, only if nothing less separates them. The
-    Hub's ImageNet appends the class to a name (`n01440764_10026_n01440764.JPEG`); it is removed.
+    A key is the end of the path, without the extension. That is the file name, preceded by as many folders as it takes
+    for the listed files to differ and for no two rows to match one of them; with the extension, which the Hub may have
+    changed, only if nothing less separates them. The Hub's ImageNet appends the class to a name
+    (`n01440764_10026_n01440764.JPEG`); it is removed.
 
     rows: paths of the rows if they are known beforehand, None for a row without one. Then `row_of` maps a key to its
     row, and `clash` is (file, row, row), by position: the last rows that were hard to separate or, if they still have
@@ -213,7 +222,9 @@ class NameKeys:
 
 
 def rows_of(annotations: AnnotationList, split: Dataset, image_column: str, split_name: str) -> np.ndarray:
-    """The row in a split of a Hub data set for each listed file, int64 [n], from the stored file names alone.
+    """The row of each listed file in a split of a Hub data set, int64 [n].
+
+    Rows are found by their stored file names alone.
 
     Raises `InputError`, naming the first line, if a file has no row or matches two.
     """
@@ -243,9 +254,10 @@ def rows_of(annotations: AnnotationList, split: Dataset, image_column: str, spli
 
 
 def hub_split(annotations: AnnotationList, own_split: str, splits: Sequence[str]) -> str:
-    """The split of a Hub data set with the images of a list: the one its paths begin with, else its namesake.
+    """The split of a Hub data set with the images of a list.
 
-    So ImageNet-LT's validation list (train/n01440764/...) refers to "train", its test list (val/...) to "validation".
+    That is the split its paths begin with, else its namesake. So ImageNet-LT's validation list (train/n01440764/...)
+    refers to "train", its test list (val/...) to "validation".
     """
     first = {file.partition("/")[0] for file in annotations.files}
     wanted = first.pop() if len(first) == 1 else own_split

@@ -1,4 +1,4 @@
-"""Load a long-tailed data set: the embedded one, from the Hub, or from a local folder, through HF `datasets`.
+"""Load a long-tailed data set: embedded, from the Hub, or from a local folder.
 
 Loading reads labels only; images are decoded on access. `datasets` is heavy and imported where it is used.
 """
@@ -106,7 +106,7 @@ def load_longtail(
 
 
 def profile_of(dataset: str, imb_type: str | None, imb_factor: float, seed: int) -> str:
-    """The long-tailed profile to select by; `InputError` for settings that do not suit the data set."""
+    """The long-tailed profile; `InputError` for settings the set cannot have."""
     profile = imb_type or default_profile(dataset)
     check_imbalance(profile, imb_factor, seed)
     known = KNOWN.get(dataset)
@@ -124,7 +124,7 @@ def profile_of(dataset: str, imb_type: str | None, imb_factor: float, seed: int)
 
 
 def _check_selection(data_dir: Path, annotations: Path | None, wanted: dict[str, Any]) -> None:
-    """InputError if a saved folder does not hold the wanted selection; "none" has no factor and seed."""
+    """Raise `InputError` if a saved folder does not hold the wanted selection."""
     if annotations is not None:
         raise InputError(f"folder {str(data_dir)!r} holds selected images: leave --annotations out")
     saved = read_selection(data_dir)
@@ -172,7 +172,7 @@ def _from_lists(
     streaming: bool,
     make_set: Callable[..., Any],
 ) -> tuple[list[Any], tuple[str, ...]]:
-    """Complete sets of these lists, the training list first, and the names of its classes."""
+    """Complete sets of these lists, training first, and its class names."""
     train, *others = lists.values()
     published = lists_of(dataset)
     num_classes = check_classes(train, published.num_classes if published else None)

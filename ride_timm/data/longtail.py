@@ -1,4 +1,4 @@
-"""Long-tailed subsets of balanced data sets: the selection of Cao et al. that RIDE uses.
+"""Long-tailed subsets of balanced data sets, as selected by Cao et al.
 
 Exponential and step imbalance as in arXiv:1906.07413 (LDAM), whose selection arXiv:2010.01809 (RIDE) adopted.
 """
@@ -19,7 +19,10 @@ IMB_FACTOR = 0.01
 
 
 def check_imbalance(imb_type: str, imb_factor: float, seed: int = 0) -> None:
-    """Raise `InputError` for an unknown type, a factor outside (0, 1], or a seed outside [0, 2**32)."""
+    """Raise `InputError` for an unknown type, a factor or seed out of range.
+
+    The factor is in (0, 1], the seed in [0, 2**32).
+    """
     if imb_type not in IMBALANCE_TYPES:
         raise InputError(f"unknown imbalance type {imb_type!r}; choose one of {', '.join(IMBALANCE_TYPES)}")
     if isinstance(imb_factor, bool) or not isinstance(imb_factor, Real) or not 0 < imb_factor <= 1:
@@ -67,7 +70,7 @@ def class_sizes(num_images: int, num_classes: int, imb_type: str, imb_factor: fl
 
 
 def check_labels(labels: ArrayLike, num_classes: int | None = None) -> tuple[np.ndarray, int]:
-    """Labels [N] as int64 and the number of classes C; every class 0 ... C-1 has an image.
+    """Labels [N] as int64, and the number of classes, each with an image.
 
     `num_classes` defaults to the highest label plus one. Raises `InputError` for no labels, labels that are not
     integers or outside 0 ... C-1, and classes without an image.

@@ -1,4 +1,4 @@
-"""Save the selected images of a data set, which `--data-dir` or `--dataset` then reads without the rest of it."""
+"""Save the selected images of a data set, to read them without the rest."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def save_longtail(output: str | Path, dataset: str, data_dir: str | None = None, **settings: Any) -> LongTailData:
-    """Load a data set as `load_longtail` does and save its selected images to a new folder, undecoded.
+    """Save the selected images of a data set, undecoded, to a new folder.
 
-    The training, test and, if there is one, validation split keep their images, order, labels, class names and split
-    names. The folder appears once it is complete. Returns the data as loaded.
+    The data set is loaded by `load_longtail`, with these settings. The training, test and, if there is one, validation
+    split keep their images, order, labels, class names and split names. The folder appears once it is complete. Returns
+    the data as loaded.
 
     Raises `InputError` for an existing folder, for streaming, and as `load_longtail` does; `RunError` if writing fails.
     """

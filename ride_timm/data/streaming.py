@@ -1,4 +1,4 @@
-"""Streaming: rows of a Hub data set or of parquet files, read shard by shard and never held completely.
+"""Streaming: rows of a data set, read shard by shard and never held completely.
 
 Guarantees of a `StreamedSet`, on `datasets`' shards, seeded shuffle buffer and `split_dataset_by_node`:
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class StreamedSet:
-    """The images of an annotation list, to be found in a stream of rows with file names.
+    """The images of an annotation list in a stream of rows with file names.
 
     source: the rows, images undecoded; keys [n] and labels int64 [n] of the listed images; name_keys: file name of a
     row -> its key; shuffle_buffer: images that a worker holds to draw from, in training.
@@ -80,12 +80,15 @@ class StreamedSet:
         return dict(zip(self.keys.tolist(), self.labels.tolist(), strict=True))
 
     def lists(self, row: dict[str, Any]) -> bool:
-        """True for a row of a listed image; never for one without an image or a file name, as without streaming."""
+        """True for a row of a listed image.
+
+        False for rows without an image or a file name, as without streaming.
+        """
         stored = row[self.image_column]
         return stored is not None and stored["path"] is not None and self.name_keys(stored["path"]) in self.label_of
 
     def part(self, rank: int, num_processes: int, shuffle_buffer: int = 0, seed: int = 0) -> Part:
-        """One process' part of the stream; a shuffle buffer of 0 keeps the order of the rows."""
+        """A process' part of the stream, in the order of the rows without a buffer."""
         from datasets.distributed import split_dataset_by_node
 
         rows = self.source.filter(self.lists)  # before the buffer, which then holds listed images only
@@ -96,13 +99,16 @@ class StreamedSet:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A process' part of a stream: yields (stored image {"bytes", "path"}, key, label), split over workers."""
+    """A process' part of a stream, split over its workers.
+
+    Yields (stored image {"bytes", "path"}, key, label).
+    """
 
     rows: IterableDataset
     images: StreamedSet
 
     def set_pass(self, number: int) -> None:
-        """Set the pass, counted from 0; with a shuffle buffer each has an order of its own."""
+        """Set the pass, counted from 0; a shuffle buffer orders each anew."""
         self.rows.set_epoch(number)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str, int]]:
@@ -115,7 +121,7 @@ class Part:
 def streamed_rows(
     annotations: AnnotationList, source: IterableDataset, image_column: str, split: str, shuffle_buffer: int
 ) -> StreamedSet:
-    """The images of a list in a stream of rows; `InputError` where the rows have no file names."""
+    """Find the images of a list in a stream; `InputError` without file names."""
     from datasets import Image
 
     source = source.select_columns([image_column]).cast_column(image_column, Image(decode=False))
@@ -131,9 +137,10 @@ def streamed_rows(
 
 
 class _StreamSamples(TorchIterable):
-    """A part of a stream, decoded and augmented by the worker that reads it: (key, ([V, 3, S, S], label)).
+    """A part of a stream, decoded and augmented by the worker that reads it.
 
-    Random choices depend on the seed, the epoch and the image alone, whatever process and worker reads it.
+    Yields (key, ([V, 3, S, S], label)). Random choices depend on the seed, the epoch and the image alone, whatever
+    process and worker reads it.
     """
 
     def __init__(self, part: Part, transform: ViewTransform, seed: int) -> None:
@@ -228,7 +235,7 @@ class StreamBatches(Batches):
             raise RunError(f"the stream gave {seen} of the {len(self.images)} listed images of {self.images.split!r}")
 
     def _passes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of this rank's sizes, from one pass and, where it ends early, from further ones."""
+        """Batches of this rank's sizes, from as many passes as it takes."""
         sizes = (part.high - part.low for part in self.slices)
         images, labels, size = [], [], next(sizes)
         for again in count():

@@ -13,7 +13,7 @@ from .policies import Policy, get_policy
 
 
 class Draws(NamedTuple):
-    """Random choices of a batch, on the CPU: crop corner, flip, angle in degrees; each [B]."""
+    """Random choices of a batch: crop corner, flip, degrees; each [B], on the CPU."""
 
     top: Tensor
     left: Tensor
@@ -26,7 +26,7 @@ class Draws(NamedTuple):
 
 
 class BatchAugment:
-    """Padded crop, flip, rotation and normalisation of a batch of small images, on their device.
+    """Padded crop, flip, rotation and normalisation of a batch of small images.
 
     Gives the pixels of `build_transform` for the same draws: the rotation is Pillow's fixed-point nearest neighbour
     around the centre, black outside. The three transforms are composed, so each output pixel is read once.
@@ -43,7 +43,7 @@ class BatchAugment:
         self.std = torch.tensor(self.policy.std, device=device).repeat(self.size)
 
     def draw(self, num_images: int, generator: torch.Generator) -> Draws:
-        """Draws distributed as those of RandomCrop, RandomHorizontalFlip and RandomRotation."""
+        """Draws distributed as in RandomCrop, RandomHorizontalFlip, RandomRotation."""
         num_corners = 2 * self.padding + 1
         return Draws(
             torch.randint(num_corners, (num_images,), generator=generator),
@@ -53,7 +53,10 @@ class BatchAugment:
         )
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """images uint8 [B, S, S, 3] and their draws -> normalised float32 [B, 3, S, S], channels last."""
+        """Augment and normalise a batch.
+
+        images uint8 [B, S, S, 3] and their draws -> float32 [B, 3, S, S], channels last
+        """
         return self.normalize(self.warp(images, draws))
 
     def warp(self, images: Tensor, draws: Draws) -> Tensor:
@@ -77,7 +80,10 @@ class BatchAugment:
         return pixels.index_select(0, index.view(-1)).view(B, S, S, 3)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] -> float32 [B, 3, S, S], channels last; bit for bit ToTensor and Normalize."""
+        """Normalise a batch, bit for bit as ToTensor and Normalize.
+
+        uint8 [B, S, S, 3] -> float32 [B, 3, S, S], channels last
+        """
         B, S = len(images), self.size
         values = images.reshape(B, S, S * 3).to(torch.float32)
         values = values.div_(255).sub_(self.mean).div_(self.std)

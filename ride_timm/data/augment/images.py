@@ -48,13 +48,19 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
 
 
 def decode_full(image: Image.Image, plan: Plan) -> Image.Image:
-    """The planned box of an image, with torchvision's pixels bit for bit. Raises what Pillow raises."""
+    """The planned box of an image, with torchvision's pixels bit for bit.
+
+    Raises what Pillow raises.
+    """
     image = upright(image)
     return resize_box(image, *plan(*image.size))
 
 
 def resize_box(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """Resize a box, with antialiasing. It is cropped first, as in torchvision: pixels around it do not bleed in."""
+    """Resize a box, with antialiasing.
+
+    It is cropped first, as in torchvision: pixels around it do not bleed in.
+    """
     left, top, right, bottom = box
     outer = floor(left), floor(top), ceil(right), ceil(bottom)
     if outer != (0, 0, *image.size):
@@ -64,7 +70,7 @@ def resize_box(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Ima
 
 
 class Fit:
-    """Resize the shorter image size to `resize` (default `size`), then crop the centre to size x size."""
+    """Resize the shorter image size to `resize`, then crop the centre to `size`."""
 
     def __init__(self, size: int, resize: int | None = None, decoder: Decoder = decode_full) -> None:
         self.resize, self.decoder = resize or size, decoder
@@ -80,7 +86,10 @@ class Fit:
 
 
 class RandomResizedCrop(T.RandomResizedCrop):
-    """torchvision's random resized crop, planned before the image is decoded: the same boxes by any decoder."""
+    """torchvision's random resized crop, planned before the image is decoded.
+
+    So all decoders crop the same boxes.
+    """
 
     def __init__(self, size: int, decoder: Decoder = decode_full) -> None:
         super().__init__(size)
@@ -99,7 +108,7 @@ class RandomResizedCrop(T.RandomResizedCrop):
 def build_crop(
     policy: str | Policy, train: bool, input_size: int | None = None, decoder: Decoder = decode_full
 ) -> Fit | RandomResizedCrop:
-    """The first step of a transform: PIL image, not decoded yet -> RGB PIL image [S, S]."""
+    """The first step of a transform: undecoded PIL image -> RGB image [S, S]."""
     policy = get_policy(policy)
     size = policy.input_size(input_size)
     if not train:

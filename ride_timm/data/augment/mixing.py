@@ -14,7 +14,7 @@ from ...errors import InputError
 
 
 class MixedTargets(NamedTuple):
-    """Targets of mixed images; [B], [B] and a scalar: the fraction of each image that has the first target."""
+    """Targets of mixed images: [B], [B], and the fraction of the first, a scalar."""
 
     targets: Tensor
     others: Tensor
@@ -25,7 +25,9 @@ BatchChange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | MixedTargets]]
 
 
 class Erasing:
-    """Random erasing: zero a rectangle of an image, 2 to 33 % of its area. Zero is the policy's mean colour.
+    """Random erasing: zero a rectangle of an image, 2 to 33 % of its area.
+
+    Zero is the policy's mean colour.
 
     probability: per image; views: the batch holds so many views of each image, view by view, and the first is never
     erased. Draws come from Python's `random`, so they depend on the number of processes. Raises `InputError` for a
@@ -38,13 +40,15 @@ class Erasing:
         self.erase = RandomErasing(probability, num_splits=views)
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, C, H, W], normalised, changed in place; targets are returned unchanged."""
+        """Erase images [B, C, H, W], normalised, in place; targets are unchanged."""
         self.erase.device = images.device
         return self.erase(images), targets
 
 
 class Mixing:
-    """mixup or CutMix of a batch with itself in reverse order; one fraction per batch, from NumPy's generator.
+    """mixup or CutMix of a batch with itself in reverse order.
+
+    One fraction per batch is drawn, from NumPy's generator.
 
     mixup_alpha, cutmix_alpha: parameters of the fraction's Beta distribution; 0 turns that kind off, and with both on
     one is chosen at random for every batch. In an odd batch the last image is not mixed. Raises `InputError` unless one
@@ -59,7 +63,7 @@ class Mixing:
         self.mixup = Mixup(mixup_alpha, cutmix_alpha, label_smoothing=0.0, num_classes=2)
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, MixedTargets]:
-        """images [B, ...], changed in place, and targets [B] -> mixed images and their targets."""
+        """Mix images [B, ...] in place, and targets [B]."""
         paired = len(images) - len(images) % 2
         fraction = torch.ones((), device=images.device)
         if paired:
@@ -73,7 +77,10 @@ class Mixing:
 def batch_changes(
     random_erasing: float = 0.0, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, views: int = 1
 ) -> list[BatchChange]:
-    """Changes to apply to training batches, in this order; views: per image in a batch, see `Erasing`."""
+    """Changes to apply to training batches, in this order.
+
+    views: per image in a batch, see `Erasing`.
+    """
     changes: list[BatchChange] = []
     if random_erasing:
         changes.append(Erasing(random_erasing, views))

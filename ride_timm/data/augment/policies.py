@@ -1,4 +1,4 @@
-"""Augmentation policies: one row per family of data sets, and timm's AutoAugment on top."""
+"""Augmentation policies by family of data sets, and timm's AutoAugment."""
 
 from __future__ import annotations
 
@@ -43,12 +43,15 @@ class Policy:
     auto_augment: str | None = None
 
     def with_auto_augment(self, description: str) -> Policy:
-        """The policy with timm's AutoAugment on top; `InputError` for an unknown description."""
+        """The policy with AutoAugment; `InputError` for an unknown description."""
         TimmAugment(description, self.size, self.mean)
         return replace(self, auto_augment=description)
 
     def input_size(self, input_size: int | None = None) -> int:
-        """The given input size, or the policy's default. Raises `InputError` unless it is a positive integer."""
+        """The given input size, or the policy's default.
+
+        Raises `InputError` unless it is a positive integer.
+        """
         if input_size is None:
             return self.size
         if isinstance(input_size, bool) or not isinstance(input_size, Integral) or input_size < 1:
@@ -97,7 +100,10 @@ POLICIES = {policy.name: policy for policy in (_CIFAR, _FASHION, _IMAGENET, _INA
 
 
 def get_policy(policy: str | Policy) -> Policy:
-    """The policy of this name; a `Policy` is passed through. Raises `InputError` for an unknown name."""
+    """The policy of this name; a `Policy` is passed through.
+
+    Raises `InputError` for an unknown name.
+    """
     if isinstance(policy, Policy):
         return policy
     if policy not in POLICIES:
@@ -148,6 +154,6 @@ class TimmAugment:
         return changed
 
     def batch(self, images: Tensor, seeds: Tensor) -> Tensor:
-        """Augment images uint8 [B, S, S, 3] with a seed each, on the CPU; same shape and type."""
+        """Augment images uint8 [B, S, S, 3] with a seed each, on the CPU."""
         changed = self.each(map(Image.fromarray, images.numpy()), seeds)
         return torch.from_numpy(np.stack([np.asarray(image) for image in changed]))

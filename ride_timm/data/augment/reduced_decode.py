@@ -1,4 +1,4 @@
-"""Reduced decoding: libjpeg decodes a large JPEG at 1/2, 1/4 or 1/8 of its size where that is enough.
+"""Reduced decoding: large JPEGs at 1/2, 1/4 or 1/8 of their size.
 
 The plan is made before decoding, in pixels of the full, upright image, so random crops draw the same boxes either way.
 """
@@ -16,14 +16,14 @@ _SIDEWAYS, _X_MIRRORED, _Y_MIRRORED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:
-    """The largest of 1, 2, 4, 8 that divides the box to no less than `size` (width, height)."""
+    """The largest of 1, 2, 4, 8 that divides the box to at least `size`."""
     left, top, right, bottom = box
     enough = (n for n in _FACTORS if right - left >= n * size[0] and bottom - top >= n * size[1])
     return next(enough, 1)
 
 
 def decode_reduced(image: Image.Image, plan: Plan) -> Image.Image:
-    """The planned box of an image; a JPEG that is not decoded yet is decoded no larger than the box needs.
+    """The planned box of an image, decoded no larger than the box needs.
 
     Close to the pixels of `decode_full`, and equal to them where nothing is reduced. Raises what Pillow raises.
     """

@@ -36,7 +36,7 @@ def make_loader(
     input_size: int | None = None,
     reduced_decode: bool = False,
 ) -> Batches:
-    """The loader of an image set: in memory for policies of small images, else by workers.
+    """The loader of an image set: in memory for small images, else by workers.
 
     A set that cannot give single images makes its own batches, see `BatchSource`.
 

@@ -18,7 +18,7 @@ from .orders import BATCH, STRONG, Batches, Order, RankSlices, Slice, torch_seed
 
 
 def decode(image_set: ImageSet, size: int | None = None) -> Tensor:
-    """All images of a set, uint8 [N, H, W, 3], or [N, size, size, 3] by `Fit` if a size is given.
+    """Decode a set: uint8 [N, H, W, 3], or [N, size, size, 3] if a size is given.
 
     Raises `RunError`, naming the row, for an image that cannot be read; `InputError` if image sizes differ and no size
     is given.

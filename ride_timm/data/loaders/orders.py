@@ -1,4 +1,4 @@
-"""The images of an epoch: their order, and the slice of every batch that each rank takes.
+"""The images of an epoch: their order, and each rank's slice of every batch.
 
 Everything random is a pure function of (seed, epoch), so resuming at the start of an epoch needs no saved state.
 """
@@ -28,7 +28,10 @@ def check_integer(value: int, name: str, low: int) -> int:
 
 
 class Order(Protocol):
-    """The images of an epoch: `order(epoch)` returns positions int64 [len(order)], always the same for an epoch."""
+    """The images of an epoch in order, a pure function of the epoch.
+
+    `order(epoch)` returns positions, int64 [len(order)].
+    """
 
     def __call__(self, epoch: int) -> np.ndarray: ...
 
@@ -63,10 +66,10 @@ class ShuffledOrder:
 
 
 class ClassBalancedOrder:
-    """N draws per epoch: a class uniformly, then the next image of its shuffled bucket. arXiv:2010.01809, stage two.
+    """N draws per epoch: a class uniformly, then the next image of its bucket.
 
-    An exhausted bucket is reshuffled, and buckets continue across epochs. How far each one got follows from the class
-    draws of earlier epochs, so no state is kept.
+    Stage two of arXiv:2010.01809. An exhausted bucket is reshuffled, and buckets continue across epochs. How far each
+    one got follows from the class draws of earlier epochs, so no state is kept.
     """
 
     def __init__(self, labels: ArrayLike, seed: int) -> None:
@@ -109,7 +112,10 @@ class ClassBalancedOrder:
 
 
 class Slice(NamedTuple):
-    """One step: the global batch start ... stop-1 of the epoch, and low ... high-1 of it, which this rank takes."""
+    """One step: the global batch, and this rank's slice of it.
+
+    The batch is start ... stop-1 of the epoch, the slice low ... high-1.
+    """
 
     step: int
     start: int
@@ -120,7 +126,7 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class RankSlices:
-    """An epoch of `num_draws` cut into global batches, and those into a contiguous slice per rank.
+    """An epoch cut into global batches, and those into a slice per rank.
 
     Slices of a batch differ by at most one image. The last, partial batch is kept. In training, all ranks take the same
     number of steps, so a last batch with fewer images than processes is dropped: a rank without images could not join
@@ -150,7 +156,7 @@ class RankSlices:
 
     @property
     def fewest(self) -> tuple[int, int]:
-        """The fewest images that a rank takes in a training step of a full batch, and in the last one."""
+        """The fewest images of a rank in a full training batch, and in the last."""
         rest = self.num_draws % self.batch_size
         full = self.batch_size // self.num_processes
         return full, rest // self.num_processes if rest >= self.num_processes else full

@@ -1,4 +1,4 @@
-"""Batches of large images, decoded and augmented one by one, by worker processes if there are any."""
+"""Batches of large images, decoded and augmented one by one, by workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .orders import SAMPLE, Batches, Order, RankSlices, check_integer, torch_see
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed torch's CPU generator, which torchvision draws from, and restore it afterwards."""
+    """Seed torch's CPU generator for torchvision, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(torch_seed(*key))
         yield
@@ -55,7 +55,10 @@ class ViewTransform:
 
 
 def collate(samples: Sequence) -> tuple[Tensor, Tensor] | RunError:
-    """Samples ([V, 3, S, S], label) -> (images [V*b, 3, S, S] view by view, channels last; labels [b])."""
+    """Collate samples ([V, 3, S, S], label) view by view.
+
+    -> images [V*b, 3, S, S], channels last, and labels [b]; or the first error among the samples
+    """
     failed = next((sample for sample in samples if isinstance(sample, RunError)), None)
     if failed is not None:
         return failed
@@ -65,7 +68,10 @@ def collate(samples: Sequence) -> tuple[Tensor, Tensor] | RunError:
 
 
 class _Samples:
-    """Map-style data set for the workers: (epoch, position in the epoch, index) -> ([V, 3, S, S], label)."""
+    """Map-style data set for the workers.
+
+    (epoch, position in the epoch, index) -> ([V, 3, S, S], label)
+    """
 
     def __init__(self, image_set: ImageSet, transform: ViewTransform, train: bool, seed: int) -> None:
         self.image_set, self.transform, self.train, self.seed = image_set, transform, train, seed
@@ -133,10 +139,10 @@ class WorkerBatches(Batches):
 
 
 class _Keys:
-    """Batch sampler: this rank's (epoch, position, index) of every step. The keys carry the epoch to the workers.
+    """Batch sampler: this rank's (epoch, position, index) of every step.
 
-    It does not refer to its `WorkerBatches`: in a reference cycle, the queues would be finalised before the workers are
-    told to stop, and each would take five seconds to notice.
+    The keys carry the epoch to the workers. It does not refer to its `WorkerBatches`: in a reference cycle, the queues
+    would be finalised before the workers are told to stop, and each would take five seconds to notice.
     """
 
     def __init__(self, order: Order, slices: RankSlices) -> None:
