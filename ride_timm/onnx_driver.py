@@ -1,4 +1,4 @@
-"""The driver of routed ONNX exports under its public name."""
+"""Public name of the driver of routed ONNX exports."""
 
 from .inference.onnx_driver import OnnxRouted, load_session
 

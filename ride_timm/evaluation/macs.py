@@ -1,4 +1,4 @@
-"""MACs by thop: of the trunk, of every expert, and what routing is expected to spend."""
+"""MACs of the trunk, of each expert and gate, and their mean under routing, counted by thop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..models import CosineClassifier, Ride, Router
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one image: trunk, each expert (its head included), each gate; and all parameters."""
+    """Multiply-accumulates per image of the trunk, each expert with its head and each gate; and all parameters."""
 
     trunk: float
     experts: tuple[float, ...]
@@ -31,23 +31,23 @@ class Macs:
         return self.trunk + sum(self.experts)
 
     def expected(self, experts_used: Sequence[float]) -> float:
-        """Mean MACs under routing, gates included; `experts_used`: fractions of images that use 1, 2, … experts."""
+        """Mean MACs under routing, gates included; experts_used: fractions of images that use 1, 2, … experts."""
         if len(experts_used) != len(self.experts):
             raise InputError(f"{len(experts_used)} fractions for {len(self.experts)} experts: expected one for each.")
-        if not (all(share >= 0 for share in experts_used) and abs(sum(experts_used) - 1) <= 1e-3):  # nor NaN
+        if not (min(experts_used) >= 0 and abs(sum(experts_used) - 1) <= 1e-3):  # nor NaN
             raise InputError(f"experts_used {tuple(experts_used)}: expected fractions that sum to 1.")
         reached = [sum(experts_used[i:]) for i in range(len(experts_used))]
-        own = sum(share * macs for share, macs in zip(reached, self.experts, strict=True))
-        return self.trunk + own + sum(share * macs for share, macs in zip(reached, self.gates, strict=False))
+        own = sum(fraction * macs for fraction, macs in zip(reached, self.experts, strict=True))
+        return self.trunk + own + sum(fraction * macs for fraction, macs in zip(reached, self.gates, strict=False))
 
 
 def _count_cosine(module: CosineClassifier, inputs: tuple[Tensor], output: Tensor) -> None:
-    # as a linear layer without bias; normalising is not a multiply-accumulate worth counting
+    # as a linear layer without bias; the normalisation is negligible
     module.total_ops += torch.DoubleTensor([inputs[0].shape[0] * module.in_features * module.out_features])
 
 
 def _count_pooling(module: nn.AdaptiveAvgPool2d, inputs: tuple[Tensor], output: Tensor) -> None:
-    # thop's rule for AvgPool2d, one operation an output; its rule for the adaptive kind counts the additions too
+    # thop's rule for AvgPool2d, one operation per output; its rule for the adaptive kind counts the additions, too
     module.total_ops += torch.DoubleTensor([output.numel()])
 
 
@@ -55,10 +55,10 @@ _RULES = {CosineClassifier: _count_cosine, nn.AdaptiveAvgPool2d: _count_pooling}
 
 
 class _Profile(TorchFunctionMode):
-    """thop, and what it overlooks: it has rules for exact types, and sees a layer only where the layer is called.
+    """thop with the layers it misses: it has rules for exact types, and hooks calls of layers only.
 
-    So subclasses of convolutions and linear layers get the rules of their base, and linear layers that a network
-    multiplies with by hand (attention that takes `qkv.weight`) are counted at the multiplication.
+    Subclasses of convolutions and linear layers get the rule of their base. Linear layers whose weight a network
+    passes to `F.linear` (attention that reads `qkv.weight`) are counted there.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -78,7 +78,7 @@ class _Profile(TorchFunctionMode):
 
     def _count_linear(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         module.total_ops += torch.DoubleTensor([output.numel() * module.in_features])
-        self.by_hand.pop(id(module.weight), None)  # not by hand: counted a moment ago, when the layer multiplied
+        self.by_hand.pop(id(module.weight), None)  # F.linear within the layer's own forward
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -90,7 +90,7 @@ class _Profile(TorchFunctionMode):
         return output
 
     def count(self, *inputs: Tensor) -> tuple[float, Any]:
-        """Multiply-accumulates of the module with these inputs, and what it makes of them."""
+        """Multiply-accumulates of the module on these inputs, and its outputs."""
         from thop import profile
 
         outputs = []
@@ -101,7 +101,7 @@ class _Profile(TorchFunctionMode):
 
 
 class _Gate(nn.Module):
-    """One gate as a module, which is what thop can count."""
+    """One gate as a module, for thop."""
 
     def __init__(self, router: Router, i: int) -> None:
         super().__init__()
@@ -113,10 +113,10 @@ class _Gate(nn.Module):
 
 @torch.no_grad()
 def count_macs(model: Ride, input_size: tuple[int, int, int]) -> Macs:
-    """Count by thop with one zero image of `input_size` (channels, height, width); the model is left as it was."""
+    """Count on one zero image of `input_size` (channels, height, width); the model stays as it is."""
     copy = deepcopy(model).float().eval()
     device = next(copy.parameters()).device
-    if device.type != "meta":  # on meta only shapes are computed, which is all that counting needs
+    if device.type != "meta":  # meta tensors have shapes, which suffice
         device = torch.device("cpu")
         copy = copy.to(device, memory_format=torch.contiguous_format)
     image = torch.zeros(1, *input_size, device=device)

@@ -1,9 +1,9 @@
-"""A model as ONNX graphs, with or without its routing, and a manifest of what they expect.
+"""Export a model to ONNX graphs, with or without its router, and a manifest of their inputs and outputs.
 
-Three kinds. `ensemble`: one graph, all experts always. `masked`: one graph that computes all experts and masks what
-the gates did not ask for: routing's answers at the ensemble's cost, for servers that take one graph. `driver`: a
-graph for the trunk, each expert and each gate, and a small driver that runs an expert only on its samples: routing's
-answers at routing's cost. All take any batch size.
+Three kinds. `ensemble`: one graph of all experts. `masked`: one graph that computes all experts and masks those that
+the gates skip: the router's predictions at the ensemble's cost, for servers that take one graph. `driver`: a graph for
+the trunk, each expert and each gate, and a small driver that runs an expert only on the samples sent to it. All take
+any batch size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Gate(nn.Module):
 
 
 class _Masked(nn.Module):
-    """Every expert on every sample; a sample keeps the mean of the experts that routing would have used."""
+    """All experts on every sample; a sample keeps the mean of the experts that routing uses."""
 
     def __init__(self, model: Ride) -> None:
         super().__init__()
@@ -62,39 +62,39 @@ class _Masked(nn.Module):
         x = self.trunk(images)
         features, total = self.experts[0](x)
         output = mean = total
-        going = torch.ones_like(total[:, 0], dtype=torch.bool)
-        used = going.long()
+        passed = torch.ones_like(total[:, 0], dtype=torch.bool)  # [B]
+        used = passed.long()
         for i in range(1, self.num_experts):
-            going = going & (self.gates[i - 1](features, mean) > threshold)
+            passed = passed & (self.gates[i - 1](features, mean) > threshold)
             features, logits = self.experts[i](x)
             total = total + logits
             mean = total / (i + 1)
-            output = torch.where(going[:, None], mean, output)
-            used = used + going.long()
+            output = torch.where(passed[:, None], mean, output)
+            used = used + passed.long()
         return output, used
 
 
 def check_export(folder: str | Path, model: Ride | None = None, routed: str = "none") -> None:
-    """InputError where the packages are missing, the folder is taken, or the model has no router to export."""
+    """InputError for missing packages, a folder that is not empty, or a model without a router to export."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise InputError(f"exporting needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"output {folder} is a file: name a folder.")
+        raise InputError(f"output {folder} is a file: pass a folder.")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"output {folder} is not empty: choose another folder.")
     if model is not None and routed != "none" and model.router is None:
-        raise InputError(f"routed={routed}: this model has no router; leave --routed out, or train stage two.")
+        raise InputError(f"routed={routed}: this model has no router: leave --routed out, or train stage two.")
 
 
 def export(
     model: Ride, folder: str | Path, routed: str = "none", threshold: float = 0.5, size: int | None = None
 ) -> Path:
-    """Write the graphs and manifest.json into a new folder, all or nothing; gives the folder.
+    """Write the graphs and manifest.json to a new folder, all or nothing; returns the folder.
 
-    routed: "none", "masked" or "driver"; threshold: the manifest's, which a driver takes by default; size: side of
-    the images (the model's own by default). InputError as `check_export` says; RunError where writing fails.
+    routed: "none", "masked" or "driver"; threshold: in the manifest, the driver's default; size: image size, the
+    model's by default. InputError as in `check_export`; RunError if writing fails.
     """
     folder = Path(folder)
     check_export(folder, model, routed)
@@ -129,7 +129,7 @@ def export(
 
 @torch.no_grad()
 def _write_graphs(model: Ride, folder: Path, routed: str, size: int) -> dict[str, Any]:
-    """Write the graphs of a kind; {file: {"inputs", "outputs"}}."""
+    """Write the graphs of a kind -> {file: {"inputs", "outputs"}}."""
     graphs: dict[str, Any] = {}
     images = torch.randn(2, model.in_chans, size, size)
 
@@ -154,12 +154,12 @@ def _write_graphs(model: Ride, folder: Path, routed: str, size: int) -> dict[str
 
 
 def _export_graph(module: nn.Module, path: Path, inputs: dict[str, Tensor], outputs: list[str]) -> None:
-    """One self-contained file whose inputs have a free batch dimension; numbers (0-d tensors) have none."""
+    """Write one self-contained file with a dynamic batch dimension; scalar inputs have none."""
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if value.ndim else {} for value in inputs.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the exporter says of its own inside
+        warnings.simplefilter("ignore")  # about the exporter's internals
         torch.onnx.export(
             module,
             tuple(inputs.values()),

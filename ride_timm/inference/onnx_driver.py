@@ -1,7 +1,6 @@
-"""Runs networks exported with their routing in parts: numpy and onnxruntime only.
+"""Run a routed ONNX export, `OnnxRouted(folder)(images)`; needs numpy and onnxruntime only.
 
-`python -m ride_timm export --routed driver` puts a copy of this file into the folder, so that it serves alone:
-`OnnxRouted(folder)(images)`.
+`python -m ride_timm export --routed driver` copies this file into the folder as driver.py.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ import onnxruntime
 
 
 def load_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A graph on the CPU; threads: 0 for all cores."""
+    """Load a graph on the CPU; threads: 0 for all cores."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # threads that wait for the next call by spinning take the cores from the next graph: routing would cost time
+    # threads that spin while waiting for the next call would slow the other graphs down
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 class OnnxRouted:
-    """An exported trunk, its experts and gates; an expert runs only on the samples sent to it.
+    """An exported trunk with its experts and gates; an expert runs only on the samples sent to it.
 
-    threshold: gate probability above which a sample goes on, the manifest's by default; threads: 0 for all cores.
+    threshold: gate probability above which the next expert runs, the manifest's by default; threads: 0 for all cores.
     """
 
     def __init__(self, folder: str | Path, threshold: float | None = None, threads: int = 0) -> None:
         folder = Path(folder)
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if self.manifest["kind"] != "driver":
-            raise ValueError(f"{folder} holds a network of kind {self.manifest['kind']!r}, expected 'driver'.")
+            raise ValueError(f"{folder} holds an export of kind {self.manifest['kind']!r}, expected 'driver'.")
         self.threshold = self.manifest["threshold"] if threshold is None else threshold
         num_experts = self.manifest["num_experts"]
         self.trunk = load_session(folder / "trunk.onnx", threads)
@@ -47,7 +46,7 @@ class OnnxRouted:
         if len(images) == 0:
             return output, used
         (x,) = self.trunk.run(None, {"images": images})
-        rows = np.arange(len(images))  # of the samples that went on
+        rows = np.arange(len(images))  # samples that the last gates sent on
         total: Any = 0
         for i, expert in enumerate(self.experts):
             features, logits = expert.run(None, {"maps": x})
@@ -57,10 +56,10 @@ class OnnxRouted:
             if i + 1 == len(self.experts):
                 break
             (probability,) = self.gates[i].run(None, {"features": features, "mean_logits": mean})
-            go_on = probability > self.threshold
-            if not go_on.any():
+            passed = probability > self.threshold
+            if not passed.any():
                 break
-            if not go_on.all():
-                x, total, rows = x[go_on], total[go_on], rows[go_on]
+            if not passed.all():
+                x, total, rows = x[passed], total[passed], rows[passed]
             used[rows] = i + 2
         return output, used

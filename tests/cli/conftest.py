@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     torch.manual_seed(1)
-    for name, mode, side in (("a.png", "RGB", 28), ("b.png", "L", 60)):
-        noise = (255 * torch.rand(side, side, 3)).byte().numpy()
+    for name, mode, size in (("a.png", "RGB", 28), ("b.png", "L", 60)):
+        noise = (255 * torch.rand(size, size, 3)).byte().numpy()
         Image.fromarray(noise).convert(mode).save(folder / name)
     return [str(folder / "a.png"), str(folder / "b.png")]

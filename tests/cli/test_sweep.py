@@ -104,7 +104,7 @@ def test_a_failed_run_is_named_and_does_not_stop_the_others(sweep, tmp_path, cap
     assert rows[0]["seeds"] == "2" and rows[0]["all_std"] == ""  # one seed has no spread
     assert "| cifar100_lt_ce | experts | 42.00 |" in (tmp_path / "out" / "results.md").read_text()
     code, calls = sweep(*RECIPES)
-    assert code == 0 and len(calls) == 4  # each goes on from where it is, which a finished one does at once
+    assert code == 0 and len(calls) == 4  # all resume; a finished run ends at once
 
 
 def test_a_refused_run_stops_the_sweep(sweep, capsys):

@@ -19,10 +19,10 @@ DATA = {"0": (1000, 224), "1": (8142, 224), "2": (100, 32)}  # ImageNet-LT, iNat
 
 
 def read(row):
-    """A command line of the original counter -> (name, kwargs, side, used or None)"""
+    """A command line of the original counter -> (name, kwargs, size, experts used or None)"""
     cls, data, *flags = row["args"]
     flags = dict(zip(flags[::2], flags[1::2], strict=True))
-    num_classes, side = DATA[data]
+    num_classes, size = DATA[data]
     kwargs = dict(
         num_classes=num_classes,
         num_experts=int(flags["--num_experts"]),
@@ -31,14 +31,14 @@ def read(row):
         router="EA" in cls,
     )
     used = [float(part) / 100 for part in flags["--ea_percentage"].split(",")] if "--ea_percentage" in flags else None
-    return "ride_" + cls.replace("EA", "").replace("Model", "").lower(), kwargs, side, used
+    return "ride_" + cls.replace("EA", "").replace("Model", "").lower(), kwargs, size, used
 
 
 @pytest.mark.parametrize("row", GOLDENS, ids=lambda row: "-".join(row["args"]).replace("--", ""))
 def test_macs_are_the_authors(row):
-    name, kwargs, side, used = read(row)
+    name, kwargs, size, used = read(row)
     model = timm.create_model(name, **kwargs)
-    macs = count_macs(model, (3, side, side))
+    macs = count_macs(model, (3, size, size))
     ours = macs.expected(used) if used else macs.ensemble
     theirs = 1e9 * row["macs_G"]
     if kwargs["use_norm"] and kwargs["num_experts"] > 1 and not kwargs["router"]:

@@ -112,12 +112,12 @@ def test_the_order_and_the_batches_change_no_digit():
 
 
 def test_two_processes_sums_are_those_of_one():
-    """What all_reduce adds up is the whole row of counts, in integers."""
+    """all_reduce adds all counts, as integers."""
     members, targets, used = draw()
     parts = [counted(members[rows], targets[rows], used[rows]) for rows in (slice(0, 399), slice(399, 400))]
-    whole = counted(members, targets, used)
-    assert whole._counts.dtype == torch.int64
-    assert torch.equal(parts[0]._counts + parts[1]._counts, whole._counts)
+    total = counted(members, targets, used)
+    assert total._counts.dtype == torch.int64
+    assert torch.equal(parts[0]._counts + parts[1]._counts, total._counts)
 
 
 @pytest.mark.parametrize(("logit", "number"), [(0.0, 7), (40.0, 14)])

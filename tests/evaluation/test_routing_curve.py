@@ -20,7 +20,6 @@ from ride_timm.evaluation.routing_curve import (
     prefix_points,
     routing_curve,
     thin,
-    threshold_for_budget,
 )
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
@@ -60,15 +59,15 @@ def random_outcomes(n=40, experts=4, seed=0):
 
 
 def at(outcomes, threshold, weights=None):
-    """Accuracy and shares at a threshold, sample by sample."""
+    """Accuracy and experts used at a threshold, sample by sample."""
     weights = np.ones(len(outcomes.targets)) if weights is None else weights
-    used = outcomes.experts_used(threshold)
-    right = outcomes.right[np.arange(len(used)), used - 1]
-    shares = [weights[used == i + 1].sum() / weights.sum() for i in range(outcomes.right.shape[1])]
-    return 100 * (weights * right).sum() / weights.sum(), shares
+    number = outcomes.experts_used(threshold)
+    right = outcomes.right[np.arange(len(number)), number - 1]
+    used = [weights[number == i + 1].sum() / weights.sum() for i in range(outcomes.right.shape[1])]
+    return 100 * (weights * right).sum() / weights.sum(), used
 
 
-def test_the_outcomes_say_what_forward_routed_does(world, outcomes):
+def test_outcomes_agree_with_forward_routed(world, outcomes):
     model, batches = world
     images = torch.cat([images for images, _ in batches])
     assert set(outcomes.experts_used(0.5)) == {1, 2, 3}
@@ -78,7 +77,7 @@ def test_the_outcomes_say_what_forward_routed_does(world, outcomes):
         assert outcomes.experts_used(threshold).tolist() == used.tolist()
 
 
-def test_every_point_is_what_forward_routed_gives_at_its_threshold(world, outcomes):
+def test_every_point_agrees_with_forward_routed(world, outcomes):
     curve = routing_curve(outcomes, MACS, COUNTS)
     assert len(curve) > 3
     for point in curve:
@@ -96,15 +95,15 @@ def test_the_curve_is_the_front_of_all_thresholds(seed, weighted):
     macs = Macs(10.0, (5.0,) * 4, (0.5,) * 3, 0)
     front, best = [], -1.0
     for threshold in sorted({0.0, 1.0, *outcomes.gates.ravel().tolist()}, reverse=True):
-        accuracy, shares = at(outcomes, threshold, weights)
+        accuracy, used = at(outcomes, threshold, weights)
         if accuracy > best + 1e-9:
-            front.append((accuracy, macs.expected(shares)))
+            front.append((accuracy, macs.expected(used)))
             best = accuracy
     curve = routing_curve(outcomes, macs, COUNTS, weights)
     np.testing.assert_allclose([(point["all"], point["macs"]) for point in curve], front, rtol=1e-12)
     for point in curve:
-        accuracy, shares = at(outcomes, point["threshold"], weights)
-        np.testing.assert_allclose([accuracy, *shares], [point["all"], *point["experts_used"]], rtol=0, atol=1e-9)
+        accuracy, used = at(outcomes, point["threshold"], weights)
+        np.testing.assert_allclose([accuracy, *used], [point["all"], *point["experts_used"]], rtol=0, atol=1e-9)
 
 
 def test_balanced_weights_are_a_balanced_set():
@@ -134,10 +133,10 @@ def test_the_threshold_for_a_budget(outcomes):
     thresholds = np.linspace(0, 1, 500)
     for budget in (15.5, 17.0, 20.0, 23.0, 1e9):
         point = point_for_budget(curve, budget)
-        assert point["macs"] <= budget and threshold_for_budget(curve, budget) == point["threshold"]
+        assert point["macs"] <= budget
         tried = [at(outcomes, t) for t in thresholds]
-        assert point["all"] >= max(a for a, shares in tried if MACS.expected(shares) <= budget) - 1e-9
-    with pytest.raises(InputError, match="smallest possible is 16"):
+        assert point["all"] >= max(a for a, used in tried if MACS.expected(used) <= budget) - 1e-9
+    with pytest.raises(InputError, match="smallest budget possible is 16"):
         point_for_budget(curve, 15.4)
 
 
