@@ -1,11 +1,10 @@
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from two_ranks import run_two_ranks
 
 from ride_timm.errors import InputError, RunError
 from ride_timm.evaluation.counts import CountAccumulator
@@ -120,9 +119,10 @@ def counted(logits, targets, experts_used):
     return counts
 
 
-def worker(rank: int, store: str, out: str) -> None:
-    """One of two processes with 299 and 1 of the samples; a second `reduce` must not count twice."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def worker(out: str) -> None:
+    """Count 299 or 1 of 300 samples; a second `reduce` must not count twice."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     logits, targets, experts_used = draw()
     rows = slice(0, 299) if rank == 0 else slice(299, 300)
     counts = counted(logits[rows], targets[rows], experts_used[rows])
@@ -134,17 +134,7 @@ def worker(rank: int, store: str, out: str) -> None:
 
 
 def test_two_processes_count_each_sample_once(tmp_path):
-    # This file run as a script: unlike a pickled function, that works in every import mode of pytest.
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path / "store"), str(tmp_path / "out")], env=env)
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_two_ranks(__file__, tmp_path / "out")
     logits, targets, experts_used = draw()
     fractions = [(experts_used == n).sum().item() / 300 for n in (1, 2, 3)]
     for rank in range(2):
@@ -157,4 +147,4 @@ def test_two_processes_count_each_sample_once(tmp_path):
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    worker(sys.argv[1])

@@ -1,6 +1,6 @@
+"""Objectives: gradients across ranks, frozen parts, mixed targets and errors."""
+
 import copy
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import run_two_ranks
 
 from ride_timm.data.augment.mixing import MixedTargets
 from ride_timm.errors import InputError
@@ -34,7 +35,7 @@ class TinyRouter(nn.Module):
 
 
 class TinyExperts(nn.Module):
-    """The contract of a RIDE model, with BatchNorm in the trunk and dropout in the heads."""
+    """Minimal RIDE model with BatchNorm in the trunk and dropout in the heads."""
 
     def __init__(self, num_experts=3, router=False, C=6, D=5, seed=0):
         super().__init__()
@@ -60,7 +61,7 @@ def batch(dtype=torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def build(case: str):
-    """One objective, in float64 and with everything in eval mode so that the shards do not meet in BatchNorm."""
+    """Objective in float64 and eval mode, so that BatchNorm does not mix samples."""
     if case == "router":
         objective = RouterObjective(TinyExperts(router=True), pos_weight=10)
     elif case == "heads":
@@ -85,10 +86,11 @@ def gradients(objective: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
 
 
-def worker(rank: int, store: str, out: str) -> None:
-    """One of two processes: gradients of every case and split, averaged by DDP."""
+def worker(out: str) -> None:
+    """Save the gradients of every case and split on this rank, averaged by DDP."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     assert dist.get_world_size() == 2
     images, targets = batch(torch.float64)
     found = {"processes": torch.tensor(dist.get_world_size())}
@@ -96,7 +98,7 @@ def worker(rank: int, store: str, out: str) -> None:
         for split, sizes in SHARDS.items():
             shard = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], sum(sizes))
             objective = build(case)
-            wrapped = DistributedDataParallel(objective)  # a name keeps its hooks alive until backward
+            wrapped = DistributedDataParallel(objective)  # its hooks must live until backward
             result = wrapped(images[shard], targets[shard])
             result["loss"].backward()
             found |= {f"{case}/{split}/{name}": grad for name, grad in gradients(objective).items()}
@@ -107,18 +109,8 @@ def worker(rank: int, store: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict[str, Tensor]]:
-    # This file run as a script: unlike a pickled function, that works in every import mode of pytest.
     folder = tmp_path_factory.mktemp("gloo")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder / "store"), str(folder / "out")], env=env)
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_two_ranks(__file__, folder / "out")
     return [load_file(folder / f"out.{rank}") for rank in range(2)]
 
 
@@ -159,7 +151,7 @@ def test_epochs_reach_the_loss():
     assert values[0] != values[1]
 
 
-def test_distillation_counts_the_whole_once_per_expert():
+def test_distillation_scales_with_the_number_of_experts():
     model, teacher, loss = TinyExperts(), TinyExperts(6, seed=1), make_loss("ride", COUNTS, reweight_epoch=0)
     objective = DistillationObjective(model, loss, teacher, temperature=1.5).eval()
     images, targets = batch()
@@ -173,7 +165,7 @@ def test_distillation_counts_the_whole_once_per_expert():
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_the_teacher_is_frozen_hidden_and_in_its_mode(mode):
+def test_teacher_is_frozen_unregistered_and_in_its_mode(mode):
     teacher = TinyExperts(6, seed=1)
     objective = DistillationObjective(TinyExperts(), make_loss("ce"), teacher, 1.0, teacher_mode=mode)
     assert teacher.training == (mode == "train")
@@ -192,7 +184,7 @@ def test_the_teacher_is_frozen_hidden_and_in_its_mode(mode):
     assert {t.device.type for t in [*teacher.parameters(), *teacher.buffers()]} == {"meta"}
 
 
-def test_router_alone_learns_and_the_rest_stays_as_it_was():
+def test_only_the_router_learns():
     model = TinyExperts(router=True)
     objective = RouterObjective(model, pos_weight=100)
     objective.train()
@@ -220,7 +212,7 @@ def test_router_alone_learns_and_the_rest_stays_as_it_was():
     torch.testing.assert_close(result["logits"], model(images))
 
 
-def test_bad_combinations_are_named():
+def test_bad_combinations_are_rejected():
     routed, plain, loss = TinyExperts(router=True), TinyExperts(), make_loss("ce")
     with pytest.raises(InputError, match="create the model with router=False"):
         ExpertsObjective(routed, loss)
@@ -242,8 +234,8 @@ def test_bad_combinations_are_named():
         DistillationObjective(plain, loss, TinyExperts(C=7), 1.0)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "mdcs"])  # which takes two views, not a mixture
-def test_a_mixed_loss_is_the_mean_of_both_by_their_shares(name):
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "mdcs"])  # mdcs takes two views, not mixed targets
+def test_mixed_loss_is_the_weighted_mean_of_both(name):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 3, 4, generator=generator, dtype=torch.float64)
     one, other = torch.randint(0, 4, (2, 6), generator=generator)
@@ -254,7 +246,7 @@ def test_a_mixed_loss_is_the_mean_of_both_by_their_shares(name):
     torch.testing.assert_close(pure, loss(logits, one))
 
 
-def test_for_cross_entropy_that_is_the_loss_of_soft_targets():
+def test_mixed_cross_entropy_equals_soft_targets():
     logits = torch.randn(6, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     one, other = torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([3, 2, 1, 0, 0, 2])
     soft = 0.3 * F.one_hot(one, 4) + 0.7 * F.one_hot(other, 4)
@@ -265,4 +257,4 @@ def test_for_cross_entropy_that_is_the_loss_of_soft_targets():
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    worker(sys.argv[1])

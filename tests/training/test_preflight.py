@@ -1,13 +1,11 @@
-"""What a machine decides for a run, once for all processes, and what it refuses."""
+"""Recipes adapted to the machine, alike on all ranks, and the errors."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from two_ranks import run_two_ranks
 
 from ride_timm import InputError
 from ride_timm.training import preflight
@@ -18,7 +16,7 @@ from ride_timm.training.recipe import load_recipe
 
 @pytest.fixture
 def decide(monkeypatch, tmp_path):
-    """The recipe that a machine without bf16 or a compiler makes of some flags."""
+    """Adapt the recipe of some flags to a machine without bf16 and compiler."""
     monkeypatch.setattr(preflight, "bf16_pays", lambda: False)
     monkeypatch.setattr(preflight, "has_compiler", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -32,11 +30,11 @@ def decide(monkeypatch, tmp_path):
     AcceleratorState._reset_state(True)
 
 
-def test_bf16_only_where_it_pays_or_is_stated(decide, tmp_path, capsys):
+def test_bf16_only_where_it_is_faster_or_requested(decide, tmp_path, capsys):
     assert decide("--recipe", "cifar100_lt").mixed_precision == "no"
     assert "bf16 is not faster" in capsys.readouterr().err
     assert decide("--recipe", "cifar100_lt", "--mixed-precision", "bf16").mixed_precision == "bf16"
-    for begun in ("bf16", "no"):  # a run keeps the precision it began with, under its recipe's name as well
+    for begun in ("bf16", "no"):  # resuming keeps the precision, also with --recipe
         (tmp_path / "recipe.yaml").write_text(load_recipe("cifar100_lt").override({"mixed_precision": begun}).to_yaml())
         for flags in (["--resume"], ["--stage", "router"], ["--recipe", "cifar100_lt", "--resume"]):
             assert decide(*flags).mixed_precision == begun
@@ -49,14 +47,14 @@ def test_norms_are_fused_only_with_a_compiler(decide, capsys, recipe, noticed):
     assert ("no C++ compiler" in capsys.readouterr().err) == noticed
 
 
-def test_fused_norms_that_were_asked_for_need_a_compiler(decide):
+def test_requested_fused_norms_need_a_compiler(decide):
     options, recipe = parse_arguments(["--recipe", "cifar100_lt", "--fused-norm", "--mixed-precision", "no"])
     recipe = preflight.adapt_to_machine(recipe, options)
     with pytest.raises(InputError, match="fused_norm needs a C\\+\\+ compiler"):
         preflight.check_machine(recipe, options, build_accelerator(recipe, options))
 
 
-UNLIKE = """
+RANK = """
 import json, os, sys
 from ride_timm.training import preflight
 from ride_timm.training.options import parse_arguments
@@ -70,32 +68,15 @@ print(json.dumps([recipe.mixed_precision, recipe.fused_norm]))
 """
 
 
-def test_unlike_machines_train_alike_and_print_each_notice_once(tmp_path):
-    """The main process cannot do what the other one can."""
-    shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29547")
-    shared |= dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    shared |= dict(PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", UNLIKE, str(tmp_path / "run")],
-            env=os.environ | shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def test_ranks_on_unequal_machines_agree(tmp_path):
+    """Rank 0 lacks what rank 1 has; it prints each notice once."""
+    outputs = run_two_ranks("-c", RANK, tmp_path / "run")
     assert [json.loads(out) for out, _ in outputs] == [["no", False]] * 2, outputs
     assert [err.count("notice:") for _, err in outputs] == [2, 0]
 
 
 @pytest.mark.parametrize("name", ["lr", "epochs", "decay_epochs", "auto_augment", "dataset"])
-def test_trackers_get_numbers_as_numbers(name):
+def test_tracked_hyperparameters_keep_their_type(name):
     from ride_timm.training.build import hyperparameters
 
     recipe = load_recipe("fashion_lt")

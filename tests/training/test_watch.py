@@ -1,12 +1,9 @@
 """Signals and non-finite losses end all processes at the same step."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from accelerate import Accelerator
+from two_ranks import run_two_ranks
 
 from ride_timm import RunError
 from ride_timm.cli.process import Interrupted
@@ -56,7 +53,7 @@ def test_one_process_raises_a_signal_at_once():
         next(iter(watch.batches([1, 2])))
 
 
-TWO = """
+RANK = """
 import sys
 import torch
 from accelerate import Accelerator
@@ -90,21 +87,5 @@ except (Interrupted, RunError) as error:
     [("signal", "39 Interrupted 15"), ("nan", "39 RunError the loss is not finite at epoch 1, step 26")],
 )
 def test_two_processes_stop_at_the_same_step(kind, expected):
-    shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29549")
-    shared |= dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
-    shared |= dict(PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, kind],
-            env=os.environ | shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(output.startswith(expected) for output in outputs), outputs
+    outputs = run_two_ranks("-c", RANK, kind)
+    assert all(out.startswith(expected) for out, _ in outputs), outputs
