@@ -1,9 +1,9 @@
-"""What ours is measured against: the structure of the authors' training loop, written anew and plainly.
+"""Baseline: a plain re-implementation of the authors' training loop.
 
-Kept from it: fp32 in the default memory layout, experts run and judged one after the other, logits stacked and
-averaged, class vectors normalised in every forward pass, images turned to PIL and augmented one by one by two worker
-processes, and loss and accuracies read as Python numbers after every step. Left out, in its favour: logging, and the
-image grids it writes for TensorBoard. Nothing of ride_timm is used here.
+As in theirs, training is in fp32 and the default memory layout, forward pass and loss loop over the experts, logits are
+stacked and averaged, class vectors are normalised in every forward pass, two worker processes augment PIL images one at
+a time, and loss and accuracies are read as Python numbers after every step. Logging and TensorBoard image grids are
+omitted, in its favour. Nothing is imported from ride_timm.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Lambda(nn.Module):
 
 
 def pad_shortcut(in_channels: int, out_channels: int) -> Lambda:
-    """Option A: every second pixel, zero channels on both sides."""
-    side = (out_channels - in_channels) // 2
-    return Lambda(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, side, side), "constant", 0))
+    """Option A of ResNet: subsample by 2 and zero-pad the channels. arXiv:1512.03385"""
+    padding = (out_channels - in_channels) // 2
+    return Lambda(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, padding, padding), "constant", 0))
 
 
 class BasicBlock(nn.Module):
@@ -69,7 +69,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNeXt's 1x1, grouped 3x3, 1x1; its ReLU is in-place, as theirs is."""
+    """ResNeXt block: 1x1, grouped 3x3 and 1x1 convolutions, in-place ReLU."""
 
     expansion = 4
     groups, base_width = 32, 4
@@ -105,7 +105,7 @@ def make_layer(block: type, in_channels: int, planes: int, num_blocks: int, stri
 
 
 class PlainResNet32(nn.Module):
-    """CIFAR ResNet-32 with reduced experts: stem and layer1 shared, layer2, layer3 and the head by expert.
+    """CIFAR ResNet-32 with reduced experts that share stem and layer1.
 
     images -> (mean logits [B, C], logits [B, E, C])
     """
@@ -136,7 +136,7 @@ class PlainResNet32(nn.Module):
 
 
 class PlainResNeXt50(nn.Module):
-    """ResNeXt-50 32x4d with reduced experts: stem to layer2 shared, layer3, layer4 and the head by expert.
+    """ResNeXt-50 32x4d with reduced experts that share stem to layer2.
 
     images [B, 3, 224, 224] -> (mean logits [B, C], logits [B, E, C])
     """
@@ -154,7 +154,7 @@ class PlainResNeXt50(nn.Module):
         self.layer3s = nn.ModuleList([make_layer(Bottleneck, 512, 192, 6, 2) for _ in range(num_experts)])
         self.layer4s = nn.ModuleList([make_layer(Bottleneck, 768, 384, 3, 2) for _ in range(num_experts)])
         self.linears = nn.ModuleList([NormedLinear(1536, num_classes) for _ in range(num_experts)])
-        self.avgpool = nn.AdaptiveAvgPool2d(1)  # theirs takes 7x7 maps only
+        self.avgpool = nn.AdaptiveAvgPool2d(1)  # theirs takes 7x7 feature maps only
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -174,7 +174,10 @@ NETWORKS = {"ride_resnet32": PlainResNet32, "ride_resnext50": PlainResNeXt50}
 
 
 class PlainRideLoss(nn.Module):
-    """LDAM-DRW of each expert plus the diversity term, expert by expert; `set_epoch` counts from 1, as theirs."""
+    """LDAM-DRW plus the diversity term, in a loop over the experts.
+
+    `set_epoch` counts from 1, as the authors' does.
+    """
 
     def __init__(
         self,
@@ -217,7 +220,7 @@ class PlainRideLoss(nn.Module):
 
 
 class PlainImages(Dataset):
-    """Arrays turned into PIL images and augmented one by one."""
+    """Array images, converted to PIL and augmented one at a time."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         self.pixels, self.labels = pixels, labels.tolist()
@@ -244,14 +247,14 @@ def plain_loader(pixels: np.ndarray, labels: np.ndarray, batch_size: int, num_wo
 
 
 def top_k(logits: Tensor, targets: Tensor, k: int) -> float:
-    """Share of the samples whose class is among the k largest logits."""
+    """Fraction of samples whose class is among the k largest logits."""
     with torch.no_grad():
         chosen = torch.topk(logits, k, dim=1)[1]
         return (chosen == targets[:, None]).any(1).sum().item() / len(targets)
 
 
 class PlainTraining:
-    """The loop: `train_epoch(batches)` gives means of loss, top-1 and top-5 accuracy."""
+    """SGD loop; `train_epoch` returns the mean loss, top-1 and top-5 accuracy."""
 
     def __init__(self, name: str, class_counts: Sequence[int], num_experts: int = 3, lr: float = 0.02) -> None:
         self.model = NETWORKS[name](len(class_counts), num_experts)
@@ -267,7 +270,7 @@ class PlainTraining:
             loss = self.loss(mean_logits, logits, targets)
             loss.backward()
             self.optimizer.step()
-            figures = loss.item(), top_k(mean_logits, targets, 1), top_k(mean_logits, targets, 5)
-            sums = [total + figure for total, figure in zip(sums, figures, strict=True)]
+            metrics = loss.item(), top_k(mean_logits, targets, 1), top_k(mean_logits, targets, 5)
+            sums = [total + value for total, value in zip(sums, metrics, strict=True)]
             steps += 1
         return tuple(total / steps for total in sums)

@@ -1,4 +1,4 @@
-"""Images to measure with, and a loader that holds the clock."""
+"""Random images, and a timed loader."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 def exponential_counts(num_classes: int, largest: int, smallest: int) -> list[int]:
-    """Training images of each class, falling exponentially: 500 to 5 over 100 classes is CIFAR-100-LT (10,847)."""
-    fall = (smallest / largest) ** (1 / max(num_classes - 1, 1))
-    return [int(largest * fall**c + 1e-9) for c in range(num_classes)]
+    """Exponential class counts; 500 to 5 over 100 classes is CIFAR-100-LT."""
+    decay = (smallest / largest) ** (1 / max(num_classes - 1, 1))
+    return [int(largest * decay**c + 1e-9) for c in range(num_classes)]
 
 
 def class_counts_of(num_classes: int) -> list[int]:
-    """CIFAR-100-LT's counts for 100 classes, otherwise from ImageNet-LT's largest to its smallest class."""
+    """CIFAR-100-LT's counts for 100 classes, else the range of ImageNet-LT's."""
     return exponential_counts(num_classes, *((500, 5) if num_classes == 100 else (1280, 5)))
 
 
 class ArrayImages:
-    """An image set held decoded: item i is (PIL image, label), as an `ImageSet` of ride_timm gives it."""
+    """Decoded images with the interface of ride_timm's `ImageSet`."""
 
     split = "train"
 
@@ -38,14 +38,14 @@ class ArrayImages:
 
 
 def random_images(class_counts: list[int], size: int) -> ArrayImages:
-    """As many random images of each class as these counts say."""
+    """Random images, `class_counts[c]` of class c."""
     labels = np.repeat(np.arange(len(class_counts)), class_counts)
     pixels = np.random.default_rng(0).integers(0, 256, (len(labels), size, size, 3), dtype=np.uint8)
     return ArrayImages(pixels, labels)
 
 
 def labels_only(class_counts: list[int]) -> ArrayImages:
-    """An image set whose images are never read."""
+    """Image set without pixels, for loops that never read an image."""
     labels = np.repeat(np.arange(len(class_counts)), class_counts)
     return ArrayImages(np.empty((len(labels), 0)), labels)
 
@@ -58,9 +58,9 @@ def random_batch(batch_size: int, num_classes: int, size: int) -> tuple[Tensor, 
 
 
 class Clocked:
-    """The first `warm_up + steps` batches of a loader; `seconds` is what the loop over the last `steps` of them took.
+    """Time `steps` batches of a loader, after `warm_up` untimed ones.
 
-    The clock starts before the batch is asked for and stops when the body of the last step is through.
+    `seconds` runs from the request for the first timed batch to the end of the last step's body.
     """
 
     def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], steps: int, warm_up: int = 0) -> None:

@@ -1,7 +1,4 @@
-"""A CIFAR-100-LT epoch with its input: baseline with two loader workers, ours through the training script's loop.
-
-Of the recipe with progressive resizing: the mean over all its epochs, by timed steps of each size.
-"""
+"""CIFAR-100-LT epoch, input included: baseline, and ours in the script's loop."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from ride_timm.data.loaders.in_memory import decode
 
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
-    """A variant: seconds of a step with its input, when called."""
+    """Build a variant; a call runs its steps and returns seconds per step."""
     if args.data_dir:
         train_set = load_longtail("cifar100", args.data_dir).train
         images = ArrayImages(decode(train_set).numpy(), train_set.labels)
@@ -52,10 +49,10 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
-    flags.add_argument("--data-dir", type=Path, help="a local CIFAR-100 (default: random images of its shape)")
+    flags.add_argument("--data-dir", type=Path, help="folder of CIFAR-100; random images unless given")
     flags.add_argument("--batch-size", type=int, default=128)
-    flags.add_argument("--steps", type=int, default=20, help="timed steps of each run")
-    flags.add_argument("--warm-up", type=int, default=4, help="steps before them, which also fill the workers' queues")
+    flags.add_argument("--steps", type=int, default=20, help="timed steps per run")
+    flags.add_argument("--warm-up", type=int, default=4, help="untimed steps before, to fill the workers' queues")
     flags.add_argument(
         "--workers", type=int, default=2, help="loader workers of the baseline; 2 in the authors' config"
     )
@@ -63,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(flags, argv)
     args.variants = args.variants or default_variants()
     num_images = sum(class_counts_of(100))
-    steps_an_epoch = -(-num_images // args.batch_size)
-    if args.warm_up + args.steps > steps_an_epoch:
-        flags.error(f"an epoch has {steps_an_epoch} steps: {args.warm_up} + {args.steps} do not fit into it")
+    steps_per_epoch = -(-num_images // args.batch_size)
+    if args.warm_up + args.steps > steps_per_epoch:
+        flags.error(f"--warm-up {args.warm_up} + --steps {args.steps}: an epoch has {steps_per_epoch} steps")
 
     builders = {name: partial(build, name, args) for name in args.variants}
     with processes(builders, args.threads) as variants:
@@ -73,11 +70,11 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"ride_resnet32 x3, {num_images} images, batch {args.batch_size}, {args.threads} threads, input included")
     show(figures, "s/step")
-    epochs = {name: figure["median"] * steps_an_epoch for name, figure in figures.items()}
+    epochs = {name: figure["median"] * steps_per_epoch for name, figure in figures.items()}
     for name, seconds in epochs.items():
-        print(f"{name}: {seconds:.1f} s an epoch ({steps_an_epoch} steps at the median)")
+        print(f"{name}: {seconds:.1f} s per epoch ({steps_per_epoch} steps at the median)")
     ratios = ratios_of(epochs)
-    more = dict(seconds_per_epoch=epochs, steps_per_epoch=steps_an_epoch)
+    more = dict(seconds_per_epoch=epochs, steps_per_epoch=steps_per_epoch)
     record("epoch", args, dict(seconds_per_step=figures, ratios=ratios, **more))
     print(f"ratio {ratios[args.variants[-1]]:.2f}")
 

@@ -1,4 +1,4 @@
-"""What `import ride_timm` adds to `import timm`, each in fresh processes."""
+"""Time that `import ride_timm` adds to `import timm`, in fresh processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     variants = {f"import {name}": partial(seconds_to_import, name) for name in ("timm", "ride_timm")}
     if args.rounds > 1:
         for variant in variants.values():
-            variant()  # the files come from the disk once
+            variant()  # warm the file cache
     figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
     show(figures)
     difference = figures["import ride_timm"]["median"] - figures["import timm"]["median"]

@@ -1,4 +1,4 @@
-"""CIFAR input alone: PIL images one by one (with two workers, and in-process) against ours, augmented by batches."""
+"""CIFAR input alone: PIL images one at a time, and ours augmented in batches."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ def drain(clocked: Clocked) -> None:
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
     flags.add_argument("--batch-size", type=int, default=128)
-    flags.add_argument("--steps", type=int, default=20, help="timed batches of each run")
-    flags.add_argument("--warm-up", type=int, default=4, help="batches before them, which also fill the queues")
-    flags.add_argument("--train-steps", type=int, default=3, help="timed training steps of each run, for the share")
+    flags.add_argument("--steps", type=int, default=20, help="timed batches per run")
+    flags.add_argument("--warm-up", type=int, default=4, help="untimed batches before, to fill the queues")
+    flags.add_argument("--train-steps", type=int, default=3, help="timed training steps per run")
     args = parse(flags, argv)
 
     images = random_images(class_counts_of(100), 32)
-    if args.warm_up + args.steps > len(images) // args.batch_size:
-        flags.error(
-            f"an epoch has {len(images) // args.batch_size} full batches: {args.warm_up} + {args.steps} are more"
-        )
+    full_batches = len(images) // args.batch_size
+    if args.warm_up + args.steps > full_batches:
+        flags.error(f"--warm-up {args.warm_up} + --steps {args.steps}: an epoch has {full_batches} full batches")
     training = Training(make_recipe("ride_resnet32", args.batch_size, 32, mixed_precision="bf16"), images, 100)
     batch, targets = random_batch(args.batch_size, 100, 32)
     held = [(batch.contiguous(memory_format=torch.channels_last), targets)] * (1 + args.train_steps)
@@ -52,12 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"batch {args.batch_size} of 32 px, {args.threads} threads")
     show(figures, "ms/step", 2)
     own, step = figures["ours"]["median"], figures["our training step (bf16)"]["median"]
-    share = 100 * own / (own + step)
-    print(f"our input is {share:.1f} % of a step with its input")
+    percent = 100 * own / (own + step)
+    print(f"input: {percent:.1f} % of our step")
     in_process = figures["baseline, in-process"]["median"] / own
     print(f"baseline in-process / ours: {in_process:.2f}")
     ratio = figures["baseline, 2 workers"]["median"] / own
-    record("input", args, dict(ms_per_step=figures, share_percent=share, ratio=ratio, ratio_in_process=in_process))
+    record("input", args, dict(ms_per_step=figures, share_percent=percent, ratio=ratio, ratio_in_process=in_process))
     print(f"ratio {ratio:.2f}")
 
 

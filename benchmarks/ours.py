@@ -1,4 +1,4 @@
-"""Our side: the training script's own stage, loader and loop, without its run folder."""
+"""Our variants: the training script's stage, loader and loop, no run folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batches import random_images
 from record import ROOT
 from tqdm import tqdm
 
-sys.path.insert(0, str(ROOT))  # the training script is no package, and this checkout is what is measured
+sys.path.insert(0, str(ROOT))  # train_accelerate.py is not installed, and this checkout is measured
 
 from ride_timm.cli.process import Signals
 from ride_timm.data.image_set import LongTailData
@@ -26,14 +26,14 @@ from train_accelerate import train_epoch
 def make_recipe(
     model: str, batch_size: int, size: int, num_experts: int = 3, name: str = "cifar100_lt", **run: Any
 ) -> Recipe:
-    """A CIFAR-100-LT recipe with another network or batch; `run`: other keys, such as mixed_precision."""
+    """CIFAR-100-LT recipe with another network and batch; `run`: further keys."""
     augment = "cifar" if model == "ride_resnet32" else "imagenet"
     values = dict(model=model, batch_size=batch_size, num_experts=num_experts, augment=augment, input_size=size)
     return load_recipe(name).override(values | run)
 
 
 class Training:
-    """Stage one on an image set as the script builds it: `train_batches(batches)` is one epoch over these."""
+    """Stage one on an image set, built as the training script builds it."""
 
     def __init__(self, recipe: Recipe, image_set: Any, num_classes: int) -> None:
         AcceleratorState._reset_state(True)  # one process measures several precisions
@@ -48,6 +48,6 @@ class Training:
         self.watch = Watch(accelerator, Signals(), recipe.mixed_precision)
 
     def train_batches(self, batches: Any, epoch: int = 0) -> float:
-        """The script's loop over these batches, as in an epoch of the recipe; their mean loss."""
+        """Run the script's loop over these batches as one epoch -> mean loss."""
         self.stage.loader = batches
         return train_epoch(self.stage, epoch, self.stage.accelerator, self.watch, tqdm(disable=True))

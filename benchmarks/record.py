@@ -1,4 +1,4 @@
-"""What every benchmark shares: its flags, alternating runs, and a line of provenance in results.jsonl."""
+"""Common flags, alternating runs, and results recorded with their provenance."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def cores() -> int:
 
 
 def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
-    """The flags that all benchmarks know."""
+    """Parser with the common flags."""
     made = argparse.ArgumentParser(
         description=description.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     made.add_argument("--rounds", type=int, default=rounds, help="alternating runs of each variant")
-    made.add_argument("--threads", type=int, default=cores(), help="threads of torch")
-    made.add_argument("--no-record", action="store_true", help="append nothing to benchmarks/results.jsonl")
+    made.add_argument("--threads", type=int, default=cores(), help="CPU threads of torch")
+    made.add_argument("--no-record", action="store_true", help="do not append to benchmarks/results.jsonl")
     return made
 
 
 def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, checked and applied; from here on the clock of `disturbance` runs."""
+    """Parse and check the arguments, set the threads, start the load measurement."""
     global _start
     args = made.parse_args(argv)
     for name in ("rounds", "threads", "steps", "batch_size"):
@@ -53,7 +53,7 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
 
 
 def _clocks() -> tuple[float, float, float] | None:
-    """Seconds: of the wall, of all cores' work on the machine, and of our part of it (ended children included)."""
+    """Wall seconds, CPU seconds of the machine, and CPU seconds of our processes."""
     try:
         user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
     except (OSError, ValueError):
@@ -66,7 +66,7 @@ _start: tuple[float, float, float] | None = None
 
 
 def disturbance() -> float | None:
-    """Percent of the cores' time that other processes took since `parse`; None where it cannot be known."""
+    """Percent of CPU time used by other processes since `parse`; None if unknown."""
     now = _clocks()
     if now is None or _start is None:
         return None
@@ -75,7 +75,7 @@ def disturbance() -> float | None:
 
 
 def _serve(pipe: Any, build: Callable[[], Callable[[], float]], threads: int) -> None:
-    """Build a variant in this process, run it once to warm up, then once whenever asked."""
+    """Build a variant, run it once to warm up, then once per request."""
     torch.set_num_threads(threads)
     run = build()
     run()
@@ -88,9 +88,9 @@ def _serve(pipe: Any, build: Callable[[], Callable[[], float]], threads: int) ->
 def processes(
     builders: dict[str, Callable[[], Callable[[], float]]], threads: int
 ) -> Iterator[dict[str, Callable[[], float]]]:
-    """Each variant, warmed up, in a process of its own: allocator, thread pool and caches of one do not meet another's.
+    """Start each variant in its own process, warmed up.
 
-    A builder makes the variant there, so it and its arguments are pickled. A process waits while others run.
+    Allocators, thread pools and caches are thus separate. Builders are pickled; a process idles while another runs.
     """
     context = multiprocessing.get_context("spawn")
     pipes, children = {}, []
@@ -117,9 +117,9 @@ def processes(
 
 
 def alternate(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Run the variants in turn, A B C A B C …, so that a slow minute of the machine hits all of them.
+    """Run the variants in turn, A B C A B C …, so that load affects all alike.
 
-    A variant returns its own seconds; name -> its seconds by round.
+    Each variant returns its own seconds; the result holds them by name and round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
@@ -134,7 +134,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def show(figures: dict[str, dict[str, float]], unit: str = "s", digits: int = 3) -> None:
-    """A line a variant: median (min … max)."""
+    """Print median (min … max) of each variant."""
     width = max(map(len, figures))
     for name, figure in figures.items():
         low, high = (f"{figure[key]:.{digits}f}" for key in ("min", "max"))
@@ -150,7 +150,7 @@ def _git(*command: str) -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (and whether files that are run differ from it), versions, processor, threads and date."""
+    """Commit, uncommitted changes, versions, processor, threads and date."""
     from ride_timm.hardware import processor_name
 
     changed = _git("status", "--porcelain", "--", "ride_timm", "train_accelerate.py", "benchmarks/*.py")
@@ -175,12 +175,13 @@ def _rounded(value: Any) -> Any:
 
 
 def record(benchmark: str, args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Tell who disturbed, and append one JSON line unless told otherwise. Of a path only the last part is kept."""
+    """Print the load of other processes; append a JSON line unless --no-record."""
     others = disturbance()
     if others is not None:
-        print(f"other processes took {others:.0f} % of the cores' time" + (": repeat when it is quiet" * (others > 5)))
+        print(f"other processes took {others:.0f} % of the CPU time" + ("; repeat on an idle machine" * (others > 5)))
     if args.no_record:
         return
+    # no machine's paths in the record: the last part only
     given = {key: Path(value).name if isinstance(value, Path) else value for key, value in vars(args).items()}
     del given["no_record"]
     line = {

@@ -1,6 +1,6 @@
-"""Estimate the communication, input rate and memory of a training step on many GPUs; nothing is run.
+"""Estimate communication, input rate and memory of training on many GPUs.
 
-Parameters, MACs and BatchNorm layers are counted from the networks. The rest is assumed and has its flag.
+Nothing is run: parameters, MACs and BatchNorm layers are counted, and every assumption has a flag.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # count this checkout
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout is counted
 
 import ride_timm  # noqa: F401  (registers the networks)
 from ride_timm.evaluation.macs import count_macs
@@ -26,7 +26,7 @@ CIFAR_ARRAY = 32 * 32 * 3  # bytes, decoded
 
 @dataclass(frozen=True)
 class Setting:
-    """A network with the classes, batch and images of a recipe; image_bytes is the size of an encoded image."""
+    """Network, classes, batch and images of a recipe; image_bytes: encoded size."""
 
     model: str
     num_experts: int
@@ -59,7 +59,7 @@ class Counts:
 
 
 def count(setting: Setting) -> Counts:
-    """Count on the meta device, without memory for the weights."""
+    """Count on the meta device, without allocating weights."""
     with torch.device("meta"):
         model = timm.create_model(setting.model, num_experts=setting.num_experts, num_classes=setting.num_classes)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -71,14 +71,14 @@ def count(setting: Setting) -> Counts:
 
 
 def all_reduce(num_bytes: float, processes: int) -> float:
-    """Bytes each process sends in a ring all-reduce: a reduce-scatter, then an all-gather."""
+    """Bytes sent per process in a ring all-reduce: reduce-scatter, then all-gather."""
     return 2 * (processes - 1) / processes * num_bytes
 
 
 def sync_bn(norm_channels: tuple[int, ...], processes: int) -> float:
-    """Bytes each process sends in a step.
+    """Bytes sent per process and step by SyncBatchNorm.
 
-    Forward, every layer gathers its mean, inverse deviation and count; backward, it reduces two sums.
+    Forward, each layer gathers mean, inverse standard deviation and count; backward, it reduces two sums.
     """
     forward = sum((2 * channels + 1) * FP32 * (processes - 1) for channels in norm_channels)
     return forward + all_reduce(2 * FP32 * sum(norm_channels), processes)
@@ -92,15 +92,15 @@ def size(num_bytes: float) -> str:
 
 
 def rows(settings: tuple[Setting, ...], args: argparse.Namespace) -> tuple[list[list[str]], list[float]]:
-    """The table, and for each setting the fraction of a step spent on the exchange of gradients."""
+    """Table rows, and the fraction of a step spent on gradients in each setting."""
     processes = args.nodes * args.gpus_per_node
-    bytes_a_second = (args.link if args.nodes > 1 else args.link_within) * 1e9 / 8
+    bytes_per_second = (args.link if args.nodes > 1 else args.link_within) * 1e9 / 8
     table, fractions = [], []
     for setting in settings:
         counts = count(setting)
         gradients = counts.params * FP32
         sent = all_reduce(gradients, processes)
-        exchange = sent / bytes_a_second
+        exchange = sent / bytes_per_second
         # forward and backward: three times the forward MACs, two operations each
         compute = 6 * counts.macs * setting.batch_size / processes / (args.tflops * 1e12)
         images = setting.batch_size / (exchange + compute)
@@ -144,7 +144,7 @@ def estimate(argv: list[str] | None = None) -> None:
     flags.add_argument("--link", type=positive, default=100, help="Gb/s between nodes")
     flags.add_argument("--link-within", type=positive, default=200, help="Gb/s between the GPUs of one node")
     flags.add_argument("--tflops", type=positive, default=40, help="sustained TFLOP/s of a GPU")
-    flags.add_argument("--wait", type=positive, default=50, help="latency of a small exchange in microseconds")
+    flags.add_argument("--wait", type=positive, default=50, help="latency of a small message in microseconds")
     args = flags.parse_args(argv)
     table, fractions = rows(SETTINGS, args)
     print(f"{args.nodes} x {args.gpus_per_node} GPUs: an estimate, not a measurement\n")

@@ -1,8 +1,8 @@
-"""Time to build a split: long-tailed selection from labels alone, and published splits from their annotation lists.
+"""Time to build splits: long-tailed selection by label, and published lists.
 
-The lists are of the published length and form, `path label` by line; `--annotations` reads the real ones instead, where
-they lie in that folder. Building one is reading training and test list, checking classes and the first image of every
-class, and setting up the images; the import of `datasets` is not in it.
+The lists are synthetic, of the published length and format (`path label` per line), unless `--annotations` names a
+folder that holds the real ones. A build reads the training and test lists, checks the classes and the first image of
+each class, and creates the image sets; importing `datasets` is not timed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import datasets  # noqa: F401  imported before the clock runs
+import datasets  # noqa: F401  (not timed)
 import numpy as np
 from record import alternate, parse, parser, record, show, summary
 
@@ -40,10 +40,10 @@ def seconds_to_build(name: str, root: Path, lists: Path) -> float:
 
 
 def make_list(path: Path, published: Lists, split: str, rng: np.random.Generator) -> None:
-    """A list of the published length, every class in it, most lines of the first classes; names as the real ones."""
+    """Write a synthetic list: published length and names, every class, long-tailed."""
     facts, num_classes = published.splits[split], published.num_classes
-    shares = np.geomspace(100, 1, num_classes) if facts.largest > facts.smallest else np.ones(num_classes)
-    drawn = rng.choice(num_classes, facts.images - num_classes, p=shares / shares.sum())
+    weights = np.geomspace(100, 1, num_classes) if facts.largest > facts.smallest else np.ones(num_classes)
+    drawn = rng.choice(num_classes, facts.images - num_classes, p=weights / weights.sum())
     labels = np.sort(np.concatenate([np.arange(num_classes), drawn])).tolist()
     if published.prefix == "iNaturalist18":
         rng.shuffle(labels)
@@ -54,7 +54,7 @@ def make_list(path: Path, published: Lists, split: str, rng: np.random.Generator
 
 
 def prepare(name: str, root: Path, real: Path | None) -> Path:
-    """The folder of a data set's lists, made where not all of them are real; its first images are made, empty."""
+    """Folder of lists, synthetic unless all are real; creates empty first images."""
     published, rng = KNOWN[name].lists, np.random.default_rng(0)
     splits = ["train", "test" if "test" in published.splits else "val"]
     if real is not None and all((real / published.name(split)).is_file() for split in splits):
@@ -74,7 +74,7 @@ def prepare(name: str, root: Path, real: Path | None) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
-    flags.add_argument("--annotations", type=Path, help="folder with the real lists, as far as there are")
+    flags.add_argument("--annotations", type=Path, help="folder of the real lists; missing ones are synthetic")
     args = parse(flags, argv)
     rng = np.random.default_rng(0)
     variants = {}

@@ -1,4 +1,4 @@
-"""Training step (forward, loss, backward, optimizer) on images in memory: baseline, and ours in fp32 and bf16."""
+"""Training step on images in memory: baseline, and ours in fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from variants import VARIANTS, add_variants_flag, default_variants, ratios_of
 
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
-    """A variant: seconds of a step, when called."""
+    """Build a variant; a call runs its steps and returns seconds per step."""
     num_classes = 100 if args.model == "ride_resnet32" else 1000
     class_counts = class_counts_of(num_classes)
     images, targets = random_batch(args.batch_size, num_classes, args.image_size)
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--batch-size", type=int, default=128)
     flags.add_argument("--image-size", type=int, default=32)
     flags.add_argument("--num-experts", type=int, default=3)
-    flags.add_argument("--steps", type=int, default=4, help="timed steps of each run")
-    flags.add_argument("--warm-up", type=int, default=1, help="steps before them")
+    flags.add_argument("--steps", type=int, default=4, help="timed steps per run")
+    flags.add_argument("--warm-up", type=int, default=1, help="untimed steps before")
     add_variants_flag(flags)
     args = parse(flags, argv)
     args.variants = args.variants or default_variants()

@@ -1,4 +1,4 @@
-"""The two sides of the training benchmarks: the baseline, and ours with other recipe keys."""
+"""Variants of the training benchmarks: the baseline, and ours by recipe keys."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def add_variants_flag(flags: argparse.ArgumentParser) -> None:
         "--variants",
         nargs="+",
         choices=tuple(VARIANTS),
-        help="the baseline and others; the ratio printed last is the last one's (default: the "
-        "baseline, ours in fp32 and, where it pays, in bf16)",
+        help="baseline and others; the last line is the ratio of the last one. Unless given: "
+        "the baseline, ours in fp32 and, where faster, in bf16",
     )
 
 
 def default_variants() -> list[str]:
-    """The baseline, ours in fp32 and, where it pays, in bf16: elsewhere it is slower, imitated ten times."""
+    """The baseline, ours in fp32 and, where it is faster, in bf16."""
     from ride_timm.hardware import bf16_pays
 
     return ["baseline", "ours fp32"] + ["ours bf16"] * bf16_pays()
 
 
 def ratios_of(medians: dict[str, float]) -> dict[str, float]:
-    """Baseline over each other variant, printed line by line."""
+    """Print and return the baseline's time over that of each variant."""
     ratios = {name: medians["baseline"] / median for name, median in medians.items() if name != "baseline"}
     for name, ratio in ratios.items():
         print(f"baseline / {name}: {ratio:.2f}")

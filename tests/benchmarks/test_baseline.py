@@ -1,4 +1,4 @@
-"""The baseline computes what ours computes, and every benchmark runs."""
+"""Baseline against ours, and a tiny run of every benchmark."""
 
 import importlib.util
 import re
@@ -11,7 +11,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 
-from ride_timm import hardware as processor
+from ride_timm import hardware
 from ride_timm.losses import make_loss
 from ride_timm.training.objectives import ExpertsObjective
 
@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """name -> the benchmark as a module; what it imports from its own folder is forgotten again."""
+    """Load a benchmark as a module by name; benchmark modules are unloaded afterwards."""
     before = set(sys.modules)
     sys.path.insert(0, str(BENCHMARKS))
     threads = torch.get_num_threads()
@@ -48,7 +48,7 @@ def plain_name(name):
 
 
 def as_plain(name, value):
-    """A head of ours is [C, D], theirs [D, C]."""
+    """Transpose our head weight [C, D] to the baseline's [D, C]."""
     return value.T if ".fc." in name else value
 
 
@@ -67,7 +67,7 @@ def test_same_logits_loss_and_gradients(benchmark, name, num_classes, size, epoc
     plain.loss.set_epoch(epoch + 1)
     plain.model.load_state_dict({plain_name(key): as_plain(key, value) for key, value in model.state_dict().items()})
     for module in (objective, plain.model, plain.loss):
-        module.double()  # what rounding makes of two orders of summation in fifty layers is not the question here
+        module.double()  # in float32 the order of summation alone differs by more than the tolerance
     images, targets = benchmark("batches").random_batch(4, num_classes, size)
 
     ours = objective(images.double(), targets)
@@ -88,8 +88,8 @@ def test_same_logits_loss_and_gradients(benchmark, name, num_classes, size, epoc
     assert not gradients
 
 
-def test_the_same_update(benchmark):
-    """torch's SGD of the baseline and timm's of the training script are one rule."""
+def test_same_optimizer_settings(benchmark):
+    """torch's SGD in the baseline and timm's in the script have the same settings."""
     ours = benchmark("ours")
     counts = benchmark("batches").exponential_counts(100, 500, 5)
     image_set = benchmark("batches").random_images([1] * 100, 32)
@@ -102,13 +102,13 @@ def test_the_same_update(benchmark):
     assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in wanted["params"])
 
 
-def test_the_counts_are_those_of_cifar100_lt(benchmark):
+def test_class_counts_of_cifar100_lt(benchmark):
     counts = benchmark("batches").class_counts_of(100)
     assert sum(counts) == 10_847 and counts[0] == 500 and counts[-1] == 5
 
 
 def test_baseline_learns(benchmark):
-    """Three steps on one batch: the loop trains and gives its figures."""
+    """Three steps on one batch lower the loss."""
     torch.manual_seed(0)
     plain = benchmark("baseline").PlainTraining("ride_resnet32", [5] * 100)
     batch = benchmark("batches").random_batch(8, 100, 16)
@@ -117,7 +117,7 @@ def test_baseline_learns(benchmark):
 
 
 def test_forced_routing(benchmark):
-    """The stub sends every sample to as many experts as it is told, and leaves the router as it was."""
+    """Samples use the given numbers of experts; the router is restored afterwards."""
     routed = benchmark("routed")
     model = timm.create_model("ride_resnet32", num_experts=3, router=True, top_choices_num=30).eval()
     images, used = torch.randn(6, 3, 32, 32), torch.tensor([1, 3, 2, 1, 3, 3])
@@ -125,8 +125,8 @@ def test_forced_routing(benchmark):
     with torch.inference_mode(), routed.forced(model.router, used):
         assert torch.equal(model.forward_routed(images)[1], used)
     assert torch.equal(model.forward_routed(images)[1], own[1])
-    assert routed.numbers_of_samples(32, routed.SHARES["paper"]) == [13, 3, 16]
-    assert sum(routed.numbers_of_samples(7, routed.SHARES["paper"])) == 7
+    assert routed.sample_counts(32, routed.FRACTIONS["paper"]) == [13, 3, 16]
+    assert sum(routed.sample_counts(7, routed.FRACTIONS["paper"])) == 7
 
 
 PLAIN = ["--variants", "baseline", "ours bf16, plain norm"]  # nothing to compile
@@ -142,13 +142,13 @@ TINY = {
 LAST = {"routed": r"worst deviation [\d.]+ %", "split": r"slowest [\d.]+ s", "import_time": r"difference -?[\d.]+ s"}
 
 
-def test_every_script_is_tried():
+def test_every_benchmark_is_run():
     scripts = {path.stem for path in BENCHMARKS.glob("*.py") if "def main(" in path.read_text(encoding="utf-8")}
     assert scripts == set(TINY)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_prints_its_figure_last(benchmark, capsys, uncompiled, name):
+def test_last_line_is_the_result(benchmark, capsys, uncompiled, name):
     results = BENCHMARKS / "results.jsonl"
     before = results.read_bytes() if results.exists() else None
     benchmark(name).main(["--rounds", "1", "--no-record", *TINY[name]])
@@ -163,28 +163,28 @@ def test_prints_its_figure_last(benchmark, capsys, uncompiled, name):
         (False, ["baseline", "ours fp32"]),
     ],
 )
-def test_the_ratio_is_of_the_precision_that_pays(benchmark, monkeypatch, pays, chosen):
-    monkeypatch.setattr(processor, "bf16_pays", lambda: pays)
+def test_bf16_is_a_default_only_where_it_is_faster(benchmark, monkeypatch, pays, chosen):
+    monkeypatch.setattr(hardware, "bf16_pays", lambda: pays)
     assert benchmark("variants").default_variants() == chosen
 
 
-def test_the_baselines_memory_holds_nothing_of_ours():
+def test_memory_of_the_baseline_excludes_ride_timm():
     code = (
-        "import sys, memory; memory.train = lambda *_: None; memory.main(['--side', 'baseline']);"
+        "import sys, memory; memory.train = lambda *_: None; memory.main(['--variant', 'baseline']);"
         "assert 'ride_timm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=BENCHMARKS)
 
 
 @pytest.mark.parametrize("flag", ["--rounds", "--threads"])
-def test_refuses_zero(benchmark, capsys, flag):
+def test_zero_is_rejected(benchmark, capsys, flag):
     record = benchmark("record")
     with pytest.raises(SystemExit):
         record.parse(record.parser("A title."), [flag, "0"])
     assert f"{flag} 0: expected 1 or more" in capsys.readouterr().err
 
 
-def test_a_line_of_results(benchmark, tmp_path, monkeypatch):
+def test_recorded_line(benchmark, tmp_path, monkeypatch):
     import json
 
     record = benchmark("record")

@@ -1,4 +1,4 @@
-"""The multi-GPU estimate: formulas against a simulated ring, the table against the page."""
+"""Multi-GPU estimate: formulas against a simulated ring, table against the docs."""
 
 import importlib.util
 import sys
@@ -21,7 +21,7 @@ def scale():
 
 
 def _ring_all_reduce(values):
-    """Ring all-reduce of P lists of P chunks, simulated: the final lists, and the chunks sent by each process."""
+    """Simulate a ring all-reduce of P lists of P chunks -> lists, chunks sent by rank."""
     processes = len(values)
     sent = [0] * processes
     for gather in (False, True):
@@ -37,27 +37,27 @@ def _ring_all_reduce(values):
 
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
-def test_the_formula_counts_the_bytes_of_a_ring(scale, processes):
+def test_all_reduce_counts_the_bytes_of_a_ring(scale, processes):
     held, sent = _ring_all_reduce([[10 * rank + chunk for chunk in range(processes)] for rank in range(processes)])
     total = [sum(10 * rank + chunk for rank in range(processes)) for chunk in range(processes)]
     assert held == [total] * processes
     assert sent == [pytest.approx(scale.all_reduce(processes, processes))] * processes
 
 
-def test_without_a_second_process_nothing_is_sent(scale):
+def test_one_process_sends_nothing(scale):
     assert scale.all_reduce(1e6, 1) == scale.sync_bn((8, 16), 1) == 0
 
 
-def test_counts_are_those_of_a_real_network(scale):
+def test_counts_match_a_built_network(scale):
     counts = scale.count(scale.SETTINGS[0])
     model = timm.create_model("ride_resnet32", num_experts=3, num_classes=100)
     assert counts.params == sum(len(p.flatten()) for p in model.parameters())
-    inside = [m.weight.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert sorted(counts.norm_channels) == sorted(inside) and len(inside) == 11 + 3 * 20
+    norms = [m.weight.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sorted(counts.norm_channels) == sorted(norms) and len(norms) == 11 + 3 * 20
     assert counts.macs == pytest.approx(102.2e6, rel=2e-3)
 
 
-def test_the_page_holds_the_table_as_it_is_printed(scale, capsys):
+def test_docs_hold_the_printed_table(scale, capsys):
     scale.estimate([])
     printed = capsys.readouterr().out.splitlines()
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
