@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures common to all tests."""
 
 import importlib.util
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-# no test reaches for a network; the Hub's clients read this when they are imported
+# tests run offline; the Hub's clients read this at import
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads would only wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers with several threads each oversubscribe the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def script():
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """The passes of fused norms as plain tensor arithmetic: what they compute, without the wait for a compiler."""
+    """Run fused norms as plain tensor arithmetic, without compiling."""
     from ride_timm.models.fused import norm as fused_norm
 
     monkeypatch.setattr(fused_norm, "_compile", lambda function, inputs: function)
@@ -37,16 +37,15 @@ def uncompiled(monkeypatch):
 
 @pytest.fixture
 def train(script, monkeypatch):
-    """The script in this process, from a clean slate."""
+    """Run the training script in this process and restore its global state."""
     import torch
     from accelerate.state import AcceleratorState
 
     from ride_timm.cli.process import exit_code
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(
-        "ride_timm.training.stages.plot_run", lambda *_: None
-    )  # takes half of a tiny run; whole processes draw
+    # half the time of a tiny run; `run_script` plots
+    monkeypatch.setattr("ride_timm.training.stages.plot_run", lambda *_: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     yield lambda argv: exit_code(script.train, [str(part) for part in argv])
@@ -58,7 +57,7 @@ def train(script, monkeypatch):
 
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory):
-    """A folder of small long-tailed images, train/ and test/ by class, that a network learns in a few steps."""
+    """Folder of small long-tailed images by split and class, learned in a few steps."""
     import numpy as np
     from PIL import Image
 
@@ -77,10 +76,10 @@ def colours(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(colours, tmp_path_factory):
-    """An uninterrupted run of both stages."""
+    """Uninterrupted run of both stages -> run folder, completed process."""
     from journeys import flags_of, run_script
 
-    output = tmp_path_factory.mktemp("runs") / "whole"
+    output = tmp_path_factory.mktemp("runs") / "finished"
     done = run_script(*flags_of(colours, output))
     assert done.returncode == 0, done.stderr
     return output, done

@@ -22,8 +22,8 @@ def setup_cfg():
     return parser
 
 
-def test_the_source_distribution_is_complete(monkeypatch):
-    """The files of MANIFEST.in, as setuptools reads it."""
+def test_source_distribution_is_complete(monkeypatch):
+    """Files selected by MANIFEST.in, as setuptools reads it."""
     egg_info = pytest.importorskip("setuptools.command.egg_info")
     monkeypatch.chdir(ROOT)
     found = egg_info.FileList()
@@ -36,7 +36,7 @@ def test_the_source_distribution_is_complete(monkeypatch):
     assert {Path(name) for name in found.files} == wanted
 
 
-def test_the_console_script_is_python_m_ride_timm(setup_cfg, monkeypatch, capsys):
+def test_console_script_equals_python_m_ride_timm(setup_cfg, monkeypatch, capsys):
     name, target = setup_cfg["options.entry_points"]["console_scripts"].split(" = ")
     module, function = target.split(":")
     monkeypatch.setattr("sys.argv", [name, "flops", "test_ride_resnet"])
@@ -44,7 +44,7 @@ def test_the_console_script_is_python_m_ride_timm(setup_cfg, monkeypatch, capsys
     assert capsys.readouterr().out.startswith("test_ride_resnet, ")
 
 
-def test_every_pattern_of_package_data_has_files(setup_cfg):
+def test_every_package_data_pattern_matches_files(setup_cfg):
     package = Path(ride_timm.__file__).parent
     patterns = setup_cfg["options.package_data"]["ride_timm"].split()
     assert "py.typed" in patterns
@@ -52,7 +52,7 @@ def test_every_pattern_of_package_data_has_files(setup_cfg):
         assert list(package.glob(pattern)), pattern
 
 
-def test_the_citation_is_that_of_this_version_and_of_the_readme():
+def test_citation_matches_version_and_readme():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == ride_timm.__version__
     paper, readme = citation["preferred-citation"], (ROOT / "README.md").read_text(encoding="utf-8")

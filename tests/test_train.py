@@ -1,4 +1,4 @@
-"""Journeys of the training script on real image files, in processes of its own where these are the point."""
+"""End-to-end runs of the training script on image files."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ from ride_timm.cli.main import main
 from ride_timm.training.run_folder import RunFolder
 
 
-def test_a_run_leaves_the_whole_folder_and_a_table(finished):
+def test_run_writes_its_folder_and_prints_a_table(finished):
     output, done = finished
     expected = {"recipe.yaml", "state.pt", "metrics.csv", "results.json", "config.json", "model.safetensors"}
     assert expected <= {path.name for path in output.iterdir()}
@@ -43,7 +43,7 @@ def test_a_run_leaves_the_whole_folder_and_a_table(finished):
 
 
 @pytest.mark.parametrize("routed", [False, True])
-def test_evaluate_gives_the_results_again_exactly(finished, colours, routed, capsys):
+def test_evaluate_reproduces_the_results_exactly(finished, colours, routed, capsys):
     output, _ = finished
     main(["evaluate", "--model", f"local-dir:{output}", "--json", "--threads", "1", *(["--routed"] if routed else [])])
     found = json.loads(capsys.readouterr().out)
@@ -52,7 +52,7 @@ def test_evaluate_gives_the_results_again_exactly(finished, colours, routed, cap
         assert found[key] == stored[key], key
 
 
-def test_an_existing_run_is_left_alone_and_a_finished_one_resumes_at_once(train, finished, colours, capsys):
+def test_existing_run_is_kept_and_a_finished_one_resumes_at_once(train, finished, colours, capsys):
     output, _ = finished
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     assert train(flags_of(colours, output)) == 2
@@ -65,7 +65,7 @@ def test_an_existing_run_is_left_alone_and_a_finished_one_resumes_at_once(train,
 
 
 def _kill_when(process, output, stage, epoch, number):
-    """Send a signal as soon as an epoch of a stage is on disk."""
+    """Send a signal once an epoch of a stage is on disk -> exit code."""
     for _ in range(2400):
         time.sleep(0.05)
         rows = rows_of(output) if (output / "metrics.csv").exists() else []
@@ -73,13 +73,13 @@ def _kill_when(process, output, stage, epoch, number):
             process.send_signal(number)
             return process.wait(60)
         assert process.poll() is None, process.stderr.read()
-    raise AssertionError("the epoch never came")
+    raise AssertionError("the epoch was not written")
 
 
-def test_a_killed_run_resumes_bit_identical(finished, colours, tmp_path):
-    """Terminated in stage one, killed outright in stage two, resumed each time: nothing differs from one go."""
-    whole, _ = finished
-    output = tmp_path / "torn"
+def test_killed_run_resumes_bit_identical(finished, colours, tmp_path):
+    """Resumed after SIGTERM in stage one and SIGKILL in stage two."""
+    reference, _ = finished
+    output = tmp_path / "interrupted"
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment_with())
     process = subprocess.Popen([sys.executable, SCRIPT, *flags_of(colours, output)], **pipes)
     assert _kill_when(process, output, "experts", 1, signal.SIGTERM) == 143
@@ -89,14 +89,14 @@ def test_a_killed_run_resumes_bit_identical(finished, colours, tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, "--output", str(output), "--resume", "--threads", "1"], **pipes)
     assert _kill_when(process, output, "router", 1, signal.SIGKILL) == -signal.SIGKILL
     assert run_script("--output", output, "--resume", "--threads", "1").returncode == 0
-    assert rows_of(output) == rows_of(whole)
-    ours, theirs = RunFolder(output).state(), RunFolder(whole).state()
+    assert rows_of(output) == rows_of(reference)
+    ours, theirs = RunFolder(output).state(), RunFolder(reference).state()
     assert ours.model.keys() == theirs.model.keys()
     for name, value in theirs.model.items():
         assert torch.equal(ours.model[name], value), name
-    assert (output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    mine, one_go = (RunFolder(path).results()["stages"] for path in (output, whole))
-    assert mine == one_go
+    assert (output / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    resumed, expected = (RunFolder(path).results()["stages"] for path in (output, reference))
+    assert resumed == expected
 
 
 def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp_path, capsys):
@@ -112,8 +112,8 @@ def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp
     assert done.stderr.count("experts:") and done.stdout.count("ensemble") == 1
 
 
-def test_listed_images_and_a_validation_split_that_chooses_the_epoch(train, colours, tmp_path, capsys):
-    """The images by annotation lists; half of the test images are a validation list, on which the epoch is chosen."""
+def test_annotation_lists_with_a_validation_split(train, colours, tmp_path, capsys):
+    """Half of the test images form a validation list, which selects the epoch."""
     lists = tmp_path / "lists"
     lists.mkdir()
     files = {split: sorted((colours / split).rglob("*.png")) for split in ("train", "test")}
@@ -139,16 +139,16 @@ def test_listed_images_and_a_validation_split_that_chooses_the_epoch(train, colo
     assert not (tmp_path / "no").exists()
 
 
-def test_router_from_another_run_and_from_the_folder_itself(train, finished, colours, tmp_path):
-    """Stage two alone gives what both stages in a row give."""
-    whole, _ = finished
+def test_router_stage_alone_equals_both_stages(train, finished, colours, tmp_path):
+    """Stage two alone, in the same folder and from another run."""
+    reference, _ = finished
     output, shared = tmp_path / "parts", ["--threads", "1"]
     assert train(flags_of(colours, output, "--stage", "experts")) == 0
     assert list(RunFolder(output).results()["stages"]) == ["experts"]
     assert train(["--stage", "router", "--output", output, *shared]) == 0
     other = tmp_path / "other"
-    assert run_script(*flags_of(colours, other, "--stage", "router", "--from", output)).returncode == 0  # draws as well
-    expected = RunFolder(whole).results()["stages"]
+    assert run_script(*flags_of(colours, other, "--stage", "router", "--from", output)).returncode == 0  # plots, too
+    expected = RunFolder(reference).results()["stages"]
     assert RunFolder(output).results()["stages"] == expected
     assert RunFolder(other).results()["stages"]["router"] == expected["router"]
     assert RunFolder(other).results()["source"] == str(output)

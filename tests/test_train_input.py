@@ -1,4 +1,4 @@
-"""Input that the training script refuses, before a run and in it: one line, and nothing lost."""
+"""Input that the training script rejects: one error line, nothing lost."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from ride_timm import RunError
 from ride_timm.training import run_folder
 from ride_timm.training.run_folder import RunFolder
 
-SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
+SMALL = ["--model", "test_ride_resnet"]  # its last feature map is one pixel
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
         (["--seed", "9007199254740993000"], r"seed=.* at most 9007199254740992"),
         (["--imb-factor", "100"], r"0.01 is the imbalance factor 100 of papers"),
         (["--model", "resnet18"], r"not a network with experts"),
-        (["--dataset", "/no/such/place"], r"/no/such/place"),
+        (["--dataset", "/no/such/folder"], r"/no/such/folder"),
         (["--label-column", "genus"], r"no column 'genus'"),
         (["--augment", "sepia"], r"unknown augmentation 'sepia'"),
         (["--optimizer", "hope"], r"optimizer='hope'"),
@@ -59,7 +59,7 @@ SMALL = ["--model", "test_ride_resnet"]  # its last maps are of one pixel
         (["--streaming", "--decouple", "crt", "--no-router-balanced"], r"of stage experts; train it .* --streaming\.$"),
     ],
 )
-def test_bad_input_ends_in_two_and_writes_nothing(train, flags, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_exits_with_2_and_writes_nothing(train, flags, message, tmp_path, monkeypatch, capsys):
     if "fp16" in flags and torch.cuda.is_available():
         pytest.skip("fp16 is fine on a GPU")
     monkeypatch.chdir(tmp_path)
@@ -70,7 +70,7 @@ def test_bad_input_ends_in_two_and_writes_nothing(train, flags, message, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_model_is_refused(train, finished, colours, tmp_path, capsys):
+def test_checkpoint_of_another_model_is_rejected(train, finished, colours, tmp_path, capsys):
     output, _ = finished
     flags = flags_of(colours, tmp_path / "run", "--from", output)
     flags[flags.index("--num-experts") + 1] = "3"
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_another_model_is_refused(train, finished, colours, tmp_
     assert "holds another model than the recipe's" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_going_on_needs_the_state_and_the_weights_it_began_with(train, finished, colours, tmp_path, capsys):
+def test_resume_needs_the_state_and_the_initial_weights(train, finished, colours, tmp_path, capsys):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts", "--epochs", "1")
     assert train([*flags, "--from", finished[0]]) == 0
@@ -91,16 +91,16 @@ def test_going_on_needs_the_state_and_the_weights_it_began_with(train, finished,
     assert (output / "model.safetensors").read_bytes() == weights
 
 
-def test_the_place_of_the_weights_may_be_written_otherwise(train, finished, colours, tmp_path, monkeypatch, capsys):
+def test_resume_takes_another_path_to_the_initial_weights(train, finished, colours, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--epochs", "1", "--router-epochs", "1", "--resume")
-    assert train([*flags, "--stage", "experts", "--from", finished[0]]) == 0  # flags alone may begin a run
+    assert train([*flags, "--stage", "experts", "--from", finished[0]]) == 0  # --resume may start a run, too
     monkeypatch.chdir(finished[0].parent)
     assert train([*flags, "--stage", "both", "--from", f"{finished[0].name}/"]) == 0
     assert "experts" in RunFolder(output).results()["stages"]
 
 
-def test_a_run_without_weights_yet_begins_again(train, colours, tmp_path):
+def test_run_without_weights_starts_again(train, colours, tmp_path):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts", "--epochs", "1")
     assert train(flags) == 0
@@ -111,7 +111,7 @@ def test_a_run_without_weights_yet_begins_again(train, colours, tmp_path):
     assert train([*flags, "--resume"]) == 0 and (output / "model.safetensors").is_file()
 
 
-def test_the_state_of_another_optimizer_is_named(train, colours, tmp_path, monkeypatch, capsys):
+def test_state_of_another_optimizer_is_rejected(train, colours, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts")
     with monkeypatch.context() as patched:
@@ -124,7 +124,7 @@ def test_the_state_of_another_optimizer_is_named(train, colours, tmp_path, monke
     assert "the state of the optimizer does not fit" in capsys.readouterr().err
 
 
-def test_data_of_other_classes_than_the_runs_are_named(train, colours, tmp_path, capsys):
+def test_resume_on_other_classes_is_rejected(train, colours, tmp_path, capsys):
     output, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(colours, data)
     flags = flags_of(data, output, "--epochs", "1", "--router-epochs", "1")
@@ -134,19 +134,19 @@ def test_data_of_other_classes_than_the_runs_are_named(train, colours, tmp_path,
     assert "do not fit a network of the 4 classes that the data have now" in capsys.readouterr().err
 
 
-def test_a_recipe_that_is_no_text_is_named(train, tmp_path, capsys):
+def test_recipe_not_in_utf8_is_rejected(train, tmp_path, capsys):
     (tmp_path / "own.yaml").write_bytes("name: Käfer".encode("latin-1"))
     assert train(["--recipe", tmp_path / "own.yaml", "--output", tmp_path / "run"]) == 2
     assert "own.yaml is not UTF-8 text." in capsys.readouterr().err
 
 
-def test_two_views_of_one_image_are_enough_for_norms(train, colours, tmp_path):
+def test_two_views_of_one_image_suffice_for_batch_norm(train, colours, tmp_path):
     flags = ["--stage", "experts", "--epochs", "1", "--batch-size", "53", "--loss", "mdcs", "--num-experts", "3"]
     flags += ["--auto-augment", "rand-m9"]
     assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
 
 
-def test_what_a_full_disk_left_of_a_beginning_is_no_run(train, colours, tmp_path, monkeypatch):
+def test_run_that_failed_on_a_full_disk_can_start_again(train, colours, tmp_path, monkeypatch):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts", "--epochs", "1")
     with monkeypatch.context() as patched:
@@ -156,10 +156,10 @@ def test_what_a_full_disk_left_of_a_beginning_is_no_run(train, colours, tmp_path
     (output / ".recipe.yaml.partial").touch()
     assert train(flags) == 0
     (output / "recipe.yaml").unlink()
-    assert train(flags) == 2  # somebody's weights
+    assert train(flags) == 2  # may be the weights of another run
 
 
-def test_what_only_shows_with_the_data_is_found_before_anything_is_written(train, finished, colours, tmp_path, capsys):
+def test_teacher_of_other_classes_is_rejected_before_writing(train, finished, colours, tmp_path, capsys):
     teacher, _ = finished
     flags = ["--dataset", "fashion_lt", "--augment", "fashion", "--teacher", teacher, "--output", tmp_path / "run"]
     assert train([*flags, "--threads", "1"]) == 2
@@ -167,9 +167,7 @@ def test_what_only_shows_with_the_data_is_found_before_anything_is_written(train
 
 
 @pytest.mark.parametrize("precision, ways", [("no", "a lower --lr"), ("bf16", "a lower --lr or --mixed-precision no")])
-def test_a_loss_that_is_not_finite_names_epoch_and_step_and_keeps_the_checkpoint(
-    train, colours, tmp_path, capsys, precision, ways
-):
+def test_non_finite_loss_reports_its_step_and_keeps_the_checkpoint(train, colours, tmp_path, capsys, precision, ways):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts", "--warmup-epochs", "0", "--schedule", "constant")
     assert train([*flags, "--lr", "1e30", "--epochs", "50", "--mixed-precision", precision]) == 1
@@ -178,7 +176,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step_and_keeps_the_checkpoint
     assert all(torch.isfinite(value).all() for value in state.model.values())
 
 
-def test_a_corrupt_image_names_its_row(train, tmp_path, capsys):
+def test_corrupt_image_is_reported_with_its_row(train, tmp_path, capsys):
     from PIL import Image
 
     for split in ("train", "test"):

@@ -1,4 +1,4 @@
-"""Methods from flag to result: teachers, re-balanced and aligned heads, moving averages, changed batches."""
+"""End-to-end runs: teachers, re-balancing, alignment, EMA, batch transforms."""
 
 import json
 import shutil
@@ -28,8 +28,8 @@ def test_distillation_and_one_expert(train, finished, colours, tmp_path, capsys)
     assert "routed" not in capsys.readouterr().out
 
 
-def test_a_resumed_run_keeps_its_teacher(train, finished, colours, tmp_path, monkeypatch, capsys):
-    """By path and hash: it need not be named again, may have moved, and no other one is taken."""
+def test_resumed_run_keeps_its_teacher(train, finished, colours, tmp_path, monkeypatch, capsys):
+    """Its path is kept and its hash checked: it may move, but not change."""
     teacher, output = tmp_path / "teacher", tmp_path / "student"
     shutil.copytree(finished[0], teacher)
     flags = flags_of(colours, output, "--stage", "experts", "--loss", "ce", "--epochs", "2")
@@ -47,20 +47,20 @@ def test_a_resumed_run_keeps_its_teacher(train, finished, colours, tmp_path, mon
     found = RunFolder(output).results()["teacher"]
     assert found == dict(spec=str(tmp_path / "moved"), sha256=found["sha256"]) and len(found["sha256"]) == 64
 
-    whole = tmp_path / "whole"
-    assert train([*flags_of(colours, whole, *flags[4:])[:4], *flags[4:], "--teacher", tmp_path / "moved"]) == 0
-    assert (whole / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    reference = tmp_path / "reference"
+    assert train([*flags_of(colours, reference, *flags[4:])[:4], *flags[4:], "--teacher", tmp_path / "moved"]) == 0
+    assert (reference / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["crt", "lws", "tau_norm", "logit_adjustment"])
-def test_the_heads_of_a_run_are_rebalanced_with_its_own_recipe(train, finished, tmp_path, method, monkeypatch, capsys):
+def test_rebalancing_uses_the_recipe_of_the_source_run(train, finished, tmp_path, method, monkeypatch, capsys):
     source, _ = finished
     monkeypatch.chdir(tmp_path)
     flags = ["--from", source, "--decouple", method, "--decouple-epochs", "2", "--decouple-batch-size", "16"]
     assert train([*flags, "--decouple-lr", "0.05", "--stage", "experts", "--threads", "1"]) == 0
-    output = tmp_path / "runs" / f"whole_{method}"
+    output = tmp_path / "runs" / f"finished_{method}"
     results = RunFolder(output).results()
-    assert results["recipe"] == f"whole_{method}" and list(results["stages"]) == ["experts"]
+    assert results["recipe"] == f"finished_{method}" and list(results["stages"]) == ["experts"]
     assert results["stages"]["experts"]["epochs"] == (2 if method in ("crt", "lws") else 0)
     ours, theirs = RunFolder(output).state().model, RunFolder(source).state().model
     for name, value in ours.items():
@@ -69,13 +69,13 @@ def test_the_heads_of_a_run_are_rebalanced_with_its_own_recipe(train, finished, 
     capsys.readouterr()
     main(["evaluate", "--model", str(output), "--json", "--threads", "1"])
     assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["experts"]["per_class"]
-    if method == "lws":  # a router on the re-balanced heads, from the folder itself
+    if method == "lws":  # a router on the re-balanced heads, in the same folder
         assert train(["--output", output, "--stage", "router", "--threads", "1"]) == 0
         results = RunFolder(output).results()
         assert list(results["stages"]) == ["experts", "router"] and results["source"] == str(source)
 
 
-def test_experts_of_different_priors_are_brought_to_one_once(train, colours, tmp_path, monkeypatch, capsys):
+def test_experts_are_prior_aligned_exactly_once(train, colours, tmp_path, monkeypatch, capsys):
     def heads(folder):
         state = RunFolder(folder).state().model
         return [state[f"experts.{e}.fc.affine.bias"] for e in (0, 1)]
@@ -88,16 +88,16 @@ def test_experts_of_different_priors_are_brought_to_one_once(train, colours, tmp
     assert train(flags_of(colours, router, *flags, "--stage", "router", "--from", run)) == 0
     torch.testing.assert_close(heads(router), [-log_prior, log_prior])
     more = ["--stage", "experts", "--from", run, "--lr", "1e-6"]
-    assert train(flags_of(colours, tuned, *flags, *more)) == 0  # moved back before, again after
+    assert train(flags_of(colours, tuned, *flags, *more)) == 0  # alignment is undone before and repeated after
     for found, aligned in zip(heads(tuned), heads(run), strict=True):
         torch.testing.assert_close(found, aligned, rtol=0, atol=1e-3)
-    for stage, epoch in (("experts", 2), ("router", 1)):  # torn before the experts are moved, and after
-        torn = tmp_path / f"torn_{stage}"
+    for stage, epoch in (("experts", 2), ("router", 1)):  # interrupted before and after alignment
+        stopped = tmp_path / f"stopped_{stage}"
         with monkeypatch.context() as patched:
             stop_after_epoch(patched, stage, epoch)
-            assert train(flags_of(colours, torn, *flags)) == 143
-        assert train(["--output", torn, "--resume", "--threads", "1"]) == 0
-        assert (torn / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+            assert train(flags_of(colours, stopped, *flags)) == 143
+        assert train(["--output", stopped, "--resume", "--threads", "1"]) == 0
+        assert (stopped / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     capsys.readouterr()
     main(["evaluate", "--model", str(run), "--json", "--threads", "1"])
     measured, stated = json.loads(capsys.readouterr().out), RunFolder(run).results()["stages"]["experts"]
@@ -117,14 +117,14 @@ def test_methods_resume_bit_identical(train, finished, colours, tmp_path, monkey
     flags = ["--stage", "experts", "--epochs", "2", *more]
     if "--decouple" in more:
         flags += ["--from", finished[0]]
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    assert train(flags_of(colours, whole, *flags)) == 0
+    reference, stopped = tmp_path / "reference", tmp_path / "stopped"
+    assert train(flags_of(colours, reference, *flags)) == 0
     with monkeypatch.context() as patched:
         stop_after_epoch(patched)
-        assert train(flags_of(colours, torn, *flags)) == 143
-    assert train(["--output", torn, "--resume", "--stage", "experts", "--threads", "1"]) == 0
-    assert rows_of(torn) == rows_of(whole)
-    assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert train(flags_of(colours, stopped, *flags)) == 143
+    assert train(["--output", stopped, "--resume", "--stage", "experts", "--threads", "1"]) == 0
+    assert rows_of(stopped) == rows_of(reference)
+    assert (stopped / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_methods_resume_bit_identical(train, finished, colours, tmp_path, monkey
         (["--decouple", "lws", "--decouple-epochs", "1", "--decouple-batch-size", "16"], []),
     ],
 )
-def test_what_is_done_to_batches_in_stage_one(train, finished, colours, tmp_path, monkeypatch, flags, expected):
-    """Erasing before mixing, in every batch; neither for re-balanced heads nor for the router."""
+def test_batch_transforms_of_stage_one(train, finished, colours, tmp_path, monkeypatch, flags, expected):
+    """Erase, then mix in every batch, but not for re-balanced heads or the router."""
     done = []
 
     class Erasing(mixing.Erasing):
@@ -165,7 +165,7 @@ def test_what_is_done_to_batches_in_stage_one(train, finished, colours, tmp_path
     assert bool(done) == bool(expected)
 
 
-def test_the_moving_average_is_what_is_evaluated_and_kept(train, colours, tmp_path, capsys):
+def test_ema_is_evaluated_and_saved(train, colours, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(flags_of(colours, output, "--stage", "experts", "--ema-decay", "0.99")) == 0
     state, results = RunFolder(output).state(), RunFolder(output).results()
@@ -180,7 +180,7 @@ def test_the_moving_average_is_what_is_evaluated_and_kept(train, colours, tmp_pa
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_only_an_average_from_scratch_warms_up(train, finished, colours, tmp_path, monkeypatch, begun):
+def test_ema_warms_up_only_from_scratch(train, finished, colours, tmp_path, monkeypatch, begun):
     decays = []
 
     class Watched(stages.ModelEmaV3):
@@ -192,10 +192,10 @@ def test_only_an_average_from_scratch_warms_up(train, finished, colours, tmp_pat
     flags = ["--stage", "experts", "--epochs", "2", "--ema-decay", "0.9", *(["--from", finished[0]] if begun else [])]
     assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
     assert len(decays) > 3 and max(decays) <= 0.9
-    assert all(decay == 0.9 for decay in decays[2:]) == begun  # timm's first two steps take the weights as they are
+    assert all(decay == 0.9 for decay in decays[2:]) == begun  # timm's first two steps copy the weights
 
 
-def test_an_average_follows_the_optimizers_steps(train, colours, tmp_path, monkeypatch):
+def test_ema_follows_the_optimizer_steps(train, colours, tmp_path, monkeypatch):
     steps = []
 
     class Watched(stages.ModelEmaV3):
@@ -208,11 +208,11 @@ def test_an_average_follows_the_optimizers_steps(train, colours, tmp_path, monke
     assert steps == list(range(3 * 3))
 
 
-def test_a_teacher_is_any_network_of_timm(train, colours, tmp_path, capsys):
+def test_teacher_may_be_any_timm_model(train, colours, tmp_path, capsys):
     import timm
     from timm.models._hub import save_for_hf
 
-    fixed = dict(dynamic_img_size=False)  # to the 160 pixels that it was made for
+    fixed = dict(dynamic_img_size=False)  # to its image size, 160
     networks = dict(teacher=("test_resnet", 3, {}), stranger=("test_resnet", 4, {}), blind=("test_resnet", 0, {}))
     for name, (network, num_classes, more) in (networks | dict(large=("test_vit", 3, fixed))).items():
         model = timm.create_model(network, num_classes=num_classes, **more)
@@ -220,15 +220,15 @@ def test_a_teacher_is_any_network_of_timm(train, colours, tmp_path, capsys):
     flags = ["--stage", "experts", "--epochs", "1", "--teacher"]
     assert train(flags_of(colours, tmp_path / "student", *flags, tmp_path / "teacher")) == 0
     assert RunFolder(tmp_path / "student").results()["stages"]["experts"]["all"] > 0
-    refusals = dict(stranger="has 4 classes, the data 3", blind="has 0 classes, the data 3")
-    refusals["large"] = "does not take images of 32 x 32 pixels in 3 channels (AssertionError"
-    for name, message in refusals.items():
+    errors = dict(stranger="has 4 classes, the data 3", blind="has 0 classes, the data 3")
+    errors["large"] = "does not take images of 32 x 32 pixels in 3 channels (AssertionError"
+    for name, message in errors.items():
         assert train(flags_of(colours, tmp_path / "other", *flags, tmp_path / name)) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
-def test_a_teacher_in_train_mode_teaches_two_processes_as_one_with_ghost_batches(train, colours, tmp_path):
-    """It normalises by each process' own images, which are one process' ghost batches; its mode makes a difference."""
+def test_teacher_in_train_mode_on_two_ranks_equals_ghost_batches(train, colours, tmp_path):
+    """Two ranks normalise as two ghost batches do, and train mode matters."""
     import timm
     from timm.models._hub import save_for_hf
 
@@ -245,7 +245,7 @@ def test_a_teacher_in_train_mode_teaches_two_processes_as_one_with_ghost_batches
     assert train([*flags("one", "train"), "--ghost-batch", "9"]) == 0
     assert train([*flags("eval", "eval"), "--ghost-batch", "9"]) == 0
     two, one, other = (RunFolder(tmp_path / name).state().model for name in ("two", "one", "eval"))
-    # step by step they differ by rounding, which a ReLU near zero makes more of: judged as a whole
+    # ReLU near zero amplifies rounding of single weights: compare the norm of all
     apart, by_mode = (
         sum((b[name].double() - a[name].double()).square().sum().item() for name in a) ** 0.5
         for a, b in ((one, two), (one, other))
@@ -254,10 +254,10 @@ def test_a_teacher_in_train_mode_teaches_two_processes_as_one_with_ghost_batches
 
 
 @pytest.mark.parametrize(
-    ("model", "lr"),  # at ten times this rate a rounding of the first weights moves the first one's loss by a hundredth
+    ("model", "lr"),  # ten times the rate amplifies rounding to 1 % of the first model's loss
     [(["test_ride_resnet"], "0.00002"), (["ride", "--backbone", "test_resnet"], "0.0001")],
 )
-def test_fused_norms_learn_as_the_modules_do(train, uncompiled, colours, tmp_path, model, lr):
+def test_fused_norms_train_like_the_modules(train, uncompiled, colours, tmp_path, model, lr):
     more = ["--stage", "experts", "--model", *model, "--epochs", "2", "--lr", lr]
     more += ["--drop-rate", "0", "--mixed-precision", "no"]
     losses = {}
@@ -265,5 +265,5 @@ def test_fused_norms_learn_as_the_modules_do(train, uncompiled, colours, tmp_pat
         assert train(flags_of(colours, tmp_path / flag, *more, flag)) == 0
         losses[flag] = [float(row["loss"]) for row in rows_of(tmp_path / flag)]
     first, last = losses["--no-fused-norm"]
-    assert last < 0.9 * first  # what is compared has learned
+    assert last < 0.9 * first  # has learned
     assert losses["--fused-norm"] == pytest.approx(losses["--no-fused-norm"], rel=1e-3)

@@ -1,4 +1,4 @@
-"""Running commands in this process, on untrained weights saved as a run saves them."""
+"""Commands run in this process, and a run folder of untrained weights."""
 
 import timm
 import torch
@@ -14,7 +14,7 @@ FASHION = dict(input_size=(3, 28, 28), mean=(0.286,) * 3, std=(0.353,) * 3, crop
 
 
 def run_folder(path, num_classes=10, router=True):
-    """Untrained weights as a run leaves them."""
+    """Write a run folder with untrained weights."""
     torch.manual_seed(0)
     model = timm.create_model("ride_resnet32", num_classes=num_classes, router=router, top_choices_num=3)
     folder = RunFolder(path)
@@ -31,7 +31,7 @@ def output(capsys, *argv) -> str:
 
 
 def refusal(capsys, *argv) -> str:
-    """The one line of a command that ends in exit code 2."""
+    """Run a command that exits with 2 -> its one error line."""
     assert exit_code(main, [str(part) for part in argv]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured.err

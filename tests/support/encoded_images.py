@@ -1,4 +1,4 @@
-"""Encoded pictures, and sets of them."""
+"""Encoded images, and image sets of them."""
 
 import io
 
@@ -13,7 +13,7 @@ ORIENTATION = 0x0112
 
 
 def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Slow waves in every channel, no two corners alike."""
+    """Image of slow waves in every channel; no two corners are alike."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     waves = np.stack([np.sin(4 * x + 3 * y), np.cos(5 * y - x), np.sin(6 * x * y), np.cos(3 * x)])
     bands = [Image.fromarray(wave) for wave in (127.5 + 127.5 * waves).astype(np.uint8)]
@@ -34,7 +34,7 @@ def opened(data: bytes) -> Image.Image:
 
 
 def plainly(data: bytes) -> Image.Image:
-    """Decoded in full, upright, RGB."""
+    """Decode in full resolution, apply the EXIF orientation, convert to RGB."""
     return ImageOps.exif_transpose(opened(data)).convert("RGB")
 
 
@@ -51,11 +51,9 @@ def difference(a: Image.Image, b: Image.Image) -> np.ndarray:
 
 def png_set(n: int = 13, size: tuple[int, int] = (32, 32), num_classes: int = 3, broken: int | None = None) -> ImageSet:
     rng = np.random.default_rng(0)
-    encoded = []
-    for i in range(n):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(buffer, "PNG")
-        encoded.append({"bytes": b"junk" if i == broken else buffer.getvalue(), "path": None})
+    pixels = [rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8) for _ in range(n)]
+    data = [b"junk" if i == broken else encoded(Image.fromarray(p), "PNG") for i, p in enumerate(pixels)]
+    rows = [{"bytes": d, "path": None} for d in data]
     features = Features(img=datasets.Image(), other=Value("int64"))
-    images = Dataset.from_dict({"img": encoded, "other": [0] * n}, features=features).select_columns(["img"])
+    images = Dataset.from_dict({"img": rows, "other": [0] * n}, features=features).select_columns(["img"])
     return ImageSet(images, np.arange(n), np.arange(n) % num_classes, "img")

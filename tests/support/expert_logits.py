@@ -25,7 +25,7 @@ def prior():
 
 
 def adjusted_cross_entropy(x, y, offsets):
-    """Mean over samples of -log(e^(z_y + a_y) / sum_c e^(z_c + a_c)), a loop for every sum."""
+    """Mean of -log(e^(z_y + a_y) / sum_c e^(z_c + a_c)) in explicit loops."""
     total = 0.0
     for b in range(len(x)):
         terms = [torch.exp(x[b, c] + offsets[c]) for c in range(x.shape[1])]

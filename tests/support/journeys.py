@@ -1,4 +1,4 @@
-"""Running the training script on small images: in a process of its own, in two, or stopped on the way."""
+"""Runs of the training script on small images, complete or interrupted."""
 
 import csv
 import os

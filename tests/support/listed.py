@@ -1,4 +1,4 @@
-"""A small data set like ImageNet-LT: lists, image files, and the same images as rows of parquet files."""
+"""Tiny ImageNet-LT: annotation lists, image files, and the images as parquet."""
 
 import io
 import zlib
@@ -21,7 +21,7 @@ LISTS = {
 
 
 def known_lists(monkeypatch, name: str, splits: dict[str, SplitFacts] | None = None, num_classes: int = 3) -> None:
-    """Replace the published facts of a data set's lists by those of a small one."""
+    """Replace the published facts of a data set's lists by a tiny one's."""
     lists = replace(KNOWN[name].lists, num_classes=num_classes, splits=splits or {})
     monkeypatch.setitem(KNOWN, name, replace(KNOWN[name], lists=lists))
 
@@ -53,7 +53,10 @@ def write_images(root: Path) -> Path:
 
 
 def write_rows(root: Path, num_shards: int = 3) -> Path:
-    """Parquet files as the Hub's ImageNet has them: names with the class appended, and images that are not listed."""
+    """Write parquet shards like the Hub's ImageNet.
+
+    File names end in the class, and some of the images are in no list.
+    """
     features = Features(image=datasets.Image(), label=Value("int64"))
     splits = {"train": LISTS["val"] + LISTS["train"], "validation": LISTS["test"]}
     for split, lines in splits.items():

@@ -1,4 +1,4 @@
-"""What tests of releases read and write: front matter and JSON."""
+"""Front matter and JSON of releases."""
 
 import json
 import re

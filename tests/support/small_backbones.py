@@ -1,4 +1,4 @@
-"""A small network of every family in the table of cuts, and RIDE on it."""
+"""A small network of every backbone family, and RIDE on it."""
 
 import re
 
@@ -69,8 +69,8 @@ def build(backbone, seed=0, **kwargs) -> Ride:
 
 
 def images(backbone, B=2, seed=1):
-    side = BACKBONES[backbone][0]
-    return torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    size = BACKBONES[backbone][0]
+    return torch.randn(B, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def lively(backbone) -> nn.Module:
@@ -91,12 +91,12 @@ def lively(backbone) -> nn.Module:
 
 
 def native(key: str) -> str:
-    """Translate the name of a parameter to the backbone's."""
+    """Name of a parameter in the backbone."""
     return re.sub(r"^(trunk|experts\.\d+\.stages)\.net\.", "", key)
 
 
 def weights_of(net: nn.Module, model: Ride) -> dict:
-    """Map the backbone's weights to the names of `model`, the same for every expert."""
+    """Rename the backbone's weights to those of `model`, alike for every expert."""
     head = next(name for name, module in net.named_modules() if module is net.get_classifier())
     theirs, ours = net.state_dict(), {}
     for key in model.state_dict():

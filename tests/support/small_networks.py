@@ -1,4 +1,4 @@
-"""Small seeded networks and batches for them."""
+"""Small seeded networks, and batches for them."""
 
 import timm
 import torch

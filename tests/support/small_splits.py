@@ -1,4 +1,4 @@
-"""Splits of a few images, as `datasets` holds them."""
+"""`datasets` splits of a few images."""
 
 import io
 
@@ -14,7 +14,7 @@ def png(value: int = 0, mode: str = "RGB", size: tuple[int, int] = (4, 4)) -> by
 
 
 def split(labels, label="label", image="image", feature=None, data=None) -> Dataset:
-    """One split; its image bytes cannot be decoded unless given."""
+    """Split of these labels; without `data` its images cannot be decoded."""
     data = [b"not an image"] * len(labels) if data is None else data
     features = Features({image: datasets.Image(), label: feature or Value("int64")})
     encoded = [d and {"bytes": d, "path": None} for d in data]

@@ -10,7 +10,7 @@ from ride_timm.training.recipe import Recipe
 from ride_timm.training.recipe_keys import GROUPS
 
 
-def test_every_key_has_its_flag():
+def test_every_key_has_a_flag():
     parser = argparse.ArgumentParser()
     add_flags(parser)
     known = {action.dest for action in parser._actions}
@@ -60,6 +60,6 @@ print(make_loss(recipe.loss, [5, 3], **recipe.loss_args).strength, "strength: 3.
 """
 
 
-def test_a_new_loss_needs_its_own_file_only():
+def test_new_loss_needs_only_its_own_file():
     ran = subprocess.run([sys.executable, "-c", NEW_LOSS], capture_output=True, text=True, timeout=120)
     assert ran.stdout == "3.0 True\n", ran.stderr

@@ -1,4 +1,4 @@
-"""Models, data and teachers as a run builds them."""
+"""Models built from recipes."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_create_model_is_seeded_and_takes_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("backbone", "size"), [("test_vit", 64), ("test_vit", 160), ("test_resnet", 64)])
-def test_networks_that_are_made_for_one_side_are_made_for_the_datas(backbone, size):
+def test_fixed_size_backbones_are_built_for_the_image_size(backbone, size):
     model = create_model(Recipe(model="ride", backbone=backbone, num_experts=2), 5, size=size).eval()
     assert model(torch.randn(2, 3, size, size)).shape == (2, 5)
     assert model._model_args.get("img_size") == (size if backbone == "test_vit" else None)

@@ -22,19 +22,19 @@ def _normalised(x):
 
 
 @pytest.mark.parametrize(("ghost", "sizes"), [(4, (4, 4, 4)), (5, (4, 4, 4)), (7, (6, 6)), (11, (6, 6)), (12, (12,))])
-def test_parts_have_their_own_statistics_and_the_first_updates_the_running_ones(ghost, sizes):
+def test_ghost_batches_have_own_statistics_and_the_first_is_tracked(ghost, sizes):
     network = _network()
     images = torch.randn(12, 3, 5, 5, dtype=torch.float64)
-    maps = network[0](images)
-    expected = torch.cat([_normalised(part) for part in maps.split(list(sizes))]).flatten(1)
+    feature_maps = network[0](images)
+    expected = torch.cat([_normalised(part) for part in feature_maps.split(list(sizes))]).flatten(1)
     assert_close(forward_in_parts(network, network, images, ghost), expected)
-    first = maps[: sizes[0]]
+    first = feature_maps[: sizes[0]]
     assert_close(network[1].running_mean, 0.1 * first.mean((0, 2, 3)))
     assert_close(network[1].running_var, 0.9 + 0.1 * first.var((0, 2, 3)))
     assert network[1].num_batches_tracked == 1 and network[1].track_running_stats
 
 
-def test_gradients_sum_over_the_parts():
+def test_gradients_sum_over_ghost_batches():
     network, images = _network(), torch.randn(6, 3, 5, 5, dtype=torch.float64)
     weights = torch.randn(6, 100, dtype=torch.float64)
     (forward_in_parts(network, network, images, 3) * weights).sum().backward()
@@ -45,14 +45,14 @@ def test_gradients_sum_over_the_parts():
     assert_close(found, [parameter.grad for parameter in network.parameters()])
 
 
-def test_no_parts_in_eval_mode_or_without_a_size():
+def test_batch_is_complete_in_eval_mode_or_without_a_size():
     network, images = _network().eval(), torch.randn(6, 3, 5, 5, dtype=torch.float64)
     assert torch.equal(forward_in_parts(network, network, images, 2), network(images))
     expected = _normalised(network[0](images)).flatten(1)
     assert_close(forward_in_parts(network, network.train(), images, None), expected)
 
 
-def test_fused_norms_update_by_the_first_part_only(uncompiled):
+def test_fused_norms_track_the_first_ghost_batch_only(uncompiled):
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(8)
     fused = deepcopy(plain)

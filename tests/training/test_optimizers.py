@@ -1,3 +1,5 @@
+"""Optimizers of a stage: usability, parameter groups and weight decay."""
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ from ride_timm.training.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "lamb", "madgrad", "adan", "lion", "muon"])
-def test_optimizers_that_work_pass(name):
+def test_usable_optimizers_pass(name):
     check_optimizer(name, torch.device("cpu"))
 
 
@@ -22,12 +24,12 @@ def test_optimizers_that_work_pass(name):
         ("adahessian", r"does not work here \(RuntimeError"),
     ],
 )
-def test_others_are_named(name, message):
+def test_unusable_optimizers_are_rejected(name, message):
     with pytest.raises(InputError, match=f"optimizer='{name}'.*{message}"):
         check_optimizer(name, torch.device("cpu"))
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
+def test_missing_package_is_reported(monkeypatch):
     def missing(*args, **kwargs):
         raise ImportError("no bitsandbytes")
 
@@ -38,7 +40,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize("decayed", [True, False])
 @pytest.mark.parametrize(("name", "fused"), [("sgd", True), ("adamw", True), ("lamb", False)])
-def test_what_a_stage_asks_for(name, fused, decayed):
+def test_parameter_groups_follow_the_stage(name, fused, decayed):
     model = timm.create_model("test_ride_resnet", num_classes=3, num_experts=2)
     objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]))
     recipe = Recipe().override(dict(optimizer=name, lr=0.3, weight_decay=0.01, decay_norm_and_bias=decayed))
@@ -51,7 +53,7 @@ def test_what_a_stage_asks_for(name, fused, decayed):
     assert all(bool(group.get("fused")) == fused and group["lr"] == 0.3 for group in groups)
 
 
-def test_what_a_transformer_exempts_is_not_decayed_either():
+def test_no_weight_decay_of_a_transformer_is_respected():
     model = timm.create_model("ride", backbone="test_vit", num_classes=3, num_experts=2)
     objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]))
     stage = Recipe().override(dict(optimizer="adamw", decay_norm_and_bias=False)).stage("experts")

@@ -1,4 +1,4 @@
-"""Re-balancing heads, against the published formulas written out for one image at a time."""
+"""Re-balanced heads against the published formulas, one image at a time."""
 
 import copy
 
@@ -19,7 +19,7 @@ COUNTS = [60, 20, 10, 6, 4]
 def network(use_norm, num_experts=2, seed=0, **kwargs):
     torch.manual_seed(seed)
     model = timm.create_model("test_ride_resnet", num_experts=num_experts, num_classes=5, use_norm=use_norm, **kwargs)
-    for expert in model.experts:  # trained class vectors have norms of their own
+    for expert in model.experts:  # unequal norms, as after training
         expert.fc.weight.data.mul_(torch.rand(5, 1) + 0.5)
     return model.eval()
 
@@ -46,11 +46,11 @@ def test_tau_normalization_divides_class_vectors_by_their_norm(use_norm, tau):
             expected = f @ (weight[c] / weight[c].norm() ** tau)  # no bias
             torch.testing.assert_close(logits[:, e, c], expected, rtol=1e-4, atol=1e-5)
     if use_norm and tau == 1:
-        torch.testing.assert_close(logits, before)  # a cosine head is normalised as it is
+        torch.testing.assert_close(logits, before)  # a cosine head is normalised already
 
 
 @pytest.mark.parametrize("use_norm", [False, True])
-def test_post_hoc_adjustment_takes_the_prior_off(use_norm):
+def test_logit_adjustment_subtracts_the_prior(use_norm):
     model = network(use_norm, num_experts=3)
     _, before = model.forward_experts(images())
     adjust_logits(model, COUNTS, 1.5)
@@ -61,14 +61,14 @@ def test_post_hoc_adjustment_takes_the_prior_off(use_norm):
 
 @pytest.mark.parametrize("use_norm", [False, True])
 @pytest.mark.parametrize(("name", "kwargs"), [("balpoe", {"taus": (1, 0, 2)}), ("mdcs", {}), ("sade", {})])
-def test_aligned_experts_share_a_prior_and_leave_the_ensemble_as_it_is(name, kwargs, use_norm):
+def test_aligned_experts_have_one_prior_and_the_same_ensemble(name, kwargs, use_norm):
     model = network(use_norm, num_experts=3)
     _, before = model.forward_experts(images())
     ensemble, offsets = model(images()), make_loss(name, COUNTS, **kwargs).offsets
     align_experts(model, offsets)
     _, after = model.forward_experts(images())
     torch.testing.assert_close(model(images()), ensemble)
-    common = torch.tensor([0.6, 0.2, 0.1, 0.06, 0.04]).log()  # taus of mean 1: what the loss saw is now this for all
+    common = torch.tensor([0.6, 0.2, 0.1, 0.06, 0.04]).log()  # the taus have mean 1, so this is the common prior
     if name == "sade":
         common = (0 + common + common - 2 * common.flip(0)) / 3
     torch.testing.assert_close((after + common).softmax(-1), (before + offsets).softmax(-1))
@@ -80,7 +80,7 @@ def test_tau_normalization_leaves_aligned_experts_aligned():
     tau_normalize(plain, 2.0)
     offsets = make_loss("balpoe", COUNTS).offsets
     align_experts(model, offsets)
-    adjust_logits(model, COUNTS, 1.0)  # an offset of all heads alike, which goes
+    adjust_logits(model, COUNTS, 1.0)  # a bias common to all heads, which tau-normalization removes
     tau_normalize(model, 2.0)
     expected = plain.forward_experts(images())[1] + offsets - offsets.mean(0)
     torch.testing.assert_close(model.forward_experts(images())[1], expected)
@@ -91,8 +91,8 @@ def test_alignment_needs_offsets_of_this_model():
         align_experts(network(True), make_loss("balpoe", COUNTS).offsets)
 
 
-def test_adjusting_after_training_equals_adjusting_the_trained_posterior():
-    """Of logits that are the training posterior's logarithm, the adjusted ones give the balanced posterior."""
+def test_logit_adjustment_gives_the_balanced_posterior():
+    """The adjusted log posterior of training is the balanced log posterior."""
     model = network(False, num_experts=1)
     likelihood = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.4])
     prior = torch.tensor(COUNTS) / sum(COUNTS)
@@ -104,7 +104,7 @@ def test_adjusting_after_training_equals_adjusting_the_trained_posterior():
 
 @pytest.mark.parametrize("use_norm", [False, True])
 @pytest.mark.parametrize("method", ["crt", "lws"])
-def test_only_what_the_method_names_learns(method, use_norm):
+def test_only_the_parameters_of_the_method_learn(method, use_norm):
     model = network(use_norm, drop_rate=0.5)
     before = copy.deepcopy(model.state_dict())
     logits_before = model.forward_experts(images())[1]
@@ -161,7 +161,7 @@ def test_learned_scales_have_the_gradient_of_scaled_logits():
 
 
 @pytest.mark.parametrize("backbone", ["test_vit", "test_convnext", "test_resnet"])
-def test_any_backbone_and_a_round_trip(backbone, tmp_path):
+def test_round_trip_of_any_backbone(backbone, tmp_path):
     from timm.models._hub import save_for_hf
 
     kwargs = dict(backbone=backbone, num_experts=2, num_classes=5)
@@ -176,7 +176,7 @@ def test_any_backbone_and_a_round_trip(backbone, tmp_path):
     assert other(x).shape == (2, 7) and torch.equal(other.experts[0].fc.affine.weight, torch.ones(7))
 
 
-def test_scales_are_added_once_and_keep_what_they_are():
+def test_adding_class_affine_again_keeps_its_scales():
     model = network(True)
     model.add_class_affine()
     model.experts[0].fc.affine.weight.data.fill_(2.0)
@@ -187,7 +187,7 @@ def test_scales_are_added_once_and_keep_what_they_are():
     assert not model.has_class_affine and model(images()).shape == (3, 3)
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_rejected():
     model = network(True)
     with pytest.raises(InputError, match="tau must be at least 0, got -1"):
         tau_normalize(model, -1)

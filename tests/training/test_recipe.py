@@ -29,7 +29,7 @@ def test_shipped_recipes_read_and_survive_a_round_trip(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", available())
-def test_a_recipe_states_paper_command_cost_and_result(name, script):
+def test_recipe_header_has_paper_command_cost_and_result(name, script):
     head = describe(name)
     assert [re.findall(rf"^{label}: ", head, re.M) for label in ("Paper", "Command", "Cost", "Result")] == [
         ["Paper: "], ["Command: "], ["Cost: "], ["Result: "]
@@ -43,7 +43,7 @@ def test_a_recipe_states_paper_command_cost_and_result(name, script):
 
 
 @pytest.mark.parametrize("name", [name for name in available() if not name.startswith(("imagenet", "inat"))])
-def test_the_stated_cost_is_the_counted_one(name):
+def test_stated_cost_equals_the_counted_macs(name):
     recipe = load_recipe(name)
     with torch.device("meta"):
         model = create_ride_model(
@@ -53,13 +53,13 @@ def test_the_stated_cost_is_the_counted_one(name):
     assert f"Cost: {macs / 1e6:.1f} MMACs per image" in describe(name)
 
 
-def test_the_listing_holds_every_recipe():
+def test_listing_has_every_recipe():
     text = listing()
     for name in available():
         assert f"{name}\n  {describe(name).splitlines()[0]}\n" in text
 
 
-def test_every_method_has_its_recipe_on_cifar100():
+def test_every_method_has_a_recipe_on_cifar100():
     recipes = [load_recipe(name) for name in available()]
     cifar = [recipe for recipe in recipes if recipe.dataset == "cifar100"]
     assert {recipe.loss for recipe in cifar} >= set(LOSSES)
@@ -83,7 +83,7 @@ def test_taus_spread_evenly_unless_given(values, taus):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_gets_the_arguments_that_it_takes(loss):
+def test_every_loss_gets_its_arguments(loss):
     recipe = Recipe(loss=loss, auto_augment="v0", gamma=3.0, tau=0.5, inverse_tau=1.5, max_margin=0.3)
     made = make_loss(loss, [5, 3, 2], **recipe.loss_args)
     if "focal" in loss:
@@ -100,12 +100,12 @@ def test_a_decoupled_recipe_trains_heads_on_balanced_batches():
     stage = recipe.stage("experts")
     assert (stage.epochs, stage.batch_size, stage.lr, stage.balanced) == (4, 64, 0.3, True)
     assert stage.lr_at(2) == pytest.approx(0.15)
-    closed = Recipe(decouple="tau_norm").stage("experts")  # in closed form: nothing to draw
+    closed = Recipe(decouple="tau_norm").stage("experts")  # in closed form, without batches
     assert closed.epochs == 0 and not closed.balanced
 
 
 @pytest.mark.parametrize("balanced", [True, False])
-def test_the_routers_batches_are_balanced_unless_told(balanced):
+def test_router_batches_follow_router_balanced(balanced):
     assert Recipe(router_balanced=balanced).stage("router").balanced is balanced
 
 
@@ -114,7 +114,7 @@ def test_epochs_alone_scale_decay_and_reweighting():
     assert (recipe.decay_epochs, recipe.reweight_epoch, recipe.warmup_epochs) == ((32, 36), 32, 5)
 
 
-def test_named_epochs_are_not_scaled():
+def test_given_epochs_are_not_scaled():
     given = {"epochs": 40, "decay_epochs": ["10", "20"], "reweight_epoch": -1}
     recipe = load_recipe("cifar100_lt").override(given)
     assert (recipe.decay_epochs, recipe.reweight_epoch) == ((10, 20), -1)
@@ -166,18 +166,18 @@ def test_bad_values_name_key_value_and_expectation(values, message):
         Recipe(**values)
 
 
-def test_unknown_recipe_lists_the_known(tmp_path):
+def test_unknown_recipe_lists_the_available(tmp_path):
     with pytest.raises(InputError, match=r"recipe 'nope': no such recipe or file; there are .*cifar100_lt"):
         load_recipe("nope")
 
 
-def test_differing_names_what_changes_numbers_only():
+def test_differing_ignores_keys_without_effect_on_results():
     recipe = Recipe()
     other = dataclasses.replace(recipe, lr=0.2, workers=7, data_dir="elsewhere", name="other")
     assert recipe.differing(other) == ["lr"]
 
 
-def test_the_profile_is_the_stated_one_or_the_data_sets_own():
+def test_profile_defaults_to_that_of_the_data_set():
     profiles = {Recipe(dataset=name).profile for name in ("cifar10", "cifar100")}
     others = {Recipe(dataset=name).profile for name in ("fashion_lt", "imagenet_lt", "owner/birds", "my/birds")}
     assert (profiles, others) == ({"exp"}, {"none"})
@@ -187,7 +187,7 @@ def test_the_profile_is_the_stated_one_or_the_data_sets_own():
     assert again.imb_type is None and again.data_args["imb_type"] == "exp"
 
 
-def test_a_factor_without_a_profile_is_refused():
+def test_imbalance_factor_without_a_profile_is_rejected():
     for recipe in (Recipe(dataset="owner/birds"), Recipe(dataset="cifar10", imb_type="none")):
         with pytest.raises(InputError, match=r"imb_factor=0\.01 needs a long-tailed profile"):
             recipe.override(dict(imb_factor=0.01))

@@ -1,4 +1,4 @@
-"""Recipe files as people write them."""
+"""Hand-written recipe files."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def test_bad_keys_of_a_recipe_file_are_listed(tmp_path):
 @pytest.mark.parametrize(
     "encode", [str.encode, lambda text: text.replace("\n", "\r\n").encode("utf-8-sig")], ids=["", "windows"]
 )
-def test_yaml_as_people_write_it(tmp_path, text, values, encode):
+def test_hand_written_yaml(tmp_path, text, values, encode):
     path = tmp_path / "mine.yaml"
     path.write_bytes(encode(text))
     recipe = load_recipe(path)
@@ -82,7 +82,7 @@ def test_yaml_as_people_write_it(tmp_path, text, values, encode):
         (b"name: {a: b}\n", r"^name=\{'a': 'b'\}: expected a string\.$"),
     ],
 )
-def test_recipe_files_that_cannot_be_read_are_named(tmp_path, data, message):
+def test_unreadable_recipe_files_are_rejected(tmp_path, data, message):
     path = tmp_path / "mine.yaml"
     path.write_bytes(data)
     with pytest.raises(InputError, match=message):

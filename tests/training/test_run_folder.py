@@ -45,7 +45,7 @@ def test_claim_of_a_new_folder_writes_nothing(tmp_path):
     assert not folder.path.exists()
 
 
-def test_an_existing_run_is_left_alone(tmp_path):
+def test_existing_run_is_not_overwritten(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.begin(TINY, _state())
     with pytest.raises(InputError, match=r"already holds a run: .*--resume.*--output"):
@@ -55,7 +55,7 @@ def test_an_existing_run_is_left_alone(tmp_path):
         folder.claim(TINY.override({"lr": 0.2, "seed": 3}), "both", resume=True, router_in_place=False)
 
 
-def test_claim_refuses_foreign_folders_and_files(tmp_path):
+def test_claim_rejects_foreign_folders_and_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and holds no run"):
         RunFolder(tmp_path).claim(TINY, "both", resume=False, router_in_place=False)
@@ -63,7 +63,7 @@ def test_claim_refuses_foreign_folders_and_files(tmp_path):
         RunFolder(tmp_path / "thesis.txt").claim(TINY, "both", resume=False, router_in_place=False)
 
 
-def test_router_stage_from_the_folder_itself(tmp_path):
+def test_router_stage_in_the_same_folder(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(InputError, match=r"no stage one to start from.*--from"):
         folder.claim(TINY, "router", resume=False, router_in_place=True)
@@ -78,7 +78,7 @@ def test_router_stage_from_the_folder_itself(tmp_path):
         folder.claim(TINY.override({"lr": 0.5}), "router", resume=False, router_in_place=True)
 
 
-def test_a_router_on_experts_from_elsewhere_resumes_as_a_router_only(tmp_path):
+def test_router_on_another_runs_experts_resumes_as_router_only(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.begin(TINY, TrainingState())
     folder.save(_state("router", 1))
@@ -87,7 +87,7 @@ def test_a_router_on_experts_from_elsewhere_resumes_as_a_router_only(tmp_path):
     assert folder.claim(TINY, "router", resume=True, router_in_place=True).epoch == 1
 
 
-def test_a_torn_state_is_named(tmp_path):
+def test_corrupt_state_is_reported(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.begin(TINY, TrainingState())
     (folder.path / "state.pt").write_bytes(b"not a state")
@@ -135,7 +135,7 @@ def test_load_model_of_an_empty_folder(tmp_path):
         load_model(tmp_path)
 
 
-def test_results_state_what_they_depend_on(tmp_path):
+def test_results_have_their_provenance(tmp_path):
     folder = RunFolder(tmp_path / "run")
     recipe = load_recipe("fashion_lt")
     folder.begin(recipe, TrainingState())
@@ -146,7 +146,7 @@ def test_results_state_what_they_depend_on(tmp_path):
     assert set(provenance()) == {"commit", "versions"}
 
 
-def test_a_commit_with_changes_is_marked(tmp_path, monkeypatch):
+def test_uncommitted_changes_mark_the_commit_dirty(tmp_path, monkeypatch):
     def git(*args):
         subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *args], cwd=tmp_path, check=True)
 
@@ -154,7 +154,7 @@ def test_a_commit_with_changes_is_marked(tmp_path, monkeypatch):
     (tmp_path / "module.py").write_text("1")
     assert provenance()["commit"] is None
     git("init", "-q")
-    assert provenance()["commit"] is None  # not a file of this checkout
+    assert provenance()["commit"] is None  # untracked
     git("add", ".")
     git("commit", "-q", "-m", "first")
     commit = provenance()["commit"]
@@ -165,7 +165,7 @@ def test_a_commit_with_changes_is_marked(tmp_path, monkeypatch):
     assert provenance()["commit"] == f"{commit}+dirty"
 
 
-def test_one_folder_is_for_one_run_as_long_as_it_lives(tmp_path):
+def test_running_process_locks_its_folder(tmp_path):
     code = "import sys; from ride_timm.training.run_folder import RunFolder; folder = RunFolder(sys.argv[1])"
     code += "; folder.lock(); print('locked', flush=True); sys.stdin.read()"
     path = os.pathsep.join(part for part in sys.path if part)

@@ -1,4 +1,4 @@
-"""Stages outside the script: random streams, gradient accumulation, and what settles at the end."""
+"""Random streams and gradient accumulation of a stage."""
 
 import random
 
@@ -9,12 +9,12 @@ import torch
 from ride_timm.training.stages import Stage, seed_epoch
 
 
-def _draws(*place):
-    seed_epoch(*place)
+def _draws(*key):
+    seed_epoch(*key)
     return random.random(), np.random.rand(), torch.rand(()).item()
 
 
-def test_no_two_ranks_and_epochs_share_a_stream():
+def test_every_rank_and_epoch_has_its_own_stream():
     found = [_draws(3, epoch, rank) for epoch in range(6) for rank in range(6)]
     for generator in zip(*found, strict=True):
         assert len(set(generator)) == len(found)
