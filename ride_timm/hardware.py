@@ -1,4 +1,4 @@
-"""The device and its arithmetic: name, bfloat16, CPU threads, memory allocator, C++ compiler."""
+"""The machine: device name, bfloat16, CPU threads, allocator, C++ compiler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .errors import InputError
 
 
 def processor_name() -> str:
-    """The CPU's model and, on Linux, the numbers of its generation, which some names leave out."""
+    """The CPU's name and, on Linux, family and model, which some names leave out."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]  # the first core
     except OSError:
@@ -35,7 +35,7 @@ def device_name(device: torch.device) -> str:
 
 
 def bf16_pays() -> bool:
-    """True if bfloat16 is faster than float32: as CUDA states, or as a small matrix product on the CPU shows."""
+    """True if bfloat16 is faster: as CUDA states, or in a small product on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32)
@@ -51,9 +51,10 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
 
 
 def set_threads(requested: int | None) -> None:
-    """Divide all cores among this machine's processes, or take the requested number; InputError below 1.
+    """Take the requested CPU threads, else divide all cores among the processes.
 
     A plain `accelerate launch` sets OMP_NUM_THREADS=1, which halves the speed of two cores; any other value is kept.
+    InputError for a number below 1.
     """
     if requested is not None and requested < 1:
         raise InputError(f"threads={requested}: expected 1 or more.")
@@ -64,7 +65,7 @@ def set_threads(requested: int | None) -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep the memory that tensors free, for tensors of the same sizes in the next step.
+    """Let glibc keep the memory that tensors free, for those of the next step.
 
     By default glibc returns large blocks to the system and every step pays for new pages, a tenth of a CIFAR step on
     2 cores. The process keeps its peak memory until it ends. Nothing changes without glibc, or where the environment
@@ -83,7 +84,7 @@ def keep_memory() -> None:
 
 
 def has_compiler() -> bool:
-    """True if torch.compile finds a C++ compiler and Python's headers, which it needs on a CPU."""
+    """True if torch.compile finds the C++ compiler and Python.h that a CPU needs."""
     if not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
         return False
     try:

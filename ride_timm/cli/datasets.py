@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _save(args: argparse.Namespace, recipe: Recipe) -> None:
-    """Save the selected images of a data set; print the new folder and the number of its images."""
+    """Save the selected images of a data set and print what was saved."""
     if args.output is None:
         raise InputError("datasets save needs --output DIR, a new folder.")
     data = save_longtail(args.output, **recipe.data_args)
@@ -81,7 +81,10 @@ def _save(args: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def _check_published(args: argparse.Namespace, recipe: Recipe) -> None:
-    """Print what is installed of a data set with published lists; RunError where something is missing."""
+    """Print what is installed of a data set with published lists.
+
+    RunError if something is missing.
+    """
     folders = [None if path is None else Path(path).expanduser() for path in (recipe.data_dir, recipe.annotations)]
     installed = check_installation(args.subject, *folders)
     if args.json:

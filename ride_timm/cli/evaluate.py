@@ -135,7 +135,7 @@ def _data_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """InputError for flags that exclude each other or files that cannot be written, before anything is read."""
+    """InputError for flags that exclude each other or files that cannot be written."""
     threshold_given = "threshold" in flags_given(args)
     if args.macs_budget is not None:
         if not (math.isfinite(args.macs_budget) and args.macs_budget > 0):
@@ -164,7 +164,7 @@ def _check(args: argparse.Namespace) -> None:
 def _choose_threshold(
     model: Ride, macs: Macs, data: Any, recipe: Recipe, own: Recipe | None, batches: Any, macs_budget: float
 ) -> dict[str, Any]:
-    """The most accurate point within the budget, classes weighing equally, on images other than the test set's.
+    """The best point within the budget on other images than the test set's.
 
     These are the validation split if it is used, else the images that the run held out, else a fifth of the training
     images: the model has seen those and is more confident on them, so that new images may use more experts.

@@ -1,4 +1,4 @@
-"""python -m ride_timm evaluate | predict | export | flops | datasets | models | sweep"""
+"""The parser of `python -m ride_timm`, and the dispatch to its commands."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(name: str, num_experts: int | None = None) -> dict[str, Any]:
-    """One network: parameters, MACs of the ensemble, of the trunk and of each expert, input size, tags.
+    """One network: parameters, MACs by number of experts, input size, tags.
 
     macs_by_experts[e - 1]: MACs per image of the trunk and e experts, gates excluded. MACs as thop counts them, without
     attention's QK^T and AV. tags: names of weights -> True if a URL to load them from is known.
@@ -60,7 +60,7 @@ def catalogue(pattern: str = "ride*") -> list[dict[str, Any]]:
 
 
 def format_catalogue(rows: list[dict[str, Any]]) -> str:
-    """The rows as a text table, in millions of parameters and of MACs per image; `*` marks published weights."""
+    """The rows as a text table, in millions; `*` marks published weights."""
     most = max(len(row["macs_by_experts"]) for row in rows)
     heading = ["", "M params", "MMACs: trunk", "an expert", *(f"{e + 1} exp." for e in range(most)), "input"]
     lines, tags = [heading], ["weights (* published)", "-" * 21]

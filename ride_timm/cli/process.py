@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Defers SIGINT and SIGTERM to the next `check`, so that no step and no write is cut short."""
+    """Defer SIGINT and SIGTERM to the next `check`, never within a step or a write."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
@@ -36,8 +36,9 @@ class Signals:
 
 
 def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Run a command: 0 done, 2 bad input, 1 failed during the run, 128 + signal interrupted; one line on stderr.
+    """Run a command and return its exit code, with one line on stderr for an error.
 
+    0 done, 2 bad input, 1 failed during the run, 128 + signal interrupted.
     A closed pipe (`| head`) exits with 141, as SIGPIPE would.
     """
     try:

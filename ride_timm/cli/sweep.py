@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def find_script(path: str | None) -> Path:
-    """The training script: the one given, else in the working directory, else next to the package."""
+    """The script given, else one in the working directory or next to the package."""
     paths = [Path(path)] if path else [Path("train_accelerate.py"), Path(__file__).parents[2] / "train_accelerate.py"]
     for candidate in paths:
         if candidate.is_file():
@@ -68,7 +68,7 @@ def find_script(path: str | None) -> Path:
 
 
 def check_flags(recipes: Sequence[str], flags: Sequence[str]) -> None:
-    """InputError for flags that one of the runs would refuse, before the first run starts."""
+    """InputError for flags that one of the runs would refuse."""
     parser = Parser(prog="flags of the runs", add_help=False, allow_abbrev=False)
     for flag in _SCRIPT_FLAGS:
         parser.add_argument(flag)
@@ -92,8 +92,9 @@ def check_flags(recipes: Sequence[str], flags: Sequence[str]) -> None:
 def run_all(
     recipes: Sequence[str], seeds: Sequence[int], output: Path, script: Path, flags: Sequence[str], config: str | None
 ) -> None:
-    """Train every recipe with every seed, resuming unfinished runs; results.md and results.csv after each run.
+    """Train every recipe with every seed, resuming unfinished runs.
 
+    Writes results.md and results.csv after each run.
     config: a configuration of `accelerate launch`; None runs the script by this Python. A run that fails does not stop
     the others: RunError names it at the end. InputError for a run that is refused, or that ends before it begins.
     """
@@ -128,7 +129,7 @@ def _results(output: Path, recipe: str, seeds: Sequence[int]) -> dict[int, dict[
 
 
 def collect(output: Path, recipes: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per recipe and stage: means and sample standard deviations over the seeds that finished it."""
+    """Means and sample standard deviations over seeds, a row per recipe and stage."""
     rows = []
     for recipe in recipes:
         results = _results(output, recipe, seeds)
@@ -157,7 +158,7 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table: mean in percent, and standard deviation where there are several seeds."""
+    """The rows as a Markdown table: means, and deviations over several seeds."""
 
     def cell(row: dict[str, Any], name: str) -> str:
         spread = row[f"{name}_std"]

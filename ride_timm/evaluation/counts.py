@@ -1,4 +1,4 @@
-"""Counts of a test set, exact over any order of images and any number of processes; `metrics` derives the rest."""
+"""Counts of a test set, exact in any order and over any number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model on a test set: the one function behind the training script, `evaluate` and the releases."""
+"""Evaluate a model on a test set: in training, by command and for releases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def evaluation_batch(input_size: int) -> int:
 def predictor(
     model: Ride, routed: bool = False, threshold: float = 0.5, experts: Sequence[int] | None = None
 ) -> Predict:
-    """The prediction function of a model: ensemble, routed, or the logits of each of these experts (indices)."""
+    """The prediction function of a model: ensemble, routed, or per expert.
+
+    experts: indices of those whose logits are returned one by one.
+    """
     if routed:
         return lambda images: model.forward_routed(images, threshold)
     if experts is not None:
@@ -66,7 +69,7 @@ def evaluate(
 
 
 def with_macs(metrics: dict[str, Any], model: Ride, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """The metrics with `macs` per image: the ensemble's, or the mean under the routing that was measured."""
+    """The metrics with `macs` per image, their mean if the metrics are of a router."""
     macs = count_macs(model, input_size)
     used = metrics.get("experts_used")
     return metrics | {"macs": round(macs.expected(used) if used else macs.ensemble)}

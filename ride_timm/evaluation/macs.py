@@ -1,4 +1,4 @@
-"""MACs of the trunk, of each expert and gate, and their mean under routing, counted by thop."""
+"""MACs of trunk, experts and gates, counted by thop, and their mean under routing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..models import CosineClassifier, Ride, Router
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates per image of the trunk, each expert with its head and each gate; and all parameters."""
+    """MACs per image of trunk, experts with heads, and gates; and the parameters."""
 
     trunk: float
     experts: tuple[float, ...]
@@ -31,7 +31,10 @@ class Macs:
         return self.trunk + sum(self.experts)
 
     def expected(self, experts_used: Sequence[float]) -> float:
-        """Mean MACs under routing, gates included; experts_used: fractions of images that use 1, 2, … experts."""
+        """Mean MACs under routing, gates included.
+
+        experts_used: fractions of images that use 1, 2, … experts.
+        """
         if len(experts_used) != len(self.experts):
             raise InputError(f"{len(experts_used)} fractions for {len(self.experts)} experts: expected one for each.")
         if not (min(experts_used) >= 0 and abs(sum(experts_used) - 1) <= 1e-3):  # nor NaN
@@ -55,8 +58,9 @@ _RULES = {CosineClassifier: _count_cosine, nn.AdaptiveAvgPool2d: _count_pooling}
 
 
 class _Profile(TorchFunctionMode):
-    """thop with the layers it misses: it has rules for exact types, and hooks calls of layers only.
+    """thop with the layers it misses.
 
+    It has rules for exact types, and hooks calls of layers only.
     Subclasses of convolutions and linear layers get the rule of their base. Linear layers whose weight a network
     passes to `F.linear` (attention that reads `qkv.weight`) are counted there.
     """
@@ -113,7 +117,7 @@ class _Gate(nn.Module):
 
 @torch.no_grad()
 def count_macs(model: Ride, input_size: tuple[int, int, int]) -> Macs:
-    """Count on one zero image of `input_size` (channels, height, width); the model stays as it is."""
+    """Count on one zero image of size (channels, height, width), on a copy."""
     copy = deepcopy(model).float().eval()
     device = next(copy.parameters()).device
     if device.type != "meta":  # meta tensors have shapes, which suffice

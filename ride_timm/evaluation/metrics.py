@@ -1,4 +1,4 @@
-"""Metrics of a test set from its counts: accuracy, calibration and diversity of the experts, by shot group.
+"""Metrics of a test set by shot group: accuracy, calibration, expert diversity.
 
 Accuracies of a group are over its test images, as the authors report them; class means weigh every class equally, for
 test sets of unequal classes.
@@ -23,7 +23,7 @@ CURVE_POINTS = 20
 def compute_metrics(
     counts: Counts, class_counts: Sequence[int] | None, shots: tuple[int, int] = (100, 20)
 ) -> dict[str, Any]:
-    """All metrics: accuracies in percent, fractions in [0, 1], None for an average over nothing.
+    """All metrics: accuracies in percent, fractions in [0, 1], None over nothing.
 
     class_counts [C]: training images of each class, None if unknown; shots: many-shot classes have more of them than
     the first, few-shot classes fewer than the second. InputError for counts of another number of classes. ->
@@ -62,7 +62,7 @@ def compute_metrics(
 def group_masks(
     class_counts: Sequence[int] | None, num_classes: int, shots: tuple[int, int] = (100, 20)
 ) -> dict[str, np.ndarray]:
-    """The classes of each of `GROUPS`, bool [C]; without class counts, all of them in "all" and none elsewhere."""
+    """The classes of each of `GROUPS`, bool [C]; of "all" only if counts are unknown."""
     everyone = np.ones(num_classes, dtype=bool)
     if class_counts is None:
         return {"all": everyone} | dict.fromkeys(GROUPS[1:], ~everyone)
@@ -70,15 +70,16 @@ def group_masks(
 
 
 def harmonic_mean(accuracies: Sequence[float]) -> float | None:
-    """Harmonic mean of accuracies in percent; 0 if one of them is 0, None if there are none."""
+    """Harmonic mean of accuracies; 0 if one of them is 0, None if there are none."""
     if not accuracies:
         return None
     return 0.0 if min(accuracies) == 0 else len(accuracies) / sum(1 / accuracy for accuracy in accuracies)
 
 
 def head_to_tail(per_class: Sequence[float | None], class_counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Accuracy from the most to the least frequent class, averaged over at most 20 runs of nearly as many classes.
+    """Accuracy from the most to the least frequent class, in at most 20 runs.
 
+    A run is the mean of neighbouring classes, nearly as many in each.
     -> for each run: "classes", their number; "train_images", their mean number of training images; "accuracy", the
     mean of their accuracies in percent. Classes of equal counts keep their order.
     """
@@ -95,7 +96,7 @@ def head_to_tail(per_class: Sequence[float | None], class_counts: Sequence[int])
 
 
 def reliability(counts: Counts, group: np.ndarray) -> list[dict[str, Any]]:
-    """Reliability diagram of a group of classes, one row per bin of confidence ((m-1)/15, m/15].
+    """Reliability diagram of a group, one row per bin of confidence ((m-1)/15, m/15].
 
     -> "images" of the bin, and their mean "confidence" and "accuracy" in percent.
     Guo et al. 2017, arXiv:1706.04599, section 2.
@@ -108,7 +109,7 @@ def reliability(counts: Counts, group: np.ndarray) -> list[dict[str, Any]]:
 
 
 def calibration(bins: list[dict[str, Any]]) -> dict[str, Any]:
-    """Expected calibration error "ece" and mean "confidence" of a reliability diagram, both in percent.
+    """Expected calibration error "ece" and mean "confidence" of a diagram, in percent.
 
     The error is |accuracy - confidence| of each bin, averaged over images. Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
@@ -121,7 +122,7 @@ def calibration(bins: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def expert_metrics(counts: Counts, groups: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Accuracy of each expert alone, disagreement and diversity of the experts, each by group.
+    """Accuracy of each expert, disagreement and diversity of the experts, by group.
 
     "accuracy": percent, one value per expert. "disagreement": fraction of images that two experts put into different
     classes, averaged over pairs (Fort et al. 2019, arXiv:1912.02757, section 4). "diversity": KL(ensemble || expert) in

@@ -1,4 +1,4 @@
-"""Plots of a run or a release, drawn from its metrics alone; they need matplotlib (the `plot` extra).
+"""Plots of a run or a release, from its metrics; they need matplotlib.
 
 curves.png: loss and accuracy by epoch. classes.png: accuracy of the classes from head to tail. reliability.png:
 accuracy by confidence. experts.png: the experts alone, how they differ, how many a router uses. routing.png: accuracy
@@ -42,7 +42,7 @@ def plot_run(
     class_names: Sequence[str],
     shots: tuple[int, int],
 ) -> None:
-    """Draw curves.png of a run's epochs and the plots of its results; nothing where matplotlib is not installed."""
+    """Draw curves.png and the plots of a run's results; nothing without matplotlib."""
     if find_spec("matplotlib") is None:
         return
     plot_curves(folder / "curves.png", history)
@@ -60,7 +60,7 @@ def plot_metrics(
 
 
 def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
-    """Draw training loss and test accuracy of every shot group by epoch, a line of panels per stage."""
+    """Draw training loss and test accuracy by epoch, one line of panels per stage."""
     titles = {"experts": "stage one, experts", "router": "stage two, router"}
     stages = [stage for stage in titles if any(row["stage"] == stage for row in history)]
     figure, grid = _panels(len(stages), 2, 9, 2.8, sharex="row")
@@ -83,7 +83,7 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
 def plot_classes(
     path: Path, rows: Rows, class_counts: Sequence[int], class_names: Sequence[str], shots: tuple[int, int]
 ) -> None:
-    """Draw training images and test accuracy of every class, from most to fewest training images.
+    """Draw training images and test accuracy of every class, from head to tail.
 
     class_counts [C] and class_names [C]; shots: thresholds of `priors.shot_groups`, those of the metrics in rows.
     """
@@ -115,7 +115,7 @@ def plot_classes(
 
 
 def _bars(order: np.ndarray, groups: dict[str, np.ndarray]) -> list[tuple[int, int, str]]:
-    """Runs of classes in this order, none across a shot group: (start, stop, group) of each."""
+    """Runs of classes within a shot group, in this order: (start, stop, group)."""
     bars = []
     start = 0
     for group in GROUPS[1:]:
@@ -128,7 +128,7 @@ def _bars(order: np.ndarray, groups: dict[str, np.ndarray]) -> list[tuple[int, i
 
 
 def plot_reliability(path: Path, rows: Rows) -> None:
-    """Draw reliability diagrams by shot group, under histograms of confidence. arXiv:1706.04599, section 2."""
+    """Draw reliability diagrams by shot group, below histograms of confidence."""
     figure, grid = _panels(2 * len(rows), len(GROUPS), 11, 1.7, height_ratios=[1, 2.5] * len(rows), sharex=True)
     for i, (name, metrics) in enumerate(rows.items()):
         for above, below, group in zip(grid[2 * i], grid[2 * i + 1], GROUPS, strict=True):
@@ -149,7 +149,7 @@ def plot_reliability(path: Path, rows: Rows) -> None:
 
 
 def plot_experts(path: Path, rows: Rows) -> None:
-    """Draw the accuracy of each expert with their disagreement and diversity, or the experts a router uses.
+    """Draw accuracy, disagreement and diversity of the experts, or how many are used.
 
     Disagreement and diversity as in `metrics.expert_metrics`.
     """
@@ -194,8 +194,9 @@ def plot_routing(
     prefixes: list[dict[str, Any]],
     chosen: dict[str, Any] | None = None,
 ) -> None:
-    """Draw accuracy against MACs, a panel per shot group: routing at every threshold, and fixed numbers of experts.
+    """Draw accuracy against MACs of a router and of fixed numbers of experts.
 
+    A panel per shot group.
     curve and prefixes: points of `routing_curve`; chosen: metrics of a router, marked with its threshold.
     """
     groups = [group for group in GROUPS if curve[0][group] is not None]

@@ -1,4 +1,4 @@
-"""Accuracy and MACs at every routing threshold, exactly, from one pass in which all experts run."""
+"""Accuracy and MACs at every routing threshold, exactly, from one pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Point = dict[str, Any]  # threshold, macs, all, many, medium, few, experts_used
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Predictions of every prefix of the experts, which determine routing at any threshold.
+    """Predictions of all prefixes of the experts: they determine any routing.
 
     right bool [N, E]: correct prediction of the mean of the first 1, 2, … experts; gates [N, E-1]: gate probabilities
     with all experts run; targets [N].
@@ -35,7 +35,7 @@ class Outcomes:
 
     @property
     def lowest(self) -> np.ndarray:
-        """The lowest gate so far [N, E-1]: expert i+1 runs exactly where it is above the threshold."""
+        """The lowest gate so far [N, E-1]: above the threshold, expert i+1 runs."""
         return np.minimum.accumulate(self.gates, axis=1)
 
     def experts_used(self, threshold: float) -> np.ndarray:
@@ -43,13 +43,16 @@ class Outcomes:
         return 1 + (self.lowest > self.gates.dtype.type(threshold)).sum(1)
 
     def balanced_weights(self) -> np.ndarray:
-        """Weights [N] under which classes weigh equally: one over the number of samples of the class."""
+        """Weights [N] under which classes weigh equally: 1 / samples of the class."""
         return 1 / np.bincount(self.targets)[self.targets]
 
 
 @torch.inference_mode()
 def collect_outcomes(model: Ride, batches: Iterable[tuple[Tensor, Tensor]]) -> Outcomes:
-    """Run all experts and gates on images [b, 3, H, W] and targets [b], in the arithmetic of `forward_routed`."""
+    """Run all experts and gates, in the arithmetic of `forward_routed`.
+
+    batches: images [b, 3, H, W] and targets [b]. InputError for a model without a router.
+    """
     if model.router is None:
         raise InputError("this model has no router: train one (stage two).")
     was_training = model.training
@@ -83,7 +86,7 @@ def routing_curve(
     weights: np.ndarray | None = None,
     shots: tuple[int, int] = (100, 20),
 ) -> list[Point]:
-    """The Pareto points of all thresholds, from the cheapest: each is more accurate than all that cost less.
+    """The Pareto points of all thresholds, from the cheapest to the most accurate.
 
     A threshold lies midway between two gate probabilities that occur, so that rounding moves no sample across it.
     class_counts [C]: training images of each class; weights [N]: of the samples, 1 by default; shots: thresholds of
@@ -118,7 +121,7 @@ def routing_curve(
 
 
 def _thresholds(values: np.ndarray) -> list[float]:
-    """Thresholds above the first, between each two, and below the last of falling gate probabilities."""
+    """Thresholds above, between and below falling gate probabilities."""
     above, below = values[:-1], values[1:]
     middle = below + (above - below) / 2
     middle = np.where(middle < above, middle, below)  # no number lies between neighbouring floats
@@ -127,7 +130,7 @@ def _thresholds(values: np.ndarray) -> list[float]:
 
 
 def _improving(accuracies: np.ndarray) -> np.ndarray:
-    """Indices of the values above all earlier ones, by more than the rounding of a sum."""
+    """Indices of values above all earlier ones, by more than the rounding of a sum."""
     best = np.maximum.accumulate(accuracies.round(6))
     return np.flatnonzero(np.append(True, best[1:] > best[:-1]))
 

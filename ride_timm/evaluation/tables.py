@@ -1,4 +1,4 @@
-"""Tables of metrics for the terminal and for Markdown, and the names they share with plots and cards.
+"""Tables of metrics, and the names they share with plots and cards.
 
 Experts are indexed from 0 in code and numbered from 1 wherever a person reads: flags, tables, plots, JSON, file names.
 """
@@ -28,7 +28,7 @@ def percentages(fractions: Sequence[float] | None) -> str:
 
 
 def text_table(lines: Sequence[Sequence[str]]) -> str:
-    """Aligned columns of text, the first line a heading, the first column to the left; no newline at the end."""
+    """Aligned columns below a heading, the first column to the left."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     rows = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
@@ -42,7 +42,7 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A text table of accuracies (percent), MACs per image and experts used, a row each; a dash for what is missing."""
+    """A text table of accuracies (percent), MACs and experts used, by name."""
     lines = [["", *GROUPS, "top-5", "MMACs", "experts used"]]
     for name, metrics in rows.items():
         accuracies = (number(metrics.get(key)) for key in (*GROUPS, "top5"))
@@ -51,7 +51,7 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def groups_table(metrics: Mapping[str, Any]) -> str:
-    """A text table of `metrics.compute_metrics` by shot group, and a line on the worst class.
+    """A text table of the metrics by shot group, and a line on the worst class.
 
     Accuracy over images and by class mean, confidence and expected calibration error in percent; of an ensemble, the
     accuracy of each expert, their disagreement (percent) and diversity (nats); of a router, the experts used.

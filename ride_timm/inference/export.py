@@ -1,4 +1,4 @@
-"""Export a model to ONNX graphs, with or without its router, and a manifest of their inputs and outputs.
+"""Export a model to ONNX, with or without its router, and a manifest.
 
 Three kinds. `ensemble`: one graph of all experts. `masked`: one graph that computes all experts and masks those that
 the gates skip: the router's predictions at the ensemble's cost, for servers that take one graph. `driver`: a graph for
@@ -50,7 +50,7 @@ class _Gate(nn.Module):
 
 
 class _Masked(nn.Module):
-    """All experts on every sample; a sample keeps the mean of the experts that routing uses."""
+    """All experts on every sample, which keeps the mean of those that it is routed to."""
 
     def __init__(self, model: Ride) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _Masked(nn.Module):
 
 
 def check_export(folder: str | Path, model: Ride | None = None, routed: str = "none") -> None:
-    """InputError for missing packages, a folder that is not empty, or a model without a router to export."""
+    """InputError for missing packages, a folder in use, or a missing router."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise InputError(f"exporting needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
@@ -91,7 +91,7 @@ def check_export(folder: str | Path, model: Ride | None = None, routed: str = "n
 def export(
     model: Ride, folder: str | Path, routed: str = "none", threshold: float = 0.5, size: int | None = None
 ) -> Path:
-    """Write the graphs and manifest.json to a new folder, all or nothing; returns the folder.
+    """Write the graphs and manifest.json to a new folder, all or nothing; returns it.
 
     routed: "none", "masked" or "driver"; threshold: in the manifest, the driver's default; size: image size, the
     model's by default. InputError as in `check_export`; RunError if writing fails.
@@ -154,7 +154,7 @@ def _write_graphs(model: Ride, folder: Path, routed: str, size: int) -> dict[str
 
 
 def _export_graph(module: nn.Module, path: Path, inputs: dict[str, Tensor], outputs: list[str]) -> None:
-    """Write one self-contained file with a dynamic batch dimension; scalar inputs have none."""
+    """Write one self-contained file; all inputs but scalars have a dynamic batch."""
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if value.ndim else {} for value in inputs.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ SPEC = "run folder, authors' .pth, or any name that timm.create_model takes"
 
 
 def load_ride(spec: str, routed: bool) -> Ride:
-    """The model of a SPEC, in eval mode; InputError where it is to be routed and has no router."""
+    """The model of a SPEC, in eval mode; InputError for a missing router."""
     model = load_model(spec)
     if routed and model.router is None:
         raise InputError(f"{spec} has no router: leave --routed out, or train stage two.")
@@ -35,7 +35,7 @@ def _recipe_file(spec: str | None) -> Path | None:
 
 
 def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe that describes the data: the one named, else the model's own, else the default of the data set.
+    """The recipe of the data: the one named, the model's own, or the data set's.
 
     flags: recipe keys given on the command line, which take precedence. InputError where no data set is given, or only
     a release whose images were local files.
@@ -58,7 +58,7 @@ def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Re
 
 
 def threshold_for(spec: str, given: float | None) -> float:
-    """The gate probability given, else that of the model's recipe, else 0.5; InputError outside [0, 1]."""
+    """The threshold given, else the model's, else 0.5; InputError outside [0, 1]."""
     if given is not None and not 0 <= given <= 1:
         raise InputError(f"threshold={given}: expected a probability between 0 and 1.")
     if given is not None:

@@ -1,4 +1,4 @@
-"""Run a routed ONNX export, `OnnxRouted(folder)(images)`; needs numpy and onnxruntime only.
+"""Run a routed ONNX export by numpy and onnxruntime: `OnnxRouted(folder)(images)`.
 
 `python -m ride_timm export --routed driver` copies this file into the folder as driver.py.
 """
@@ -23,7 +23,7 @@ def load_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
 
 
 class OnnxRouted:
-    """An exported trunk with its experts and gates; an expert runs only on the samples sent to it.
+    """An exported model whose experts run only on the samples sent to them.
 
     threshold: gate probability above which the next expert runs, the manifest's by default; threads: 0 for all cores.
     """
@@ -40,7 +40,7 @@ class OnnxRouted:
         self.gates = [load_session(folder / f"gate_{i + 1}.onnx", threads) for i in range(num_experts - 1)]
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """images float32 [B, 3, H, W], normalised -> (logits [B, C], num_experts_used int64 [B])"""
+        """Normalised images [B, 3, H, W] -> (logits [B, C], num_experts_used [B])"""
         used = np.ones(len(images), dtype=np.int64)
         output = np.zeros((len(images), self.manifest["num_classes"]), dtype=np.float32)
         if len(images) == 0:

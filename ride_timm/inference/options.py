@@ -1,4 +1,4 @@
-"""Options of inference: chosen experts, folded BatchNorm, bfloat16, torch.compile, ONNX Runtime; off by default."""
+"""Inference options: chosen experts, folded BatchNorm, bf16, torch.compile, ONNX."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Inference:
         return ", ".join([self.runtime, self.precision, *chosen])
 
     def check(self) -> None:
-        """InputError for options that exclude each other or need a package or compiler that is not installed."""
+        """InputError for options that exclude each other or need something not installed."""
         if self.runtime == "onnx":
             if self.compile or self.precision != "fp32":
                 raise InputError("runtime=onnx runs in fp32 and uncompiled: leave out --compile and --precision.")
@@ -74,7 +74,7 @@ def inference_of(args: argparse.Namespace) -> Inference:
 
 
 def check_experts(args: argparse.Namespace, routed: bool) -> None:
-    """InputError for `--experts` where the router chooses the experts or an ONNX graph averages all of them."""
+    """InputError for `--experts` with a router, or with an ONNX graph of all experts."""
     if args.experts is not None and (routed or args.runtime == "onnx"):
         other = "the ONNX graph averages all experts" if args.runtime == "onnx" else "the router chooses the experts"
         raise InputError(f"experts={args.experts}: {other}; leave --experts out.")
@@ -87,7 +87,7 @@ def check_threshold(given: bool, routed: bool) -> None:
 
 
 def chosen_experts(text: str | None, num_experts: int) -> list[int]:
-    """Indices (from 0) of experts numbered from 1, such as "1,3"; all of them for None."""
+    """Indices of experts numbered from 1, such as "1,3"; all of them for None."""
     if text is None:
         return list(range(num_experts))
     try:
@@ -100,7 +100,10 @@ def chosen_experts(text: str | None, num_experts: int) -> list[int]:
 
 
 def _conv_bn_pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of a module's convolutions and the BatchNorm after each: convN and bnN, or neighbours in a Sequential."""
+    """Names of convolutions and the BatchNorm after each.
+
+    convN and bnN, or neighbours in a Sequential.
+    """
     children = list(module.named_children())
     if type(module) is nn.Sequential:
         pairs = [(a, b) for (a, _), (b, _) in pairwise(children)]
@@ -118,7 +121,7 @@ def _conv_bn_pairs(module: nn.Module) -> list[tuple[str, str]]:
 
 
 def fuse_conv_bn(model: Ride) -> Ride:
-    """A copy in eval mode with BatchNorms folded into the convolutions before them; equal up to rounding.
+    """A copy with BatchNorms folded into the convolutions before them, in eval mode.
 
     InputError for a network without such a pair.
     """
@@ -141,7 +144,7 @@ def prepare(
     size: int | None = None,
     experts: Sequence[int] | None = None,
 ) -> Predict:
-    """The prediction function of a model under these options; with the defaults it is `predictor`'s.
+    """The prediction function of a model under these options.
 
     size: image size of an ONNX export, the model's own by default; experts: indices whose logits are returned one by
     one (not by ONNX, whose graph holds their mean).
@@ -195,7 +198,7 @@ def _onnx_predictor(model: Ride, routed: bool, threshold: float, size: int | Non
 
 
 class Timed:
-    """A prediction function with a stopwatch: forward passes only, without reading images."""
+    """A prediction function with a stopwatch around its forward passes."""
 
     def __init__(self, predict: Predict) -> None:
         self.predict = predict
