@@ -48,7 +48,7 @@ def train(argv: list[str] | None) -> None:
     if teacher is not None:
         state.teacher = teacher.identity
     if accelerator.is_main_process:
-        run.lock()  # the last line that may raise InputError, the first that writes
+        run.lock()  # the first line that writes
         if not resumed:
             run.begin(recipe, state)
     if options.trackers:

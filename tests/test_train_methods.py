@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from journeys import (
 )
 
 from ride_timm.cli.main import main
+from ride_timm.cli.process import Interrupted
 from ride_timm.data.augment import mixing
 from ride_timm.training import stages
 from ride_timm.training.run_folder import RunFolder
@@ -50,6 +52,26 @@ def test_resumed_run_keeps_its_teacher(train, finished, colours, tmp_path, monke
     reference = tmp_path / "reference"
     assert train([*flags_of(colours, reference, *flags[4:])[:4], *flags[4:], "--teacher", tmp_path / "moved"]) == 0
     assert (reference / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("more", [["--stage", "experts"], ["--stage", "router"], ["--decouple", "tau_norm"]])
+def test_a_run_killed_before_its_first_epoch_begins_from_its_weights_again(
+    train, finished, colours, tmp_path, monkeypatch, more
+):
+    flags = ["--epochs", "1", "--router-epochs", "1", "--from", finished[0], *more]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert train(flags_of(colours, whole, *flags)) == 0
+
+    def stop(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages.Stage, "begin_epoch", stop)
+        patched.setattr(stages.Stage, "finish", stop)  # of a stage without epochs
+        assert train(flags_of(colours, torn, *flags)) == 143
+    resume = more if "--stage" in more else []
+    assert train(["--output", torn, "--resume", "--threads", "1", *resume]) == 0
+    assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["crt", "lws", "tau_norm", "logit_adjustment"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 from ..data.augment.policies import Policy, get_policy
@@ -29,6 +31,8 @@ from .state import TrainingState
 def build_accelerator(recipe: Recipe, options: Options) -> Accelerator:
     """Accelerate's device placement, precision, compilation and trackers for a run."""
     return Accelerator(
+        # the loop divides the loss itself; the launcher's setting would divide it once more
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         mixed_precision=recipe.mixed_precision,
         dynamo_backend="inductor" if recipe.compile else None,
         log_with=list(options.trackers) or None,
@@ -46,7 +50,7 @@ def hyperparameters(recipe: Recipe) -> dict[str, int | float | str | bool]:
 class RunData:
     """The image sets of a run, and the loaders over them.
 
-    train, held_out: training images without and with those held out for selection; size: of the input, in pixels.
+    train: images trained on; held_out: those that select the epoch; size: of the input, in pixels.
     policy, train_policy: augmentation without and with AutoAugment.
     """
 
@@ -113,7 +117,10 @@ def load_data(recipe: Recipe, accelerator: Accelerator) -> RunData:
 
 def build_model(recipe: Recipe, data: RunData, options: Options, state: TrainingState | None) -> Ride:
     """The recipe's network: from its seed, from `--from`, or from the state of the resumed run."""
-    model = create_model(recipe, data.num_classes, None if state else options.source, data.size)
+    source = options.source
+    if state is not None:  # a run that was killed before its first epoch ended begins from its source again
+        source = None if state.model else options.source or state.source
+    model = create_model(recipe, data.num_classes, source, data.size)
     if recipe.fused_norm and data.accelerator.device.type == "cpu":
         fuse(model)
     if state is None or not state.model:
@@ -162,9 +169,9 @@ class Teacher:
     model: nn.Module
     spec: str
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
-        """Where it was loaded from, and the hash of its weights."""
+        """Path or name, and SHA-256 of the weights."""
         return dict(spec=self.spec, sha256=weights_sha256(self.model))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
 from ..data.loaders.orders import RankSlices
 from ..errors import InputError
@@ -19,6 +19,8 @@ from .optimizers import check_optimizer
 from .options import Options
 from .recipe import Recipe
 from .state import TrainingState
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def adapt_to_machine(recipe: Recipe, options: Options) -> Recipe:
@@ -40,8 +42,12 @@ def adapt_to_machine(recipe: Recipe, options: Options) -> Recipe:
 
 
 def check_machine(recipe: Recipe, options: Options, accelerator: Accelerator) -> None:
-    """InputError for an optimizer, precision, normalisation or tracker that does not work on this machine."""
+    """InputError for an optimizer, precision or normalisation that does not work on this machine or launcher."""
     on_cpu = accelerator.device.type == "cpu"
+    if accelerator.distributed_type in _SHARDED:
+        raise InputError(
+            f"{accelerator.distributed_type.value} is not supported: launch with --multi_gpu, which is DDP."
+        )
     for name in {recipe.optimizer, recipe.router_optimizer}:
         check_optimizer(name, accelerator.device)
     if recipe.mixed_precision == "fp16" and on_cpu:

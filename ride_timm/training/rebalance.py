@@ -95,7 +95,8 @@ def decouple(model: Ride, method: str, class_counts: Sequence[int] | Tensor, tau
     if method == "crt":
         torch.manual_seed(seed)
         model.reset_classifier(model.num_classes)
-        return HeadsObjective(model, [name for name, _ in model.named_parameters() if ".fc." in name])
+        heads = tuple(f"{name}." for name in model.get_classifier(name_only=True))
+        return HeadsObjective(model, [name for name, _ in model.named_parameters() if name.startswith(heads)])
     if method == "tau_norm":
         tau_normalize(model, tau)
     elif method == "logit_adjustment":

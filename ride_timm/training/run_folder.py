@@ -39,6 +39,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._claimed_occupied = False
 
     @property
     def occupied(self) -> bool:
@@ -50,7 +51,7 @@ class RunFolder:
         return load_recipe(self.path / "recipe.yaml")
 
     def state(self) -> TrainingState | None:
-        """The state after the last finished epoch, or None where none is finished."""
+        """The state to resume from, or None where a run has written none."""
         path = self.path / "state.pt"
         if not path.is_file():
             return None
@@ -61,13 +62,7 @@ class RunFolder:
 
     def _only_begun(self) -> bool:
         """The folder holds only the files that a run writes before its first step, and no recipe."""
-        if {path.name for path in self.path.iterdir()} - {
-            "state.pt",
-            ".state.pt.partial",
-            ".recipe.yaml.partial",
-            ".lock",
-            ".owner",
-        }:
+        if {path.name for path in self.path.iterdir()} - _FIRST_FILES:
             return False
         state = self.state()
         return state is None or not state.begun
@@ -80,6 +75,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output {self.path} is a file: name a folder.")
+        self._claimed_occupied = self.occupied
         state = self.state() if self.occupied else None
         finished = state is not None and "experts" in state.results
         at_router = state is not None and state.stage == "router" and state.epoch == 0
@@ -123,7 +119,8 @@ class RunFolder:
         if not (self.path / "results.json").is_file() or not self.occupied:
             return False
         self.check_recipe(recipe)
-        return stage in self.results()["stages"]
+        state = self.state()  # written after the results, so a kill between them is resumed
+        return stage in self.results()["stages"] and (state is None or stage in state.results)
 
     def lock(self) -> None:
         """Keep other runs out of the folder until this process ends, however it ends; creates the folder.
@@ -141,6 +138,8 @@ class RunFolder:
         except Timeout as error:
             name = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
             raise InputError(f"output {self.path}: {name} is training here; choose another --output.") from error
+        if self.occupied != self._claimed_occupied:
+            raise InputError(f"output {self.path}: another run has begun here; choose another --output.")
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
 
     def begin(self, recipe: Recipe, state: TrainingState) -> None:

@@ -157,7 +157,7 @@ class Stage:
 class ExpertsStage(Stage):
     """Stage one: trunk and experts under the recipe's loss, with a teacher or not. RIDE, section 3.2.
 
-    from_scratch: the weights are random, so that an EMA warms up.
+    from_scratch: the run began without `--from`, so that an EMA warms up.
     """
 
     name = "experts"
@@ -179,7 +179,7 @@ class ExpertsStage(Stage):
             )
         super().__init__(recipe, data, accelerator, objective)
         self.changes = batch_changes(
-            recipe.random_erasing, recipe.mixup_alpha, recipe.cutmix_alpha, views=self.loss.num_views
+            recipe.random_erasing, recipe.mixup_alpha, recipe.cutmix_alpha, views=self.num_views
         )
         if recipe.ema_decay is not None:
             self.ema = ModelEmaV3(model, recipe.ema_decay, use_warmup=from_scratch)
@@ -235,7 +235,7 @@ def build_stage(
 
 
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:
-    """Seed Python, NumPy and torch so that no two (epoch, rank) pairs of a run share a stream."""
+    """Seed Python, NumPy and torch so that no two (epoch, rank) pairs of a stage share a stream."""
     words = np.random.SeedSequence([seed, epoch, rank]).generate_state(4)
     random.seed(words.tobytes())
     np.random.seed(words)

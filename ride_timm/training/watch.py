@@ -26,8 +26,8 @@ class Signals(Protocol):
 class Watch:
     """Collects the losses of an epoch and ends the run where it must end.
 
-    Processes agree before any of them raises: one that left alone would leave the others waiting in a collective. A
-    single process raises a signal at once, several at the next check.
+    Processes agree before any of them raises: one that left alone would leave the others waiting in a collective. With
+    one process a signal is raised at once, with several at the next check.
     """
 
     def __init__(self, accelerator: Accelerator, signals: Signals, mixed_precision: str) -> None:
@@ -79,6 +79,7 @@ class Watch:
         if self.accelerator.num_processes > 1:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         found = numbers.tolist()
-        self.signals.caught = found[0] or None
+        if found[0]:  # never reset: a signal may have come since
+            self.signals.caught = found[0]
         self.signals.check()
         return found

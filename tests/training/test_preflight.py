@@ -49,6 +49,7 @@ def test_norms_are_fused_only_with_a_compiler(decide, capsys, recipe, noticed):
 
 def test_requested_fused_norms_need_a_compiler(decide):
     options, recipe = parse_arguments(["--recipe", "cifar100_lt", "--fused-norm", "--mixed-precision", "no"])
+    AcceleratorState._reset_state(True)
     recipe = preflight.adapt_to_machine(recipe, options)
     with pytest.raises(InputError, match="fused_norm needs a C\\+\\+ compiler"):
         preflight.check_machine(recipe, options, build_accelerator(recipe, options))

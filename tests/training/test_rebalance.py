@@ -116,7 +116,8 @@ def test_only_the_parameters_of_the_method_learn(method, use_norm):
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     own = "fc.affine.weight" if method == "lws" else "fc.weight"
     assert {f"experts.{e}.{own}" for e in range(2)} <= names
-    assert all(".fc." in name for name in names) and (method == "crt" or len(names) == 2)
+    heads = ("experts.0.fc.", "experts.1.fc.")
+    assert all(name.startswith(heads) for name in names) and (method == "crt" or len(names) == 2)
     optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.01, momentum=0.9, weight_decay=0.01)
     targets = torch.tensor([4, 0, 3])
     values = []
@@ -198,3 +199,12 @@ def test_bad_input_is_rejected():
     with pytest.raises(InputError, match="unknown decoupling 'hope', expected one of: crt, lws, tau_norm"):
         decouple(model, "hope", COUNTS, 1.0, 0)
     assert not model.has_class_affine
+
+
+def test_new_heads_leave_a_backbones_own_fc_layers_alone():
+    """VovNet's squeeze-and-excitation has parameters called fc, too."""
+    model = timm.create_model("ride", backbone="ese_vovnet19b_dw", num_experts=2, num_classes=len(COUNTS))
+    assert any("attn.fc." in name for name, _ in model.named_parameters())
+    decouple(model, "crt", COUNTS, 1.0, seed=0)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names == {f"experts.{e}.fc.{kind}" for e in range(2) for kind in ("weight", "bias")}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from two_ranks import run_two_ranks
 
 from ride_timm import RunError
@@ -16,6 +17,13 @@ class Caught:
     def check(self):
         if self.caught is not None:
             raise Interrupted(self.caught)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 def watch_of(num_steps, signals=None, precision="no"):
@@ -51,6 +59,22 @@ def test_one_process_raises_a_signal_at_once():
         watch.update(torch.tensor(1.0))
     with pytest.raises(Interrupted):
         next(iter(watch.batches([1, 2])))
+
+
+def test_a_signal_that_comes_while_the_losses_are_read_is_kept():
+    """The handler runs between two lines of Python: after the flag was read, before the check."""
+    signals = Caught()
+    watch = watch_of(CHECK_EVERY, signals)
+    agree = watch._agree
+
+    def late(numbers):
+        signals.caught = 15
+        return agree(numbers)
+
+    watch._agree = late
+    with pytest.raises(Interrupted):
+        for _ in range(CHECK_EVERY):
+            watch.update(torch.tensor(1.0))
 
 
 RANK = """
