@@ -200,7 +200,7 @@ def _copy_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
         begun = {row["stage"] for row in csv.DictReader(history.read_text(encoding="utf-8").splitlines())}
         if unfinished := begun - results["stages"].keys():
             raise InputError(f"stage {unfinished.pop()} of the run in {source} is not finished: finish it by --resume.")
-    if results.get("source") is not None:
+    if "source" in results:
         results["source"] = _public_source(results["source"])
     if teacher := results.get("teacher"):
         teacher["spec"] = _public_source(teacher["spec"])
@@ -230,9 +230,9 @@ def _seed_facts(results: dict[str, Any]) -> dict[str, Any]:
     return {key: results[key] for key in _FACTS_OF_A_SEED if key in results} | dict(stages=stages)
 
 
-def _public_source(source: str) -> str | None:
-    """The public name of the weights that a run started from; None for private ones."""
-    if source.startswith("hf-hub:"):
+def _public_source(source: str | None) -> str | None:
+    """The public name of the weights of a source or a teacher; None for private ones."""
+    if source is None or source.startswith("hf-hub:"):
         return source
     folder = Path(source.removeprefix("local-dir:"))
     if (folder / WEIGHTS).is_file():

@@ -13,22 +13,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import card_text as text
 import timm
-from card import commit_fact, describe_data, result_row, run_facts, seed_facts
 from folder import CONFIG, HERE, RESULTS, ROOT, Staged, read_releases
-from training import began_from, how_chosen
 from zoo import DOWNLOAD, read_zoo
 
 from ride_timm import InputError
 from ride_timm.cli.process import exit_code
-from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, markdown_table, millions, number
+from ride_timm.evaluation.tables import GROUPS, markdown_table, millions, number
 from ride_timm.losses import LOSSES, RegisteredLoss
 from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser
 
 _TAG_COLUMNS = ("our name", "experts", "router", "original", "state")
 _SUMMARY_COLUMNS = ("weights", "data set", *GROUPS, "MMACs", "routed", "MMACs")
-_COLUMNS = ("weights", "prediction", *GROUPS, "top-5", "MACs", "images that use 1 / 2 / … experts")
+_COLUMNS = ("weights", "prediction", *GROUPS, "top-5", "MMACs", "experts used")
 
 
 def tag_states() -> dict[str, str]:
@@ -71,33 +70,31 @@ def measured(root: Path) -> list[tuple[Staged, dict[str, Any]]]:
 
 def _rows(staged: Staged, results: dict[str, Any]) -> list[list[str]]:
     model = f"[`{staged.name}`](../hub/{staged.name})"
-    rows = [[model, *result_row(STAGE_NAMES[stage], metrics)] for stage, metrics in results["stages"].items()]
-    spread = seed_facts(results)
-    for name, *accuracies in spread["seed_rows"]:
-        rows.append([model, f"{name}, mean ± deviation of seeds {spread['seed_numbers']}", *accuracies, *"–––"])
+    rows = [[model, *text.result_cells(*stage)] for stage in results["stages"].items()]
+    for stage, *accuracies in text.spread_rows(results):
+        rows.append([model, f"{stage}, mean ± deviation of seeds {text.seeds(results)}", *accuracies, *"–––"])
     return rows
 
 
 def _origin(staged: Staged, results: dict[str, Any]) -> str:
-    """Data, recipe, seed, epochs, precision, commit, time and processor."""
-    facts = [describe_data(results)[0]]
+    """Data, recipe, epochs and source of a release, then the facts of each of its runs."""
+    facts = [text.describe_data(results)[0]]
     if results.get("claimed"):
         facts.append("the authors' checkpoint, measured")
     if results["recipe"]:
         epochs = " + ".join(str(stage["epochs"]) for stage in results["stages"].values())
         facts += [f"recipe `{results['recipe']}`", f"{epochs} epochs"]
     if "source" in results:
-        facts.append(f"from the weights of {began_from(results)}")
-    others = [_made(run) for run in results.get("seeds", ()) if run["seed"] != results["seed"] and "device" in run]
+        facts.append(f"starting from {text.weights_name(results['source'])}")
+    others = [run for run in results.get("seeds", ()) if run["seed"] != results["seed"] and "device" in run]
+    runs = "; ".join(", ".join([*text.run_facts(run), _time(run)]) for run in (results, *others))
     recipe = staged.recipe()
-    chosen = f" {how_chosen(recipe, results['stages'])}" if recipe else ""
-    return f"- `{staged.name}`: {', '.join(filter(None, facts))}, {'; '.join([_made(results), *others])}.{chosen}"
+    selection = f" {text.selection(recipe, results['stages'])}" if recipe else ""
+    return f"- `{staged.name}`: {', '.join(facts)}, {runs}.{selection}"
 
 
-def _made(run: dict[str, Any]) -> str:
-    """Seed, precision, commit, time and processor of one run."""
-    time = f"{run['seconds']:,.0f} s on " if "seconds" in run else ""
-    return ", ".join(filter(None, (run_facts(run), commit_fact(run), f"{time}{run['device']}")))
+def _time(run: dict[str, Any]) -> str:
+    return f"{run['seconds']:,.0f} s on {run['device']}" if "seconds" in run else run["device"]
 
 
 def render_results(root: Path = HERE) -> str:
@@ -112,7 +109,7 @@ def render_summary(root: Path = HERE) -> str:
     rows = []
     for staged, results in measured(root):
         experts, router = results["stages"]["experts"], results["stages"].get("router", {})
-        data = describe_data(results)[0].partition(" (")[0]
+        data = text.describe_data(results)[0].partition(" (")[0]
         accuracies = [number(experts[group], 1) for group in GROUPS]
         cost = [millions(experts["macs"]), number(router.get("all"), 1), millions(router.get("macs"))]
         rows.append((data, experts["all"], [f"`{staged.name}`", data, *accuracies, *cost]))

@@ -109,7 +109,7 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
     name = f"{config['architecture']}.{config['pretrained_cfg'].get('tag')}"
     if not isinstance(model, Ride) or name != staged.name:
         raise InputError(f"{staged.path} holds {name}, expected {staged.name}.")
-    check_paths(staged.recipe(), results.get("source"), staged.path)
+    check_paths(staged.recipe(), results, staged.path)
     difference = check_golden(model, staged.path / GOLDEN)
     if (staged.path / CARD).read_bytes() != render(staged).encode():
         raise InputError(f"{staged.path / CARD} is not the card of its data: python hub/card.py {staged.name}")
@@ -124,13 +124,14 @@ def verify(staged: Staged, data: Recipe | None = None) -> dict[str, Any]:
     return found
 
 
-def check_paths(recipe: Recipe | None, source: str | None, folder: Path) -> None:
-    """InputError for a release whose recipe or source names a path of somebody's machine."""
+def check_paths(recipe: Recipe | None, results: dict[str, Any], folder: Path) -> None:
+    """InputError for a release whose recipe, source or teacher names a local path."""
     if recipe is not None and recipe.on_disk:
         paths = ", ".join(f"{key}={value!r}" for key, value in recipe.on_disk.items())
         raise InputError(f"{folder / RECIPE} names local data ({paths}).")
-    if source is not None and not (source.startswith("hf-hub:") or is_registered(source)):
-        raise InputError(f"{folder / RESULTS}: source={source!r}: expected a release (NAME.TAG or hf-hub:…) or null.")
+    for key, spec in (("source", results.get("source")), ("teacher", (results.get("teacher") or {}).get("spec"))):
+        if spec is not None and not (spec.startswith("hf-hub:") or is_registered(spec)):
+            raise InputError(f"{folder / RESULTS}: {key}={spec!r}: expected a release (NAME.TAG or hf-hub:…) or null.")
 
 
 def data_of(staged: Staged, data_dir: str | None, measured: bool, recipe: str | None = None) -> Recipe | None:

@@ -54,8 +54,8 @@ def test_a_release_of_other_thresholds_says_so_and_is_verified(measured_run, rec
     staged = stage(measured_run[0], TAG, tmp_path, data_dir=str(colours))
     assert drawn == [(20, 10)]
     text = (staged.path / "README.md").read_text(encoding="utf-8")
-    assert "class: many above 20, medium 10 to 20, few\nbelow 10. MACs" in text
-    assert "(classes: 1 many-shot, 1 medium-shot, 1 few-shot)" in text and "1 of 3 classes with fewer than 10." in text
+    assert "per class: many above 20, few below 10, medium between." in text
+    assert "| 1 many, 1 medium, 1 few |" in text
     assert set(verify(staged, recipe)["measured"]) == {"experts", "router"}
 
 
@@ -63,7 +63,7 @@ def test_without_a_medium_group(measured_run, recipe, tmp_path):
     staged = stage(measured_run[0], TAG, tmp_path, measured=False)
     changed = recipe.override(dict(many_shot=9, few_shot=10))
     (staged.path / "recipe.yaml").write_text(changed.to_yaml(), encoding="utf-8")
-    assert "many above 9, medium none, few\nbelow 10. MACs" in render(staged)
+    assert "many above 9, few below 10, medium between." in render(staged)
 
 
 def test_the_thresholds_of_a_checkpoint(recipe):

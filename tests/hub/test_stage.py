@@ -249,21 +249,6 @@ def test_a_run_is_not_passed_for_a_checkpoint_when_its_recipe_is_lost(staged, fl
     assert (staged.path / "README.md").read_bytes() == before
 
 
-def test_the_teacher_of_a_run_is_named_by_the_hash_of_its_weights(make_run, tmp_path):
-    run = make_run(seed=3, router=True, top_choices_num=3)
-    digest = "ab" * 32
-    for spec, public in (
-        ("/home/somebody/teacher", None),
-        ("ride_resnet32.cifar100_lt100", "ride_resnet32.cifar100_lt100"),
-    ):
-        set_json(run / "results.json", teacher=dict(spec=spec, sha256=digest))
-        release = stage(run, TAG, tmp_path / str(public))
-        assert release.json("results.json")["teacher"] == dict(spec=public, sha256=digest)
-        row = f"| teacher | {f'`{public}`, ' if public else ''}sha256 of its weights {digest[:12]} |"
-        card = (release.path / "README.md").read_text(encoding="utf-8")
-        assert row in card and "somebody" not in card
-
-
 def test_a_recipe_is_data(staged):
     """YAML tags that would build objects are refused."""
     for text in ("name: !!python/object/apply:os.system ['true']\n", "model: !!python/name:os.system\n"):

@@ -54,10 +54,10 @@ def test_results_of_seeds_checkpoints_and_unmeasured_releases(make_run, run, tmp
     assert "CIFAR100-LT (imbalance factor 100), the authors' checkpoint, measured, fp32, cpu." in text
     assert "| ensemble, mean ± deviation of seeds 0, 1 | 53.0 ± 4.2 |" in text
     of_a_run = r", fp32, (commit `\w{12}`, )?125 s on cpu \([^;]+\)"
-    assert re.search(f" seed 0{of_a_run}; seed 1{of_a_run}\\. The numbers are those of the last epoch", text)
+    assert re.search(f" seed 0{of_a_run}; seed 1{of_a_run}\\. The metrics are those of the last epoch", text)
     closed = Staged.find(TAG, tmp_path).json("results.json")["stages"]
     for metrics in closed.values():
-        metrics["epochs"] = 0  # re-balanced in closed form: there is no epoch to speak of
+        metrics["epochs"] = 0  # re-balanced in closed form: no epoch was trained
     set_json(tmp_path / TAG / "results.json", stages=closed)
     assert "those of the last epoch" not in tables.render_results(tmp_path)
 

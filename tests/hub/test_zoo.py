@@ -36,7 +36,7 @@ def test_a_checkpoint_of_the_zoo_becomes_a_release(tmp_path):
     assert torch.equal(model(images), load_legacy(path)(images))
     assert model.router is not None and model.pretrained_cfg["mean"] == [0.4914, 0.4822, 0.4465]
     text = (staged.path / "README.md").read_text(encoding="utf-8")
-    assert "Claimed by the authors of the paper for this checkpoint, not measured here" in text
+    assert "Claimed by the authors for this checkpoint, not measured here" in text
     assert "| RIDE + distillation | 49.4 | 67.7 | 51.3 | 25.7 |" in text and "with a router" in text
     metrics = front_matter(text)["model-index"][0]["results"][0]["metrics"]
     assert all("claimed by the authors, not measured here" in metric["name"] for metric in metrics)
@@ -62,4 +62,4 @@ def test_which_checkpoint_is_which(tmp_path):
     plain = authors_checkpoint(tmp_path / "plain.pth", "ride_resnet32")  # three experts, no router
     staged = zoo.convert(plain, "ride_resnet32.cifar100_lt100_zoo", tmp_path / "hub")
     text = (staged.path / "README.md").read_text(encoding="utf-8")
-    assert "measured with a router, which this checkpoint does not have" in text
+    assert "measured with a router, which this checkpoint lacks" in text

@@ -1,0 +1,149 @@
+"""Method, command, settings and papers on a card, for every way of training."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from card import render
+from card_text import DECOUPLED
+from folder import HERE
+from release_files import TAG, set_json
+from stage import stage
+from tables import render_results
+from verify import verify
+
+from ride_timm import InputError
+from ride_timm.training.recipe import load_recipe
+from ride_timm.training.recipe_keys import DECOUPLINGS
+
+
+def render_with(staged, **changes):
+    recipe = dataclasses.replace(staged.recipe(), **changes)
+    (staged.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    data = staged.json("results.json")["data"]
+    set_json(staged.path / "results.json", data=data | {key: changes[key] for key in data.keys() & changes})
+    return render(staged)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(loss="ride"), ["with RIDE ([arXiv:2010.01809]", "loss drives the experts apart", "Please cite RIDE:"]),
+        (dict(loss="ride"), ["| loss | ride, ", ", additional_diversity_factor -0.45", ", reweight_epoch 160, "]),
+        (dict(loss="ride", reweight=False), [", reweight no, "]),
+        (dict(loss="balpoe"), ["with BalPoE ([arXiv:2206.05260]", "RIDE, BalPoE ([arXiv", ", taus (0, 1, 2) |"]),
+        (dict(loss="sade", inverse_tau=1.5), ["with SADE (", "inverse_tau 1.5 |", "Training favours rare classes."]),
+        (dict(loss="mdcs", auto_augment="original"), ["with MDCS (", "taus (-0.5, 1, 2.5)", "consistency 0.6"]),
+        (dict(loss="focal"), ["with the focal loss (", "| loss | focal, gamma 1 |", "knows nothing of class freq"]),
+        (dict(loss="ce"), ["with cross entropy: 3 experts share", "Please cite RIDE:", "knows nothing of class freq"]),
+        (dict(loss="ce", distillation=True), ["recipe.yaml --teacher path/to/the/teacher\n"]),
+        (dict(router_balanced=False), ["| 5 epochs of batches of 512, sgd, learning rate 0.01, pos_weight 100 |"]),
+        (dict(router_optimizer="adamw"), ["| 5 epochs of class-balanced batches of 512, adamw, learning rate 0.01,"]),
+        (
+            dict(loss="ce", decouple="crt", decouple_epochs=7),
+            ["re-balanced afterwards with cRT ([arXiv:1910.09217]", "| crt, 7 epochs of class-balanced batches of 128,",
+             "Training favours rare classes.", "the classifiers of trained experts for 3 epochs, then the router for 5",
+             "recipe.yaml --from path/to/the/trained/run\n", "Please cite RIDE, cRT ([arXiv:1910.09217]"],
+        ),
+        (dict(decouple="tau_norm", decouple_tau=1.5), ["with tau-normalization (", "| tau_norm, tau 1.5 |"]),
+        (dict(decouple="logit_adjustment"), ["afterwards with logit adjustment (", "| logit_adjustment, tau 1 |"]),
+        (dict(decay_epochs=()), ["| 0.1, 5 warm-up epochs, constant |"]),
+        (dict(decay_epochs=(7, 9)), ["| 0.1, 5 warm-up epochs, x 0.01 after epochs 7, 9 |"]),
+        (dict(mixup_alpha=0.4, random_erasing=0.5), ["| cifar, random_erasing 0.5, mixup_alpha 0.4 |"]),
+        (dict(select="best", holdout=0.1), ["The epoch was selected on held-out training images, not on the test"]),
+        (dict(select="best", use_val=True), ["The epoch was selected on validation images, not"]),
+        (dict(ema_decay=0.999), ["| EMA of the weights | decay 0.999 |"]),
+        (dict(dataset="cifar10", imb_type="none"), ["recipe.yaml --data-dir path/to", "copy of cifar10; `--imb-type"]),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_method(staged, changes, expected):
+    text = render_with(staged, **changes)
+    assert [words for words in expected if words not in text] == []
+    assert ("re-balanced" in text) == ("decouple" in changes)
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "expected"),
+    [
+        (dict(router=None), {}, ["recipe.yaml --stage experts\n", "the experts for 3 epochs. The", "| loss |"]),
+        (dict(experts=None), {}, ["`ride_timm`: the router for 5 epochs. The", "--stage router --from path"]),
+        (dict(experts=1, router=None), dict(decouple="crt"), ["the classifiers of trained experts for one epoch. The"]),
+        (dict(experts=0), dict(decouple="tau_norm"), ["in closed form, then the router for 5 epochs. The metrics are"]),
+        (dict(experts=0, router=None), dict(decouple="tau_norm"), ["in closed form. The metrics are of the test set"]),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_stages_that_were_trained(staged, stages, changes, expected):
+    results = staged.json("results.json")
+    for name, epochs in stages.items():
+        if epochs is None:
+            del results["stages"][name]
+        else:
+            results["stages"][name]["epochs"] = epochs
+    set_json(staged.path / "results.json", stages=results["stages"])
+    text = render_with(staged, **changes)
+    assert [words for words in expected if words not in text] == []
+    assert ("| router |" in text) == ("router" in results["stages"])
+    assert ("| loss |" in text) == ("experts" in results["stages"])
+
+
+def test_the_card_names_prior_aligned_experts(make_run, tmp_path):
+    kwargs = dict(router=True, top_choices_num=3)
+    plain, aligned = make_run(**kwargs), make_run(**kwargs, class_affine=True)
+    for run, loss, expected in ((plain, "balpoe", False), (aligned, "balpoe", True), (aligned, "ride", False)):
+        text = render_with(stage(run, TAG, tmp_path), loss=loss)
+        assert ("experts prior-aligned afterwards" in text) == expected
+
+
+def test_the_card_of_one_expert(make_run, tmp_path):
+    text = render_with(stage(make_run(num_experts=1), TAG, tmp_path), loss="cb_ce", decouple="lws")
+    assert "class-balanced cross entropy (" in text and "with one expert. The classifiers were re-balanced" in text
+    assert "--stage" not in text
+
+
+def test_every_decoupling_is_cited():
+    assert set(DECOUPLED) | {"none"} == set(DECOUPLINGS)
+
+
+@pytest.mark.parametrize("spec", ["/home/somebody/runs/teacher", "ride_resnet32.cifar100_lt100_6experts"])
+def test_the_card_names_the_teacher(run, tmp_path, spec):
+    taught = shutil.copytree(run, tmp_path / "taught")
+    recipe = dataclasses.replace(load_recipe(taught / "recipe.yaml"), distillation=True)
+    (taught / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    set_json(taught / "results.json", teacher=dict(spec=spec, sha256="0" * 64))
+    staged = stage(taught, TAG, tmp_path / "hub")
+    verify(staged)
+    card, private = (staged.path / "README.md").read_text(encoding="utf-8"), spec.startswith("/")
+    assert staged.json("results.json")["teacher"] == dict(spec=None if private else spec, sha256="0" * 64)
+    assert f"| teacher | {'an earlier run' if private else f'`{spec}`'}, sha256 of its weights 000000000000 |" in card
+    assert f"--teacher {'path/to/the/teacher' if private else spec}\n" in card and "somebody" not in card
+    set_json(staged.path / "results.json", teacher=dict(spec="/home/somebody", sha256="0" * 64))
+    with pytest.raises(InputError, match="teacher='/home/somebody': expected a release"):
+        verify(staged)
+
+
+@pytest.mark.parametrize("stages", [("experts", "router"), ("experts",), ("router",)])
+@pytest.mark.parametrize(
+    ("source", "public"),
+    [
+        ("ride_resnet32.cifar100_lt100_zoo", "ride_resnet32.cifar100_lt100_zoo"),
+        ("ride_resnet32", "ride_resnet32.cifar100_lt100"),  # its default tag
+        ("hf-hub:somebody/beetles", "hf-hub:somebody/beetles"),
+        (HERE / "ride_resnet32.fashion_lt", "ride_resnet32.fashion_lt"),  # the very weights of the release
+        ("runs/ride_resnet32.fashion_lt", None),
+        ("/home/somebody/runs/beetles", None),
+    ],
+)
+def test_a_release_names_public_weights_that_it_started_from(run, tmp_path, source, public, stages):
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun)
+    kept = {name: json.loads((run / "results.json").read_text())["stages"][name] for name in stages}
+    set_json(begun / "results.json", source=str(source), stages=kept)
+    staged = stage(begun, TAG, tmp_path / "hub")
+    assert staged.json("results.json")["source"] == public
+    card = (staged.path / "README.md").read_text(encoding="utf-8")
+    start = f"`{public}`" if public else "an earlier run"
+    assert card.count(f" (starting from {start})") == 1
+    assert f" --from {public or 'path/to/the/trained/run'}\n" in card
+    assert ("--stage router --from" in card) == (stages == ("router",))
+    assert f"epochs, starting from {start}, seed 0" in render_results(tmp_path / "hub")
