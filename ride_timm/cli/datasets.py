@@ -1,4 +1,4 @@
-"""show, check or save a long-tailed data set"""
+"""Show, check or save a long-tailed data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""accuracy on a test set, by shot group"""
+"""Measure accuracy on a test set, by shot group."""
 
 from __future__ import annotations
 

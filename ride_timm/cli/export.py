@@ -1,4 +1,4 @@
-"""ONNX graphs, with or without routing, and a manifest"""
+"""Write ONNX graphs, with or without the router, and a manifest."""
 
 from __future__ import annotations
 

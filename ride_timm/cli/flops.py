@@ -1,4 +1,4 @@
-"""multiply-accumulates of a network, by expert and under routing"""
+"""Count the MACs of a network, by expert and under routing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .process import print_json
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("flops", help=__doc__, description=__doc__)
     parser.set_defaults(run=run)
-    parser.add_argument("subject", metavar="MODEL")
-    parser.add_argument("--num-classes", type=int, metavar="C")
+    parser.add_argument("subject", metavar="MODEL", help="a network of `python -m ride_timm models`")
+    parser.add_argument("--num-classes", type=int, metavar="C", help="number of classes")
     parser.add_argument("--experts-used", metavar="P1,P2,…", help="percentages of images that use 1, 2, … experts")
     model_keys = [name for name in keys_of("model") if name != "model"]
     add_flags(parser, [*model_keys, "input_size", "top_choices_num", "share_expert_help_pred_fc"])

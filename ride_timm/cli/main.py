@@ -15,7 +15,11 @@ def build_parser() -> Parser:
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    parser = Parser(prog="python -m ride_timm", description="RIDE for timm.", allow_abbrev=False)
+    parser = Parser(
+        prog="python -m ride_timm",
+        description="RIDE for timm: long-tailed recognition by diverse experts.",
+        allow_abbrev=False,
+    )
     one = partial(Parser, parents=[common], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=one)  # type: ignore[call-overload]
     for command in COMMANDS:

@@ -1,4 +1,4 @@
-"""list the networks"""
+"""List the networks with their sizes, MACs and weights."""
 
 from __future__ import annotations
 

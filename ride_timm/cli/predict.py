@@ -1,4 +1,4 @@
-"""classes of image files"""
+"""Classify image files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model", required=True, metavar="SPEC", help=SPEC)
     parser.add_argument("--threshold", type=float, metavar="X", help="gate probability (default: the run's, or 0.5)")
     add_inference_flags(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
 
 
 @torch.inference_mode()

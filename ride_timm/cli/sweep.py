@@ -1,4 +1,4 @@
-"""train recipes with several seeds one after another, resumable, into one table"""
+"""Train recipes with several seeds one after another, into one table."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ _SCRIPT_FLAGS = ("--stage", "--from", "--teacher", "--tracker", "--threads")
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("sweep", help=__doc__, description=__doc__)
     parser.set_defaults(run=run)
-    parser.add_argument("--recipes", nargs="+", required=True, metavar="NAME|FILE")
+    parser.add_argument("--recipes", nargs="+", required=True, metavar="NAME|FILE", help="recipes to train")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], metavar="N", help="seeds of every recipe (default: 0)"
     )
-    parser.add_argument("--output", default="runs/sweep", metavar="DIR", help="folder of the runs and the table")
+    parser.add_argument(
+        "--output",
+        default="runs/sweep",
+        metavar="DIR",
+        help="folder of the runs and the table; a sweep in it is resumed",
+    )
     parser.add_argument("--script", metavar="FILE", help="training script (default: train_accelerate.py)")
     parser.add_argument("--config", metavar="FILE", help="launch with this configuration of accelerate")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of the training script for every run")
