@@ -249,6 +249,17 @@ def test_a_run_is_not_passed_for_a_checkpoint_when_its_recipe_is_lost(staged, fl
     assert (staged.path / "README.md").read_bytes() == before
 
 
+@pytest.mark.parametrize("spec", ["/home/somebody/teacher", "ride_resnet32.cifar100_lt100"])
+def test_the_teacher_of_a_run_is_named_by_the_hash_of_its_weights(make_run, tmp_path, spec):
+    run, digest = make_run(seed=3, router=True, top_choices_num=3), "ab" * 32
+    set_json(run / "results.json", teacher=dict(spec=spec, sha256=digest))
+    release = stage(run, TAG, tmp_path / "hub")
+    public = None if "somebody" in spec else spec
+    assert release.json("results.json")["teacher"] == dict(spec=public, sha256=digest)
+    (row,) = (line for line in (release.path / "README.md").read_text().splitlines() if line.startswith("| teacher"))
+    assert digest[:12] in row and "somebody" not in row and (public or "") in row
+
+
 def test_a_recipe_is_data(staged):
     """YAML tags that would build objects are refused."""
     for text in ("name: !!python/object/apply:os.system ['true']\n", "model: !!python/name:os.system\n"):
