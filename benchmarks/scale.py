@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 import ride_timm  # noqa: F401  (registers the networks)
 from ride_timm.evaluation.macs import count_macs
+from ride_timm.evaluation.tables import millions
 
 FP32 = 4  # bytes of a parameter, its gradient or its momentum, also under bf16 autocast
 IMAGENET_JPEG = 108e3  # bytes: 138 GB of training images over 1.28 million
@@ -110,7 +111,7 @@ def rows(settings: tuple[Setting, ...], args: argparse.Namespace) -> tuple[list[
         table.append(
             [
                 setting.name,
-                f"{counts.params / 1e6:.1f} M",
+                f"{millions(counts.params)} M",
                 size(gradients),
                 size(sent),
                 f"{1e3 * exchange:.1f} ms",

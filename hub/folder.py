@@ -13,6 +13,7 @@ import timm
 import ride_timm
 from ride_timm import InputError
 from ride_timm.errors import listed
+from ride_timm.evaluation.tables import GROUPS
 from ride_timm.models.release import CONFIG, WEIGHTS, release_table, sha256_of
 from ride_timm.training.recipe import Recipe, load_recipe
 
@@ -35,7 +36,7 @@ _KEYS: dict[str, dict[str, Any]] = {  # keys that cards, checks and tables read,
     },
     RESULTS: {"recipe": str | None, "commit": str | None, "precision": str, "versions": dict, "stages": dict},
 }
-_STAGE_KEYS = {"macs": _NUMBER, **dict.fromkeys(("all", "many", "medium", "few"), _NUMBER | None)}
+_STAGE_KEYS = {"macs": _NUMBER, **dict.fromkeys(GROUPS, _NUMBER | None)}
 
 _DATA_ARGS = ("img_size", "backbone_pretrained", "num_classes", "in_chans", "global_pool")  # not of the architecture
 _DEFAULTS = dict(num_experts=3, use_norm=True, reduce_dimension=True, share_expert_help_pred_fc=True, router=False)

@@ -49,7 +49,7 @@ from ride_timm.cli.process import exit_code
 from ride_timm.data.datasets import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.evaluation.plots import plot_classes, plot_routing
-from ride_timm.evaluation.tables import STAGE_NAMES
+from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES
 from ride_timm.files import write_atomically
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
@@ -60,7 +60,6 @@ from ride_timm.training.run_folder import RunFolder, provenance
 
 _DAMAGED = "copy it again from where the run was made"
 _CPU = torch.device("cpu")
-_METRICS = ("all", "many", "medium", "few")
 _FACTS_OF_A_SEED = ("seed", "commit", "precision", "device", "num_processes", "seconds")
 
 
@@ -226,7 +225,7 @@ def _copy_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
 
 def _seed_facts(results: dict[str, Any]) -> dict[str, Any]:
     """The entry of one run among the seeds of a release."""
-    stages = {name: {key: metrics[key] for key in _METRICS} for name, metrics in results["stages"].items()}
+    stages = {name: {key: metrics[key] for key in GROUPS} for name, metrics in results["stages"].items()}
     return {key: results[key] for key in _FACTS_OF_A_SEED if key in results} | dict(stages=stages)
 
 

@@ -21,6 +21,7 @@ from stage import stage
 
 from ride_timm import InputError
 from ride_timm.cli.process import exit_code
+from ride_timm.evaluation.tables import GROUPS
 from ride_timm.hardware import set_threads
 from ride_timm.models.legacy import infer_architecture, read_state_dict
 from ride_timm.training.arguments import Parser
@@ -68,7 +69,7 @@ def claim(tag: str) -> dict[str, Any]:
     row = zoo["checkpoints"][tag]
     data = next(facts for start, facts in zoo["data"].items() if tag.partition(".")[2].startswith(start))
     epochs = "100 epochs by the zoo, 200 by its configuration" if data["dataset"] == "cifar100" else "100 epochs"
-    claimed = {key: row[key] for key in ("method", "routed", "all", "many", "medium", "few")}
+    claimed = {key: row[key] for key in ("method", "routed", *GROUPS)}
     claimed |= dict(url=zoo["url"], original=DOWNLOAD.format(row["file"]), training=f"{row['method']}, {epochs}")
     return dict(data=data, claimed=claimed)
 

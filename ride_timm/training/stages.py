@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.augment.mixing import MixedTargets, batch_changes
 from ..evaluation.evaluate import evaluate, with_macs
 from ..evaluation.plots import plot_run
+from ..evaluation.tables import GROUPS
 from ..losses import make_loss
 from ..models import Ride, Router
 from .build import RunData, Teacher
@@ -28,8 +29,6 @@ from .run_folder import RunFolder
 from .selection import Selection
 from .state import TrainingState
 from .watch import Watch
-
-GROUPS = ("all", "many", "medium", "few")
 
 
 class Stage:

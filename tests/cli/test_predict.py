@@ -65,7 +65,7 @@ def test_an_image_of_too_many_pixels_is_refused(capsys, run, photos, monkeypatch
 
 
 def test_predictions_run_on_the_gpu_where_there_is_one(capsys, run, photos, monkeypatch):
-    """Without one, the device that is asked for is replaced by one that torch has."""
+    """Tested without a GPU: the device is recorded and replaced by the CPU."""
     from ride_timm.cli import predict
 
     asked = []
