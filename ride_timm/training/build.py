@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
@@ -83,6 +84,16 @@ class RunData:
     def class_counts(self) -> list[int]:
         """Training images of each class, held-out ones included, [C]."""
         return self.longtail.class_counts
+
+    @property
+    def train_counts(self) -> list[int]:
+        """Images of each class that are trained on, held-out ones left out, [C]."""
+        return np.bincount(self.train.labels, minlength=self.num_classes).tolist()
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image in a training batch: two only where AutoAugment makes them differ."""
+        return self.recipe.num_views if self.train_policy != self.policy else 1
 
     def train_loader(self, settings: StageSettings, policy: Policy, num_views: int = 1) -> Any:
         """Augmented batches (images [num_views * b, C, H, W], labels [b]) of this process."""

@@ -107,7 +107,6 @@ def preflight(
         slices = RankSlices(len(data.train), settings.batch_size, True, accelerator.process_index, processes)
         trains_norms = name == "experts" and recipe.decouple == "none" and not recipe.sync_bn
         if trains_norms and not (state and name in state.results):
-            num_views = recipe.num_views if data.train_policy != data.policy else 1
             batches = f"{slices.num_draws} images in batches of {settings.batch_size} (processes: {processes})"
-            check_parts(model, data.size, [num_views * n for n in slices.fewest], recipe.ghost_batch, batches)
+            check_parts(model, data.size, [data.num_views * n for n in slices.fewest], recipe.ghost_batch, batches)
     accelerator.wait_for_everyone()  # no process writes before all have passed

@@ -165,9 +165,8 @@ class ExpertsStage(Stage):
         self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator, teacher: Teacher | None,
         from_scratch: bool,
     ) -> None:  # fmt: skip
-        class_counts = np.bincount(data.train.labels, minlength=data.num_classes).tolist()
-        self.loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
-        self.num_views = self.loss.num_views if data.train_policy != data.policy else 1
+        self.loss = make_loss(recipe.loss, data.train_counts, **recipe.loss_args)
+        self.num_views = data.num_views
         if self.loss.offsets is not None and model.has_class_affine:
             align_experts(model, -self.loss.offsets)  # back to the priors they are trained for
         if teacher is None:
@@ -199,8 +198,7 @@ class HeadsStage(Stage):
     name = "experts"
 
     def __init__(self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator) -> None:
-        class_counts = np.bincount(data.train.labels, minlength=data.num_classes).tolist()
-        objective = decouple(model, recipe.decouple, class_counts, recipe.decouple_tau, recipe.seed)
+        objective = decouple(model, recipe.decouple, data.train_counts, recipe.decouple_tau, recipe.seed)
         super().__init__(recipe, data, accelerator, objective)
 
 
