@@ -53,6 +53,8 @@ SMALL = ["--model", "test_ride_resnet"]  # its last feature map is one pixel
         (["--decouple", "crt"], r"decouple=crt re-balances a trained network: name one by --from"),
         (["--decouple", "tau_norm", "--decouple-tau", "nan"], r"decouple_tau='nan'"),
         (["--teacher", "/no/such/run"], r"model ./no/such/run.: no such folder"),
+        (["--streaming", "--sampler", "progressive"], r"progressive batches of stage experts; leave --sampler or"),
+        (["--sampler", "hope"], r"sampler='hope': expected one of instance, class_balanced, square_root, progressive"),
         (["--streaming"], r"stage router; add --no-router-balanced, or train .* --from that run\.$"),
         (["--streaming", "--stage", "router"], r"add --no-router-balanced, or leave --streaming out here\.$"),
         (["--streaming", "--decouple", "crt"], r"of stage experts; train it by --stage experts without --streaming\.$"),

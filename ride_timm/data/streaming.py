@@ -65,13 +65,13 @@ class StreamedSet:
         positions = np.asarray(positions, dtype=np.int64)
         return replace(self, keys=self.keys[positions], labels=self.labels[positions])
 
-    def batches(self, policy: Policy, transform: ViewTransform, *, balanced: bool, **how: Any) -> StreamBatches:
+    def batches(self, policy: Policy, transform: ViewTransform, *, sampler: str, **how: Any) -> StreamBatches:
         """The loader of this set; `InputError` for what a stream cannot do."""
         if policy.in_memory:
             raise InputError(f"augmentation {policy.name!r} holds all images in memory: leave --streaming out")
-        if balanced:
+        if sampler != "instance":
             raise InputError(
-                "class-balanced batches draw single images, which a stream cannot: train this stage without --streaming"
+                f"sampler={sampler} draws single images, which a stream cannot: train this stage without --streaming"
             )
         return StreamBatches(self, transform, **how)
 

@@ -59,15 +59,18 @@ def check_machine(recipe: Recipe, options: Options, accelerator: Accelerator) ->
 
 
 def check_options(recipe: Recipe, options: Options) -> None:
-    """InputError for a tracker that is not installed, or class-balanced batches from a stream, which has none."""
+    """InputError for a tracker that is not installed, or a sampler of a stream, which has none."""
     installed = [str(name) for name in get_available_trackers()]
     for name in options.trackers:
         if name not in installed:
             raise InputError(f"tracker={name!r}: installed are {', '.join(installed) or 'none'}.")
-    balanced = [name for name in options.stages if recipe.stage(name).balanced]
-    if not recipe.streaming or not balanced:
+    samplers = {name: recipe.stage(name).sampler for name in options.stages}
+    sampled = [name for name, sampler in samplers.items() if sampler != "instance"]
+    if not recipe.streaming or not sampled:
         return
-    if balanced[0] == "experts":
+    if sampled[0] == "experts" and recipe.decouple == "none":
+        ways = "leave --sampler or --streaming out"
+    elif sampled[0] == "experts":
         ways = "train it by --stage experts without --streaming"
     elif options.stage == "router":
         ways = "add --no-router-balanced, or leave --streaming out here"
@@ -76,7 +79,8 @@ def check_options(recipe: Recipe, options: Options) -> None:
             "add --no-router-balanced, or train --stage experts with --streaming, and then, without it and with "
             "another --output, --stage router --from that run"
         )
-    raise InputError(f"streaming=True: a stream cannot draw the class-balanced batches of stage {balanced[0]}; {ways}.")
+    kind = samplers[sampled[0]].replace("class_balanced", "class-balanced")
+    raise InputError(f"streaming=True: a stream cannot draw the {kind} batches of stage {sampled[0]}; {ways}.")
 
 
 def check_source(recipe: Recipe, options: Options, state: TrainingState | None) -> None:

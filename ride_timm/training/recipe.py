@@ -35,7 +35,7 @@ class StageSettings:
     weight_decay: float
     decay_norm_and_bias: bool
     schedule: dict[str, Any]
-    balanced: bool
+    sampler: str
 
     def lr_at(self, epoch: int) -> float:
         """Learning rate in an epoch, counted from 0."""
@@ -129,7 +129,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
                 weight_decay=self.router_weight_decay,
                 decay_norm_and_bias=True,
                 schedule=dict(schedule="cosine"),
-                balanced=self.router_balanced,
+                sampler="class_balanced" if self.router_balanced else "instance",
             )
         if self.decouple != "none":
             learns = self.decouple in ("crt", "lws")
@@ -142,7 +142,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
                 weight_decay=self.decouple_weight_decay,
                 decay_norm_and_bias=True,
                 schedule=dict(schedule="cosine" if learns else "constant"),
-                balanced=learns,
+                sampler="class_balanced" if learns else "instance",
             )
         schedule = ("schedule", "decay_epochs", "decay_rate", "warmup_epochs")
         return StageSettings(
@@ -154,7 +154,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
             weight_decay=self.weight_decay,
             decay_norm_and_bias=self.decay_norm_and_bias,
             schedule={key: getattr(self, key) for key in schedule},
-            balanced=False,
+            sampler=self.sampler,
         )
 
     def override(self, values: dict[str, Any]) -> "Recipe":

@@ -4,6 +4,7 @@ from dataclasses import Field, dataclass, field, make_dataclass
 from typing import Any
 
 from ..data.datasets import BALANCED, EMBEDDED, LISTED, NAMES_HELP
+from ..data.loaders.orders import SAMPLERS
 from ..data.longtail import IMB_FACTOR, IMBALANCE_TYPES
 from ..keys import key
 from ..losses import LOSSES, loss_keys
@@ -91,6 +92,12 @@ LossKeys: Any = make_dataclass(
 class StageOneKeys:
     """Training of trunk and experts."""
 
+    sampler: str = key(
+        "instance",
+        "classes of the batches: as the images, uniform, by the square root of their images, or from instance to "
+        "class_balanced over the epochs",
+        choices=SAMPLERS,
+    )
     mixup_alpha: float = key(0.0, "timm's mixup; 0: off", low=0, high=10)
     cutmix_alpha: float = key(0.0, "timm's CutMix; 0: off; with mixup, one of them at random", low=0, high=10)
     random_erasing: float = key(

@@ -153,8 +153,8 @@ def test_a_held_out_part_and_its_rest_are_streams(data):
 
 
 def test_what_a_stream_cannot_do_is_refused(tmp_path, data):
-    with pytest.raises(InputError, match="class-balanced batches draw single images"):
-        loader(data.train, balanced=True)
+    with pytest.raises(InputError, match="sampler=square_root draws single images"):
+        loader(data.train, sampler="square_root")
     with pytest.raises(InputError, match="holds all images in memory"):
         make_loader(data.train, "cifar", train=True, batch_size=4, seed=0)
     lists = write_lists(tmp_path / "more", lists=LISTS | {"test": [*LISTS["test"], "val/n01440764/other.JPEG 0"]})

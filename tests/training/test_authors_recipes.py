@@ -72,7 +72,7 @@ def test_recipe_matches_the_configuration(name):
 
     stage = recipe.stage("router" if routing else "experts")
     assert stage.batch_size == take(loader["args"], "batch_size")
-    assert stage.balanced == loader["args"].pop("balanced", False)
+    assert stage.sampler == ("class_balanced" if loader["args"].pop("balanced", False) else "instance")
     assert take(optimizer, "type") == "SGD"
     assert stage.lr == take(optimizer["args"], "lr")
     assert stage.weight_decay == take(optimizer["args"], "weight_decay")

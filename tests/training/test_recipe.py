@@ -98,15 +98,18 @@ def test_every_loss_gets_its_arguments(loss):
 def test_a_decoupled_recipe_trains_heads_on_balanced_batches():
     recipe = Recipe(decouple="crt", decouple_epochs=4, decouple_lr=0.3, decouple_batch_size=64, epochs=90)
     stage = recipe.stage("experts")
-    assert (stage.epochs, stage.batch_size, stage.lr, stage.balanced) == (4, 64, 0.3, True)
+    assert (stage.epochs, stage.batch_size, stage.lr, stage.sampler) == (4, 64, 0.3, "class_balanced")
     assert stage.lr_at(2) == pytest.approx(0.15)
     closed = Recipe(decouple="tau_norm").stage("experts")  # in closed form, without batches
-    assert closed.epochs == 0 and not closed.balanced
+    assert closed.epochs == 0 and closed.sampler == "instance"
 
 
-@pytest.mark.parametrize("balanced", [True, False])
-def test_router_batches_follow_router_balanced(balanced):
-    assert Recipe(router_balanced=balanced).stage("router").balanced is balanced
+def test_samplers_are_those_of_their_stage():
+    recipe = Recipe(sampler="progressive", router_balanced=False)
+    assert [recipe.stage(name).sampler for name in ("experts", "router")] == ["progressive", "instance"]
+    assert Recipe().stage("experts").sampler == "instance"
+    assert Recipe().stage("router").sampler == Recipe(sampler="square_root").stage("router").sampler == "class_balanced"
+    assert Recipe(sampler="square_root", decouple="crt").stage("experts").sampler == "class_balanced"
 
 
 def test_epochs_alone_scale_decay_and_reweighting():

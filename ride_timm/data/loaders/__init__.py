@@ -16,7 +16,7 @@ from ..augment.policies import Policy, get_policy
 from ..augment.reduced_decode import decode_reduced
 from ..image_set import BatchSource, ImageSet
 from .in_memory import TensorBatches, decode
-from .orders import Batches, ClassBalancedOrder, Order, RankSlices, SequentialOrder, ShuffledOrder, check_integer
+from .orders import SAMPLERS, Batches, Order, RankSlices, SampledOrder, SequentialOrder, ShuffledOrder, check_integer
 from .workers import ViewTransform, WorkerBatches
 
 
@@ -27,7 +27,8 @@ def make_loader(
     train: bool,
     batch_size: int,
     seed: int,
-    balanced: bool = False,
+    sampler: str = "instance",
+    epochs: int = 1,
     views: int = 1,
     rank: int = 0,
     num_processes: int = 1,
@@ -42,7 +43,8 @@ def make_loader(
 
     train: shuffle and augment; otherwise every image once, in order, with the test transform.
     batch_size: over all processes.
-    balanced: draw classes uniformly (training only).
+    sampler: one of `SAMPLERS`; "instance" is every image once. Others are for training only, see
+        `orders.class_probabilities`; epochs: those of the stage, over which "progressive" changes.
     views: 2 for two views of each image in a batch, the first without the policy's `auto_augment`.
     input_size: default the policy's. Small images of another size are resized once, when they are decoded.
     reduced_decode: decode large JPEGs at reduced size. Crops are the same, pixels nearly so.
@@ -54,17 +56,21 @@ def make_loader(
     num_workers = check_integer(num_workers, "number of workers", 0)
     if len(image_set) == 0:
         raise InputError(f"split {image_set.split!r} has zero images")
-    if balanced and not train:
-        raise InputError("class-balanced batches are for training")
+    if sampler not in SAMPLERS:
+        raise InputError(f"unknown sampler {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    if sampler != "instance" and not train:
+        raise InputError(f"sampler={sampler}: a sampler is for training")
     slices = RankSlices(len(image_set), batch_size, train, rank, num_processes)
     decoder = decode_reduced if reduced_decode else decode_full
     transform = ViewTransform(policy, train, size, decoder, views)
     if isinstance(image_set, BatchSource):
         how: dict[str, Any] = dict(slices=slices, seed=seed, num_workers=num_workers, device=device)
-        return image_set.batches(policy, transform, balanced=balanced, **how)
+        return image_set.batches(policy, transform, sampler=sampler, **how)
     order: Order = SequentialOrder(len(image_set))
     if train:
-        order = ClassBalancedOrder(image_set.labels, seed) if balanced else ShuffledOrder(len(image_set), seed)
+        order = ShuffledOrder(len(image_set), seed)
+        if sampler != "instance":
+            order = SampledOrder(image_set.labels, seed, sampler, epochs)
     how = dict(order=order, slices=slices, seed=seed, device=device)
     if policy.in_memory:
         return TensorBatches(decode(image_set, size), image_set.labels, policy, views=views, **how)

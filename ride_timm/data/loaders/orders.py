@@ -19,6 +19,8 @@ from ...errors import InputError
 # one random stream per purpose, so that no two purposes use the same draws; the last three are the loaders'
 SHUFFLE, CLASS, BUCKET, BATCH, SAMPLE, STRONG = range(6)
 
+SAMPLERS = ("instance", "class_balanced", "square_root", "progressive")
+
 
 def check_integer(value: int, name: str, low: int) -> int:
     """The value as an int; `InputError` unless it is an integer of at least `low`."""
@@ -65,27 +67,48 @@ class ShuffledOrder:
         return np.random.default_rng([self.seed, SHUFFLE, check_integer(epoch, "epoch", 0)]).permutation(self.n)
 
 
-class ClassBalancedOrder:
-    """N draws per epoch: a class uniformly, then the next image of its bucket.
+def class_probabilities(class_counts: ArrayLike, sampler: str, epoch: int = 0, epochs: int = 1) -> np.ndarray:
+    """Probability that a sampler draws each class in an epoch, counted from 0.
 
-    Stage two of arXiv:2010.01809. An exhausted bucket is reshuffled, and buckets continue across epochs. How far each
-    one got follows from the class draws of earlier epochs, so no state is kept.
+    class_counts [C], above 0 -> [C], proportional to n_c^q: q = 1 for "instance", 0 for "class_balanced", 1/2 for
+    "square_root". "progressive" is (1 - t) * instance + t * class-balanced, with t from 0 in the first epoch to 1 in
+    the last, as in the authors' code. Kang et al. 2020, arXiv:1910.09217, section 3, equations 1 and 2.
+    """
+    counts = np.asarray(class_counts, dtype=np.float64)
+    if sampler == "progressive":
+        t = min(epoch / max(epochs - 1, 1), 1.0)
+        return (1 - t) * counts / counts.sum() + t / len(counts)
+    weights = counts ** {"instance": 1.0, "class_balanced": 0.0, "square_root": 0.5}[sampler]
+    return weights / weights.sum()
+
+
+class SampledOrder:
+    """N draws per epoch: a class by a sampler's probabilities, then the next image of its bucket.
+
+    sampler: see `class_probabilities`; "class_balanced" is stage two of arXiv:2010.01809. epochs: those of the stage,
+    which "progressive" depends on. An exhausted bucket is reshuffled, and buckets continue across epochs. How far each
+    one got follows from the class draws of earlier epochs, so no state is saved.
     """
 
-    def __init__(self, labels: ArrayLike, seed: int) -> None:
+    def __init__(self, labels: ArrayLike, seed: int, sampler: str, epochs: int = 1) -> None:
         labels = np.asarray(labels)
+        self.sampler = sampler
+        self.epochs = check_integer(epochs, "number of epochs", 1)
         self.n = check_integer(len(labels), "number of images", 1)
         self.seed = check_integer(seed, "seed", 0)
-        present, counts = np.unique(labels, return_counts=True)
+        present, self.counts = np.unique(labels, return_counts=True)
         self.classes = present.tolist()
-        self.buckets = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+        self.buckets = np.split(np.argsort(labels, kind="stable"), np.cumsum(self.counts)[:-1])
+        self._before = [np.zeros(len(self.buckets), dtype=np.int64)]  # draws of each bucket before each epoch
 
     def __len__(self) -> int:
         return self.n
 
     def __call__(self, epoch: int) -> np.ndarray:
         draws = self._draw_classes(check_integer(epoch, "epoch", 0))
-        before = sum((self._count(self._draw_classes(earlier)) for earlier in range(epoch)), self._count(draws[:0]))
+        for earlier in range(len(self._before) - 1, epoch):
+            self._before.append(self._before[-1] + self._count(self._draw_classes(earlier)))
+        before = self._before[epoch]
         positions = np.split(np.argsort(draws, kind="stable"), np.cumsum(self._count(draws))[:-1])
         order = np.empty(self.n, dtype=np.int64)
         for k, (bucket, position) in enumerate(zip(self.buckets, positions, strict=True)):
@@ -95,7 +118,11 @@ class ClassBalancedOrder:
 
     def _draw_classes(self, epoch: int) -> np.ndarray:
         """The bucket of each draw of an epoch, [N]."""
-        return np.random.default_rng([self.seed, CLASS, epoch]).integers(len(self.buckets), size=self.n)
+        generator = np.random.default_rng([self.seed, CLASS, epoch])
+        if self.sampler == "class_balanced":
+            return generator.integers(len(self.buckets), size=self.n)
+        probabilities = class_probabilities(self.counts, self.sampler, epoch, self.epochs)
+        return generator.choice(len(self.buckets), size=self.n, p=probabilities)
 
     def _count(self, draws: np.ndarray) -> np.ndarray:
         return np.bincount(draws, minlength=len(self.buckets))

@@ -11,6 +11,7 @@ from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.image_set import ImageSet
 from ride_timm.data.loaders import make_loader
 from ride_timm.data.loaders.in_memory import TensorBatches, decode
+from ride_timm.data.loaders.orders import SAMPLERS
 from ride_timm.errors import InputError
 
 
@@ -25,10 +26,11 @@ STRONG = get_policy("cifar").with_auto_augment("rand-m9-mstd0.5")
 
 @pytest.mark.parametrize("policy", ["cifar", STRONG], ids=["plain", "auto_augment"])
 @pytest.mark.parametrize("num_processes", [2, 3])
-@pytest.mark.parametrize("train, balanced", [(True, False), (True, True), (False, False)])
-def test_ranks_jointly_see_the_images_of_one_process(num_processes, train, balanced, policy):
+@pytest.mark.parametrize("train, sampler", [*((True, sampler) for sampler in SAMPLERS), (False, "instance")])
+def test_ranks_jointly_see_the_images_of_one_process(num_processes, train, sampler, policy):
     data = png_set(13)
-    common = {"train": train, "batch_size": 5, "seed": 1, "balanced": balanced, "num_processes": num_processes}
+    common = {"train": train, "batch_size": 5, "seed": 1, "num_processes": num_processes}
+    common |= {"sampler": sampler, "epochs": 3}
     one = make_loader(data, policy, **{**common, "num_processes": 1})
     ranks = [make_loader(data, policy, rank=r, **common) for r in range(num_processes)]
     assert isinstance(one, TensorBatches)

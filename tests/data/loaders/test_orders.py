@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ride_timm.data.loaders.orders import ClassBalancedOrder, RankSlices, SequentialOrder, ShuffledOrder
+from ride_timm.data.loaders.orders import (
+    SAMPLERS,
+    RankSlices,
+    SampledOrder,
+    SequentialOrder,
+    ShuffledOrder,
+    class_probabilities,
+)
 from ride_timm.errors import InputError
 
 
@@ -21,7 +28,7 @@ def test_sequential_and_shuffled_orders():
 class PlainSampler:
     """The class-balanced sampler as one would write it: a bucket per class, its position, a shuffle when it is used up.
 
-    Class draws and permutations come from the same streams as `ClassBalancedOrder`'s; all book-keeping is its own.
+    Class draws and permutations come from the same streams as `SampledOrder`'s; all book-keeping is its own.
     """
 
     def __init__(self, labels, seed):
@@ -56,24 +63,52 @@ def test_balanced_order_equals_the_plain_sampler(counts, seed):
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
     plain = PlainSampler(labels.tolist(), seed)
     expected = [plain.next_epoch() for _ in range(6)]
-    order = ClassBalancedOrder(labels, seed)
+    order = SampledOrder(labels, seed, "class_balanced")
     assert [order(epoch).tolist() for epoch in range(6)] == expected
     for epoch in (5, 0, 3, 3, 4):  # any epoch, in any order, also freshly made: as a resumed run asks
         assert order(epoch).tolist() == expected[epoch]
-        assert ClassBalancedOrder(labels, seed)(epoch).tolist() == expected[epoch]
+        assert SampledOrder(labels, seed, "class_balanced")(epoch).tolist() == expected[epoch]
         assert pickle.loads(pickle.dumps(order))(epoch).tolist() == expected[epoch]
 
 
-def test_balanced_order_is_balanced_and_uses_buckets_evenly():
-    labels = np.repeat(np.arange(4), [3000, 600, 300, 100])
-    order = ClassBalancedOrder(labels, 0)
-    drawn = np.concatenate([order(epoch) for epoch in range(3)])
-    assert len(order(0)) == len(order) == 4000
-    per_class = np.bincount(labels[drawn])
-    assert np.abs(per_class - 3000).max() < 5 * (12_000 * 0.25 * 0.75) ** 0.5
-    times = np.bincount(drawn, minlength=4000)
-    for c in range(4):  # no image is seen again before all of its class have been
-        assert np.ptp(times[labels == c]) <= 1
+@pytest.mark.parametrize(
+    ("sampler", "expected"),  # of each epoch, of 900, 90 and 10 images
+    [
+        ("class_balanced", [[1 / 3, 1 / 3, 1 / 3]] * 3),
+        ("square_root", [[30, 90**0.5, 10**0.5]] * 3),
+        ("progressive", [[0.9, 0.09, 0.01], [0.9 + 1 / 3, 0.09 + 1 / 3, 0.01 + 1 / 3], [1 / 3, 1 / 3, 1 / 3]]),
+    ],
+)
+def test_samplers_draw_classes_by_their_closed_form(sampler, expected):
+    counts = [900, 90, 10]
+    expected = np.array(expected) / np.sum(expected, axis=1, keepdims=True)
+    for epoch in range(3):
+        np.testing.assert_allclose(class_probabilities(counts, sampler, epoch, 3), expected[epoch], rtol=1e-12)
+    labels = np.repeat(np.arange(3), counts)
+    orders = [SampledOrder(labels, seed, sampler, 3) for seed in range(20)]
+    assert all(len(order) == len(order(0)) == 1000 for order in orders)
+    for epoch in range(3):
+        per_class = sum(np.bincount(labels[order(epoch)], minlength=3) for order in orders)
+        spread = (20_000 * expected[epoch] * (1 - expected[epoch])) ** 0.5
+        assert (np.abs(per_class - 20_000 * expected[epoch]) < 4 * spread).all()
+    for order in orders:  # no image is seen again before all of its class have been
+        times = np.bincount(np.concatenate([order(epoch) for epoch in range(3)]), minlength=1000)
+        assert all(np.ptp(times[labels == c]) <= 1 for c in range(3))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS[1:])
+def test_samplers_repeat_at_any_epoch_and_leave_empty_classes_out(sampler):
+    labels = np.random.default_rng(1).permutation(np.repeat([1, 4, 5], [40, 9, 1]))
+    expected = [SampledOrder(labels, 3, sampler, 5)(epoch).tolist() for epoch in range(6)]  # each made for its epoch
+    order = SampledOrder(labels, 3, sampler, 5)
+    for epoch in (5, 0, 3, 3, 4, 1, 2):
+        assert order(epoch).tolist() == pickle.loads(pickle.dumps(order))(epoch).tolist() == expected[epoch]
+    assert len({tuple(epoch) for epoch in expected}) == 6
+
+
+def test_progressive_sampling_of_one_epoch_is_that_of_the_images():
+    assert class_probabilities([3, 1], "progressive", 0, 1).tolist() == [0.75, 0.25]
+    assert class_probabilities([3, 1], "instance").tolist() == [0.75, 0.25]
 
 
 def test_orders_leave_the_global_generators_alone():
@@ -82,7 +117,7 @@ def test_orders_leave_the_global_generators_alone():
     expected = np.random.rand(), torch.rand(1).item()
     np.random.seed(0)
     torch.manual_seed(0)
-    ClassBalancedOrder([0, 1, 1], 0)(2), ShuffledOrder(3, 0)(1)
+    SampledOrder([0, 1, 1], 0, "progressive", 3)(2), ShuffledOrder(3, 0)(1)
     assert (np.random.rand(), torch.rand(1).item()) == expected
 
 
