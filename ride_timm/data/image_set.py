@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import PIL.Image
 from numpy.typing import ArrayLike
 
 from ..errors import RunError, first_line
-from .augment.images import upright
+from .augment.images import open_image, upright
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,9 +25,9 @@ def open_stored(stored: dict[str, Any]) -> Image | None:
     stored: {"bytes", "path"}, as `datasets` stores images.
     """
     if stored["bytes"] is not None:
-        return PIL.Image.open(BytesIO(stored["bytes"]))
+        return open_image(stored["bytes"])
     if stored["path"] is not None and "://" not in stored["path"]:
-        return PIL.Image.open(stored["path"])
+        return open_image(stored["path"])
     return None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from math import ceil, floor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +22,42 @@ Decoder = Callable[[Image.Image, Plan], Image.Image]
 
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats of at most 16 bits, which some releases of Pillow open as 32: mode "I"
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # chunks whose unpacked size Pillow limits; pixels do not need them
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Open an image without decoding it, given its path or its bytes.
+
+    A PNG whose texts exceed Pillow's limits is opened without them. Raises what Pillow raises.
+    """
+    try:
+        return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+    except ValueError:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not data.startswith(_PNG):
+            raise
+        return Image.open(BytesIO(_without_texts(data)))
+
+
+def _without_texts(png: bytes) -> bytes:
+    kept, start = [_PNG], len(_PNG)
+    while start < len(png):
+        stop = start + 12 + int.from_bytes(png[start : start + 4], "big")  # length, kind, content, checksum
+        if png[start + 4 : start + 8] not in _PNG_TEXTS:
+            kept.append(png[start:stop])
+        start = stop
+    return b"".join(kept)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode an image; texts that exceed Pillow's limits may also follow the pixels of a PNG."""
+    try:
+        image.load()
+    except ValueError:
+        if image.format != "PNG" or image.tile:  # type: ignore[attr-defined]  # tiles are left: pixels are missing
+            raise
+
 
 def upright(image: Image.Image) -> Image.Image:
     """Decode an image, apply its EXIF orientation and convert it to RGB.
@@ -27,7 +65,7 @@ def upright(image: Image.Image) -> Image.Image:
     16-bit grayscale is scaled to 8 bits, where Pillow would clip it at 255 and make it white. Raises `OSError`, as for
     corrupt images, for wider pixels, whose range the file does not state.
     """
-    image.load()
+    _load(image)
     kind = image.format  # the transposed image has none
     if ExifTags.Base.Orientation in image.getexif():
         image = ImageOps.exif_transpose(image)

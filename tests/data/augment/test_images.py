@@ -1,14 +1,16 @@
 """Transforms of single images: timm's and torchvision's pixels, the authors' steps, every depth of grayscale."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from encoded_images import difference, encoded, image_set, opened, plainly, smooth
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from timm.data import create_transform
 from torchvision import transforms as T
 
-from ride_timm.data.augment.images import Fit, RandomResizedCrop, build_transform, decode_full, upright
+from ride_timm.data.augment.images import Fit, RandomResizedCrop, build_transform, decode_full, open_image, upright
 from ride_timm.data.augment.policies import POLICIES
 from ride_timm.data.loaders import make_loader
 from ride_timm.errors import RunError
@@ -143,3 +145,40 @@ def test_pixels_of_no_known_range_are_refused_by_their_row(pixels, message):
     for train in (True, False):
         with pytest.raises(RunError, match=rf"row 1 of split 'train' cannot be read \(OSError: {message}"):
             list(make_loader(images, "imagenet", train=train, batch_size=2, seed=0, input_size=8))
+
+
+LONG = zlib.compress(bytes(2 * PngImagePlugin.MAX_TEXT_CHUNK))
+CHUNKS = {b"zTXt": b"Comment\0\0" + LONG, b"iTXt": b"Comment\0\1\0\0\0" + LONG, b"iCCP": b"profile\0\0" + LONG}
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes, before: bytes) -> bytes:
+    chunk = len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    at = png.rindex(before) - 4
+    return png[:at] + chunk + png[at:]
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_a_png_with_a_text_too_long_for_pillow_has_its_pixels(kind, before, tmp_path):
+    image = smooth(20, 30)
+    png = with_chunk(encoded(image, "PNG", orientation=6), kind, CHUNKS[kind], before)
+    with pytest.raises(ValueError, match="Decompressed data too large"):
+        opened(png).load()
+    (tmp_path / "text.png").write_bytes(png)
+    for source in (png, tmp_path / "text.png"):
+        assert difference(upright(open_image(source)), image.rotate(-90, expand=True)).max() == 0
+    assert difference(image_set(png)[0][0], image.rotate(-90, expand=True)).max() == 0
+
+
+def test_a_png_with_too_many_texts_has_its_pixels(monkeypatch):
+    png = with_chunk(encoded(smooth(20, 30), "PNG"), b"tEXt", b"Comment\0" + b"x" * 100, b"IDAT")
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 50)
+    with pytest.raises(ValueError, match="Too much memory"):
+        opened(png)
+    assert difference(upright(open_image(png)), smooth(20, 30)).max() == 0
+
+
+def test_a_png_without_all_its_pixels_is_refused():
+    png = with_chunk(encoded(smooth(200, 300), "PNG"), b"zTXt", CHUNKS[b"zTXt"], b"IDAT")
+    with pytest.raises(OSError, match="truncated"):
+        upright(open_image(png[:-1000]))
