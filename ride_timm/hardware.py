@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 
 def processor_name() -> str:
@@ -25,6 +25,18 @@ def processor_name() -> str:
     name = facts.get("model name") or platform.processor() or platform.machine()
     numbers = [f"{word} {facts[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in facts]
     return ", ".join([name, *numbers])
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device of this name, or the GPU where there is one; InputError for one that is not usable."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        raise InputError(f"device={name}: not usable here ({first_line(error)}); try cpu.") from error
+    return device
 
 
 def device_name(device: torch.device) -> str:

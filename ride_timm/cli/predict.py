@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from tqdm import tqdm
 
-from ..data.augment.images import upright
 from ..errors import InputError
+from ..evaluation.evaluate import evaluation_batch
+from ..hardware import choose_device
+from ..inference.image_files import ImageFiles, find_images
 from ..inference.load import SPEC, load_ride, threshold_for
 from ..inference.options import (
     add_inference_flags,
@@ -20,57 +24,87 @@ from ..inference.options import (
     inference_of,
     prepare,
 )
-from .process import print_json
+from ..inference.predict import Counted, FeatureTap, predict_images
+from ..inference.writers import Columns, check_output, print_json_rows, print_rows, write_rows
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("predict", help=__doc__, description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("--model", required=True, metavar="SPEC", help=SPEC)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write a table to FILE.csv, .jsonl or .parquet")
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="most probable classes per image (default: 5, or 1 as printed text)"
+    )
+    parser.add_argument("--features", action="store_true", help="add the pooled features of the experts to each row")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per batch (default: 128; 500 up to 64 pixels)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: one a core, at most 8)")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: the GPU where there is one)")
     parser.add_argument("--threshold", type=float, metavar="X", help="gate probability (default: the run's, or 0.5)")
     add_inference_flags(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="files, folders, patterns such as '*.jpg', or - for paths on stdin"
+    )
 
 
-@torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
     check_experts(args, args.routed)
     inference = inference_of(args)
-    images = [_open(path) for path in args.images]
+    _check(args)
+    device = choose_device(args.device)
+    paths = find_images(args.images)
     model = load_ride(args.model, args.routed)
     if model.in_chans not in (1, 3):
         raise InputError(f"{args.model} takes {model.in_chans} channels: image files have 1 (grey) or 3 (RGB).")
     routed = args.routed or model.routed
     check_experts(args, routed)
     check_threshold(args.threshold is not None, routed)
-    experts = chosen_experts(args.experts, model.num_experts) if args.experts is not None else None
+    if args.features and (routed or inference.runtime == "onnx" or inference.compile):
+        raise InputError("features are those of all experts, uncompiled: leave out --routed, --runtime and --compile.")
+    experts = chosen_experts(args.experts, model.num_experts)
     threshold = threshold_for(args.model, args.threshold)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = resolve_model_data_config(model)
-    transform = create_transform(**config, is_training=False)
+    size = config["input_size"][-1]
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
-    predict = prepare(model.to(device), inference, routed, threshold, config["input_size"][-1], experts)
-    predictions = []
-    for path, image in zip(args.images, images, strict=True):
-        logits, used = predict(transform(image if model.in_chans == 3 else image.convert("L"))[None].to(device))
-        logits = logits if experts is None else logits.mean(1)
-        top = logits.softmax(1)[0].topk(min(5, model.num_classes))
-        choices = [
-            dict(label=names[i], index=i, probability=round(p, 6))
-            for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
-        routing = dict(experts_used=int(used)) if used is not None else {}
-        predictions.append(dict(image=str(path), **choices[0], **routing, top=choices))
-    if args.json:
-        return print_json(predictions)
-    for row in predictions:
-        experts_used = f"  ({row['experts_used']} of {model.num_experts} experts)" if routed else ""
-        print(f"{row['image']}: {row['label']} {100 * row['probability']:.1f} %{experts_used}")
+    tap = FeatureTap(model, experts) if args.features else None
+    one_by_one = None if args.experts is None else experts
+    predict = prepare(model.to(device), inference, routed, threshold, size, one_by_one)
+    files = ImageFiles(paths, create_transform(**config, is_training=False), grey=model.in_chans == 1)
+    batch_size = args.batch_size or evaluation_batch(size)
+    workers = _workers(len(paths) > batch_size) if args.workers is None else args.workers
+    as_text = args.output is None and not args.json
+    top_k = min(args.top_k or (1 if as_text else 5), model.num_classes)
+    counted = Counted(predict_images(files, predict, names, top_k, batch_size, workers, device, tap))
+    # on a terminal the printed rows show the progress
+    bar = tqdm(counted, "predict", len(paths), unit="image", disable=None if args.output or _piped() else True)
+    if args.output is not None:
+        write_rows(bar, args.output, Columns(top_k, routed, args.features))
+    elif args.json:
+        print_json_rows(bar)
+    else:
+        print_rows(bar, model.num_experts)
+    counted.report()
 
 
-def _open(path: str) -> Image.Image:
-    try:
-        return upright(Image.open(path))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {path} cannot be read: {error}") from error
+def _check(args: argparse.Namespace) -> None:
+    for name, low in (("top_k", 1), ("batch_size", 1), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise InputError(f"{name.replace('_', '-')}={value}: expected {low} or more.")
+    if args.output is not None:
+        check_output(args.output, args.features)
+        if args.json:
+            raise InputError("output and json exclude each other: --output FILE.jsonl writes JSON lines.")
+    elif args.features and not args.json:
+        raise InputError("features need --output FILE.jsonl or FILE.parquet, or --json.")
+
+
+def _workers(several_batches: bool) -> int:
+    return min(8, os.cpu_count() or 1) if several_batches else 0
+
+
+def _piped() -> bool:
+    return not sys.stdout.isatty()

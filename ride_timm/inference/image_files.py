@@ -1,0 +1,114 @@
+"""Image files by path, folder, glob or list, decoded in batches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ..data.augment.images import open_image, upright
+from ..errors import InputError, first_line
+
+SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif")  # of images in folders; a file given by name may have any
+Batch = tuple[Tensor | None, list[str | None]]
+
+
+def find_images(names: Iterable[str]) -> list[str]:
+    """Paths of the images that names stand for, in order, repeated names repeated.
+
+    A name is a file, a folder (its images at any depth, sorted, hidden ones left out), a glob pattern if nothing has
+    this name, or `-` for names of files and folders on standard input, one a line or separated by NUL. A name without
+    an image stands for itself, as a path that cannot be read. InputError if there are no names.
+    """
+    paths: list[str] = []
+    for name in names:
+        if name == "-":
+            data = sys.stdin.buffer.read()
+            listed = data.split(b"\0") if b"\0" in data else data.splitlines()
+            for line in filter(None, listed):
+                paths += _images_of(os.fsdecode(line))
+        elif os.path.exists(name):
+            paths += _images_of(name)
+        else:
+            paths += [path for match in _matches(name) for path in _images_of(match)] or [name]
+    if not paths:
+        raise InputError("no images: expected files, folders or patterns, or paths on standard input for -.")
+    return paths
+
+
+def _images_of(path: str) -> list[str]:
+    return [path] if not os.path.isdir(path) else list(_walk(path)) or [path]
+
+
+def _walk(top: str) -> Iterator[str]:
+    for folder, folders, files in os.walk(top, followlinks=True):
+        real = Path(folder).resolve()
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not real.is_relative_to((real / name).resolve())  # a link back up
+        )
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                yield os.path.join(folder, name)
+
+
+def _matches(pattern: str) -> list[str]:
+    """Sorted matches of a pattern; folders that exist are taken literally, brackets in their names included."""
+    path = Path(pattern)
+    folder = next(parent for parent in path.parents if parent.exists())
+    return sorted(glob(str(escape(str(folder)) / path.relative_to(folder)), recursive=True))
+
+
+class ImageFiles(Dataset):
+    """Image files, decoded and transformed on access.
+
+    Item i is the transformed image, or the reason why it cannot be read. grey: for networks of one channel.
+    """
+
+    def __init__(self, paths: list[str], transform: Callable[[Image.Image], Tensor], grey: bool = False) -> None:
+        self.paths, self.transform, self.grey = paths, transform, grey
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Tensor | str:
+        path = self.paths[i]
+        try:
+            if os.path.isdir(path):
+                return f"a folder without images ({', '.join(SUFFIXES)})"
+            with open_image(path) as image:
+                image = upright(image)
+            return self.transform(image.convert("L") if self.grey else image)
+        except Exception as error:  # decoders have no common error: OSError, ValueError, SyntaxError, struct.error, ...
+            return first_line(error)
+
+    def batches(
+        self, batch_size: int, workers: int, pin_memory: bool
+    ) -> Iterator[tuple[Tensor | None, list[str | None]]]:
+        """Batches in order: the readable images [b, C, H, W], None if b = 0, and for each path its error or None."""
+        return iter(
+            DataLoader(
+                self,
+                batch_size,
+                num_workers=workers,
+                collate_fn=_collate,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # its own: DataLoader draws a base seed from the global one
+            )
+        )
+
+
+def _collate(items: list[Any]) -> Batch:
+    images = [item for item in items if isinstance(item, Tensor)]
+    errors = [item if isinstance(item, str) else None for item in items]
+    return torch.stack(images) if images else None, errors
