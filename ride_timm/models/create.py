@@ -82,7 +82,7 @@ def _classifier_names(layer: str, args: dict[str, Any]) -> tuple[str, ...]:
     num_experts = args["num_experts"]
     if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r}: expected a whole number, 1 or more.")
-    layer = "" if args.get("use_norm") else layer  # a cosine head is one layer
+    layer = "" if args.get("use_norm", True) else layer  # a cosine head is one layer
     heads = (f"fc.head{layer}", "fc.affine") if args["class_affine"] else (f"fc{layer}",)
     names = [f"experts.{i}.{head}" for i in range(num_experts) for head in heads]
     if args["router"]:

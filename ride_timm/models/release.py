@@ -233,7 +233,10 @@ def save_config(model: Ride, path: Path, **facts: Any) -> None:
 
     facts: arguments of timm's `save_config_for_hf`, such as data_config.
     """
-    args = dict(num_experts=model.num_experts)  # timm saves no defaults
+    # timm saves no defaults, which may change
+    args: dict[str, Any] = dict(num_experts=model.num_experts, use_norm=model.experts[0].use_norm)
+    if model.router is not None:
+        args |= {key: getattr(model.router, key) for key in ("top_choices_num", "share_expert_help_pred_fc")}
     if "backbone" in get_model_args(model):
         args["backbone_pretrained"] = False  # the saved weights replace the backbone's
     save_config_for_hf(model, str(path), model_args=args, **facts)

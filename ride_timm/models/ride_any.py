@@ -276,7 +276,7 @@ def timm_parts(
     in_chans: int,
     split: str | None = None,
     backbone_pretrained: bool | str | Path = False,
-    use_norm: bool = False,  # unlike the recipes: `ride` with one expert is its backbone, native head included
+    use_norm: bool = True,
     **backbone_args: Any,
 ) -> Parts:
     """Share the stem and first stages of a timm network; the rest per expert.
@@ -325,7 +325,7 @@ def _cfg(backbone: str, **kwargs: Any) -> dict[str, Any]:
     return ride_cfg(**ours, first_conv=tuple(f"trunk.net.{name}" for name in first_conv), **kwargs)
 
 
-def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> Ride:
+def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
     _backbone_cfg(backbone)
     with torch.device("meta"):
         probe = timm.create_model(backbone)
@@ -340,7 +340,6 @@ def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any
         pretrained,
         levels=levels,
         model_cls=AnyRide,
-        defaults=defaults,
         classifier_layer=_classifier_layer(probe),
         backbone=backbone,
         **kwargs,
@@ -372,12 +371,12 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_named(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
-    return _create(name, _NAMED[name], pretrained, kwargs, use_norm=True)
+    return _create(name, _NAMED[name], pretrained, kwargs)
 
 
 @register_model
 def ride(pretrained: bool = False, **kwargs: Any) -> Ride:
-    """Any timm backbone listed in `cuts.py`, by default ResNet-18; native heads."""
+    """Any timm backbone listed in `cuts.py`, by default ResNet-18; cosine heads."""
     backbone = kwargs.pop("backbone", DEFAULT_BACKBONE)
     given = kwargs.get("pretrained_cfg")
     given = given.to_dict() if isinstance(given, PretrainedCfg) else given

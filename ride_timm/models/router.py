@@ -26,7 +26,7 @@ class Router(nn.Module):
         num_experts: int,
         num_features: int,
         num_classes: int,
-        top_choices_num: int = 5,  # as in the authors' networks; the recipes set the values of the authors' configs
+        top_choices_num: int = 5,
         share_expert_help_pred_fc: bool = True,
         hidden_features: int = 16,
     ) -> None:

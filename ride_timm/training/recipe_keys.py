@@ -147,7 +147,7 @@ class RouterKeys:
     router_optimizer: str = key("sgd", "any optimizer of timm")
     router_weight_decay: float = key(5e-4, "weight decay", low=0)
     pos_weight: float = key(100.0, "weight of samples that a further expert would correct", above=0)
-    top_choices_num: int = key(30, "number of largest logits that the gates see", low=1)
+    top_choices_num: int = key(5, "number of largest logits that the gates see", low=1)
     share_expert_help_pred_fc: bool = key(True, "share the last layer of all gates")
     threshold: float = key(0.5, "gate probability above which the next expert runs", low=0, high=1)
 

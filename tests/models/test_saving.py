@@ -90,6 +90,15 @@ def test_exported_arguments_repeat_nothing(name, given, kept, tmp_path):
     assert again.num_classes == 7 and torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("router", [False, True])
+def test_exported_arguments_state_the_defaults(router, tmp_path):
+    model = timm.create_model("ride", backbone="test_resnet", router=router, **SMALL)
+    RunFolder(tmp_path).export(model, dict(input_size=(3, 64, 64)), ())
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    expected = dict(use_norm=True) | (dict(top_choices_num=5, share_expert_help_pred_fc=True) if router else {})
+    assert expected.items() <= args.items() and ("top_choices_num" in args) == router
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "given", "kept"), EXPORTED, ids=str)
 def test_transformers_loads_a_run_folder(name, given, kept, tmp_path):

@@ -64,8 +64,10 @@ FEW += ["beit_base_patch16_224", "mobilenetv3_small_050", "test_convnext", "dens
 
 
 def build(backbone, seed=0, **kwargs) -> Ride:
+    """RIDE on a small backbone, with 7 classes and native heads by default."""
     torch.manual_seed(seed)
-    return timm.create_model("ride", **dict(dict(backbone=backbone, num_classes=7), **BACKBONES[backbone][1], **kwargs))
+    given = dict(backbone=backbone, num_classes=7, use_norm=False) | BACKBONES[backbone][1] | kwargs
+    return timm.create_model("ride", **given)
 
 
 def images(backbone, B=2, seed=1):

@@ -203,7 +203,8 @@ def test_bad_input_is_rejected():
 
 def test_new_heads_leave_a_backbones_own_fc_layers_alone():
     """VovNet's squeeze-and-excitation has parameters called fc, too."""
-    model = timm.create_model("ride", backbone="ese_vovnet19b_dw", num_experts=2, num_classes=len(COUNTS))
+    given = dict(backbone="ese_vovnet19b_dw", use_norm=False)
+    model = timm.create_model("ride", **given, num_experts=2, num_classes=len(COUNTS))
     assert any("attn.fc." in name for name, _ in model.named_parameters())
     decouple(model, "crt", COUNTS, 1.0, seed=0)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

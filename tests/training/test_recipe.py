@@ -1,6 +1,7 @@
 """Recipes: reading, overriding, flags and errors."""
 
 import dataclasses
+import inspect
 import math
 import re
 import shlex
@@ -11,7 +12,11 @@ import torch
 from ride_timm import InputError
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.losses import LOSSES, make_loss
+from ride_timm.models.create import assemble
 from ride_timm.models.load import create_ride_model
+from ride_timm.models.ride_any import timm_parts
+from ride_timm.models.ride_resnet import resnet_parts
+from ride_timm.models.ride_resnet_cifar import resnet_cifar_parts
 from ride_timm.training.recipe import Recipe, available, describe, listing, load_recipe
 from ride_timm.training.recipe_keys import DECOUPLINGS
 from ride_timm.training.recipe_yaml import read_yaml
@@ -51,6 +56,14 @@ def test_stated_cost_equals_the_counted_macs(name):
         )
     macs = count_macs(model, (3, *[28 if recipe.augment == "fashion" else 32] * 2)).ensemble
     assert f"Cost: {macs / 1e6:.1f} MMACs per image" in describe(name)
+
+
+@pytest.mark.parametrize("make", [assemble, resnet_cifar_parts, resnet_parts, timm_parts])
+def test_recipes_and_networks_have_the_same_defaults(make):
+    recipe = dataclasses.asdict(Recipe())
+    shared = [item for item in inspect.signature(make).parameters.values() if item.name in recipe]
+    network = {item.name: item.default for item in shared if item.default is not item.empty}
+    assert len(network) >= 3 and network == {name: recipe[name] for name in network}
 
 
 def test_listing_has_every_recipe():
