@@ -1,15 +1,19 @@
-"""Atomic writes: a reader sees the old file or the new one, complete."""
+"""Atomic writes, and numbers by class from a file."""
 
 from __future__ import annotations
 
+import csv
+import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 
-from .errors import RunError
+from .errors import InputError, RunError
 
 
 @contextmanager
@@ -44,3 +48,84 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_class_values(path: str | Path, class_names: Sequence[str]) -> list[float]:
+    """One number for each class from a file, [C] in class order.
+
+    JSON (.json): {name: number}, or a list in class order. Any other file is text: lines `name,number` (or with a tab)
+    in any order, below a heading or not, or one number a line in class order. InputError, naming line or class, for a
+    class unknown, missing or repeated, and for anything but a finite number of at least 0.
+    """
+    entries = _json_entries(path) if str(path).endswith(".json") else _text_entries(path, class_names)
+    named = [name for _, name, _ in entries if name is not None]
+    if not named and len(entries) != len(class_names):
+        raise InputError(f"{path} has {len(entries)} numbers, expected one for each of {len(class_names)} classes.")
+    if named and (len(named) < len(entries) or len(set(class_names)) < len(class_names)):
+        reason = "some lines name no class" if len(named) < len(entries) else "class names of the data are not unique"
+        raise InputError(f"{path}: {reason}; give one number a line, in class order.")
+    values: dict[str, float] = {}
+    for i, (where, name, value) in enumerate(entries):
+        key = name if named else str(i)
+        if named and name not in class_names:
+            raise InputError(f"{where}: the data have no class {name!r}; classes are {_some(class_names)}.")
+        if key in values:
+            raise InputError(f"{where}: class {name!r} is there twice.")
+        values[key] = _at_least_zero(value, where)
+    missing = [name for name in class_names if name not in values] if named else []
+    if missing:
+        raise InputError(f"{path}: no number for {_some(missing)} ({len(missing)} of {len(class_names)} classes).")
+    return [values[name] for name in class_names] if named else list(values.values())
+
+
+_Entries = list[tuple[str, str | None, Any]]  # where it stands, name of the class if given, number
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _json_entries(path: str | Path) -> _Entries:
+    try:
+        content = json.loads(_read(path), object_pairs_hook=list)  # repeated names stay
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON ({error}).") from error
+    if isinstance(content, list) and all(isinstance(item, tuple) for item in content):
+        return [(f"{path}, class {name!r}", name, value) for name, value in content]
+    if isinstance(content, list):
+        return [(f"{path}, number {i}", None, value) for i, value in enumerate(content, 1)]
+    raise InputError(f"{path}: expected {{name: number}} or a list of numbers.")
+
+
+def _text_entries(path: str | Path, class_names: Sequence[str]) -> _Entries:
+    text = _read(path)
+    rows = csv.reader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
+    entries: _Entries = []
+    for row in rows:
+        if any(cell.strip() for cell in row):
+            name = ",".join(row[:-1]).strip() if len(row) > 1 else None  # names may hold commas
+            entries.append((f"{path}, line {rows.line_num}", name, row[-1].strip()))
+    if entries and entries[0][1] is not None and entries[0][1] not in class_names and not _is_number(entries[0][2]):
+        return entries[1:]  # a heading
+    return entries
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
+
+
+def _at_least_zero(value: Any, where: str) -> float:
+    if not _is_number(value) or not math.isfinite(float(value)) or float(value) < 0:
+        raise InputError(f"{where}: {value!r} is not a finite number of at least 0.")
+    return float(value)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + ", …" * (len(names) > 5)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.augment.policies import get_policy
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
 from ..errors import InputError
-from ..evaluation.evaluate import evaluate, evaluation_batch
+from ..evaluation.counts import CountAccumulator
+from ..evaluation.evaluate import collect, evaluate, evaluation_batch, metrics_of
 from ..evaluation.macs import Macs, count_macs
 from ..evaluation.plots import plot_metrics, plot_routing
 from ..evaluation.routing_curve import (
@@ -26,9 +28,12 @@ from ..evaluation.routing_curve import (
     routing_curve,
     thin,
 )
-from ..evaluation.tables import groups_table, metrics_table, millions
+from ..evaluation.shifted import RATIOS, shifted_accuracies, shifted_table
+from ..evaluation.tables import GROUPS, groups_table, metrics_table, millions
+from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..files import write_text
 from ..inference.load import SPEC, data_recipe, load_ride, own_recipe
+from ..inference.model_prior import add_prior_flags, model_log_prior
 from ..inference.options import (
     Timed,
     add_inference_flags,
@@ -61,6 +66,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--plots", metavar="DIR", help="draw classes.png, reliability.png and experts.png there")
     parser.add_argument("--curve", metavar="FILE", help="write accuracy against MACs of all thresholds, .png or .csv")
     parser.add_argument("--time", action="store_true", help="report images per second of the forward passes")
+    parser.add_argument(
+        "--shifted",
+        action="store_true",
+        help="also report the forward and backward shifted test sets of SADE and BalPoE",
+    )
+    add_prior_flags(parser)
     add_inference_flags(parser)
     add_flags(parser, [name for name in keys_of("data") if name != "holdout"] + ["threshold", "workers"])
 
@@ -96,7 +107,11 @@ def run(args: argparse.Namespace) -> None:
     one_by_one = not args.routed and inference.runtime != "onnx"
     predict = Timed(prepare(model, inference, args.routed, threshold, size, experts if one_by_one else None))
     num_members = len(experts) if one_by_one else None
-    metrics = evaluate(model, test, data.class_counts, args.routed, threshold, predict, num_members, recipe.shots)
+    if args.test_prior is None and not args.shifted:
+        metrics = evaluate(model, test, data.class_counts, args.routed, threshold, predict, num_members, recipe.shots)
+    else:
+        sizes = (model.num_classes, model.num_experts if args.routed else None, num_members)
+        metrics = _evaluate_priors(args, collect(predict, test), sizes, data, recipe.shots)
 
     used = metrics.get("experts_used")
     cost = macs.expected(used) if used else macs.trunk + sum(macs.experts[i] for i in experts)
@@ -106,6 +121,8 @@ def run(args: argparse.Namespace) -> None:
     if args.experts is not None:
         metrics["members"], name = [i + 1 for i in experts], f"experts {args.experts}"
     rows = {name: metrics}
+    if (bare := metrics.get("without_test_prior")) is not None:
+        rows = {name: metrics | bare, f"{name}, prior {args.test_prior}": metrics}
     if args.plots is not None:
         plot_metrics(Path(args.plots), rows, data.class_counts, data.class_names, recipe.shots)
     if args.routed:
@@ -144,6 +161,10 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError("macs-budget chooses the router's threshold: pass --routed as well.")
         if threshold_given:
             raise InputError("macs-budget chooses the threshold: leave --threshold out.")
+    if args.model_prior is not None and args.test_prior is None and not args.shifted:
+        raise InputError("model-prior changes nothing without --test-prior or --shifted: leave it out.")
+    if args.test_prior is not None and args.curve is not None:
+        raise InputError("the curve is of the bare logits: leave --test-prior or --curve out.")
     check_threshold(threshold_given, args.routed)
     check_experts(args, args.routed or args.curve is not None)
     if args.plots is not None:
@@ -159,6 +180,32 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"curve={path}: no folder {path.parent}.")
         if path.suffix == ".png" and find_spec("matplotlib") is None:
             raise InputError(f"curve={path}: a picture needs matplotlib (pip install matplotlib), a .csv does not.")
+
+
+def _evaluate_priors(
+    args: argparse.Namespace, predictions: list[Any], sizes: tuple[Any, ...], data: Any, shots: tuple[int, int]
+) -> dict[str, Any]:
+    """The metrics moved to the test prior, if one is given, and the accuracies on the shifted test sets.
+
+    sizes: arguments of `CountAccumulator`.
+    """
+    logits = torch.cat([logits if logits.ndim == 2 else logits.mean(1) for logits, _, _ in predictions])
+    model_prior = model_log_prior(args.model_prior, args.model, data.class_counts, data.class_names)
+    shift: Tensor | float = 0.0
+    found: dict[str, Any] = {}
+    if args.shifted:
+        targets = torch.cat([targets for _, _, targets in predictions])
+        found["shifted"] = shifted_accuracies(logits, targets, data.class_counts, model_prior)
+    if args.test_prior is not None:
+        bare = metrics_of(predictions, CountAccumulator(*sizes), data.class_counts, shots)
+        found["without_test_prior"] = {key: bare[key] for key in (*GROUPS, "top5")}
+        if args.test_prior == "estimate":
+            prior = estimate_log_prior(logits, model_prior)
+        else:
+            prior = log_prior_of(args.test_prior, data.class_counts, data.class_names)
+        shift, found["test_prior"] = prior - model_prior, prior.exp().tolist()
+    moved = ((logits + shift, used, targets) for logits, used, targets in predictions)
+    return metrics_of(moved, CountAccumulator(*sizes), data.class_counts, shots) | found
 
 
 def _choose_threshold(
@@ -185,6 +232,10 @@ def _print(args: argparse.Namespace, rows: dict[str, Any], metrics: dict[str, An
     print(metrics_table(rows))
     print(f"{metrics['correct']} of {metrics['images']} test images correct")
     print(f"\n{groups_table(metrics)}")
+    if (shifted := metrics.get("shifted")) is not None:
+        print(f"\n{shifted_table(shifted)}")
+        if skipped := [str(ratio) for ratio in RATIOS if ratio not in [row["ratio"] for row in shifted]]:
+            print(f"no sets of ratio {', '.join(skipped)}: a class has fewer test images than that")
     if chosen := metrics.get("chosen_on"):
         over = ", above the budget" if metrics["macs"] > args.macs_budget else ""
         budget, there, here = map(millions, (args.macs_budget, chosen["macs"], metrics["macs"]))

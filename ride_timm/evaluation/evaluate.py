@@ -15,6 +15,8 @@ from .metrics import compute_metrics
 
 # images -> (logits [B, C], or [B, E, C] per expert; number of experts used [B] if routed, else None)
 Predict = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+# batches of (logits, number of experts used, targets), as `Predict` returns them
+Predictions = Iterable[tuple[Tensor, Tensor | None, Tensor]]
 
 
 def evaluation_batch(input_size: int) -> int:
@@ -60,12 +62,29 @@ def evaluate(
     counts = CountAccumulator(model.num_classes, model.num_experts if routed else None, num_members, device)
     was_training = model.training
     model.eval()
-    for images, targets in batches:
-        logits, used = predict(images)
-        members = logits if num_members is not None else None
-        counts.update(logits if members is None else members.mean(1), targets, used, members)
+    predictions = ((*predict(images), targets) for images, targets in batches)
+    metrics = metrics_of(predictions, counts, class_counts, shots)
     model.train(was_training)
+    return metrics
+
+
+def metrics_of(
+    predictions: Predictions, counts: CountAccumulator, class_counts: Sequence[int], shots: tuple[int, int] = (100, 20)
+) -> dict[str, Any]:
+    """The metrics of `compute_metrics` of predictions, counted by a new accumulator."""
+    for logits, used, targets in predictions:
+        members = logits if counts.num_members is not None else None
+        counts.update(logits if members is None else members.mean(1), targets, used, members)
     return compute_metrics(counts.reduce(), class_counts, shots)
+
+
+@torch.inference_mode()
+def collect(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """All predictions of a test set on the CPU, for metrics that depend on all of them."""
+    predictions = ((*predict(images), targets) for images, targets in batches)
+    return [
+        (logits.cpu(), None if used is None else used.cpu(), targets.cpu()) for logits, used, targets in predictions
+    ]
 
 
 def with_macs(metrics: dict[str, Any], model: Ride, input_size: tuple[int, int, int]) -> dict[str, Any]:

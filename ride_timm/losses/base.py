@@ -53,6 +53,13 @@ class ExpertsLoss(nn.Module):
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0."""
 
+    def removed_log_prior(self) -> Tensor | float:
+        """Log-prior that the loss removes from the logits' mean, [C]: that of the batches minus it is what they suit.
+
+        Of the current epoch's loss, which `set_epoch` sets; margins and diversity are left out.
+        """
+        return 0.0 if self.offsets is None else self.offsets.mean(0)
+
     def forward(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of one batch."""
         if expert_logits.ndim != 3 or self.num_classes not in (None, expert_logits.shape[-1]):
@@ -90,6 +97,9 @@ class ClassBalancedLoss(ExpertsLoss):
         super().__post_init__(class_counts)
         self.class_weights: Tensor | None
         self._keep("class_weights", priors.effective_number_weights(class_counts) if self.class_balanced else None)
+
+    def removed_log_prior(self) -> Tensor | float:
+        return super().removed_log_prior() - (0.0 if self.class_weights is None else self.class_weights.log())
 
 
 class PerExpertPriorLoss(SmoothedLoss):

@@ -38,6 +38,9 @@ class LDAMLoss(ExpertsLoss):
         deferred = self.reweight and self.reweight_epoch != -1 and self.class_weights is not None
         self.reweighting = deferred and epoch >= self.reweight_epoch
 
+    def removed_log_prior(self) -> Tensor | float:
+        return -self.class_weights.log() if self.reweighting and self.class_weights is not None else 0.0
+
     def over_experts(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
         """LDAM of each expert on its own, summed over experts."""
         class_weights = self.class_weights if self.reweighting else None

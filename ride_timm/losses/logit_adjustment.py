@@ -37,6 +37,9 @@ class LogitAdjustedLoss(SmoothedLoss):
         self.offset: Tensor
         self._keep("offset", self.tau * priors.log_prior(class_counts))  # [C]
 
+    def removed_log_prior(self) -> Tensor | float:
+        return super().removed_log_prior() + self.offset
+
     def compute(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
         adjusted = expert_logits.mean(1, keepdim=True) + self.offset
         return cross_entropy(adjusted, targets, label_smoothing=self.label_smoothing)

@@ -76,9 +76,37 @@ def test_metrics_by_group_and_expert(capsys, run, evaluated, tmp_path):
     assert "experts 2" in text and "expert 2" in text and "expert 1" not in text and "harmonic mean" in text
 
 
+def test_a_test_prior_moves_the_predictions(capsys, run, evaluated, tmp_path):
+    argv = ("evaluate", "--model", run, "--model-prior", "uniform", "--test-prior")
+    plain = evaluated["plain"]
+    same = json.loads(output(capsys, *argv, "uniform", "--json"))
+    assert all(same[key] == plain[key] for key in plain)
+    one = tmp_path / "prior.txt"
+    one.write_text("\n".join(str(int(c == 6)) for c in range(10)))
+    found = json.loads(output(capsys, *argv, one, "--json"))  # shirts alone
+    assert found["per_class"] == [100 * (c == 6) for c in range(10)] and found["correct"] == 100
+    assert found["test_prior"] == [float(c == 6) for c in range(10)]
+    assert found["without_test_prior"] == {key: plain[key] for key in ("all", "many", "medium", "few", "top5")}
+    text = output(capsys, "evaluate", "--model", run, "--routed", "--test-prior", "estimate")
+    assert "routed, prior estimate" in text
+
+
+def test_shifted_test_sets_are_one_table(capsys, run, evaluated):
+    found = json.loads(output(capsys, "evaluate", "--model", run, "--shifted", "--json"))
+    assert found["all"] == evaluated["plain"]["all"] and "test_prior" not in found
+    assert [row["ratio"] for row in found["shifted"]] == [50, 25, 10, 5, 2, 1, 2, 5, 10, 25, 50]
+    uniform = found["shifted"][5]
+    assert uniform["images"] == 1000 and uniform["accuracy"] == found["all"]
+    text = output(capsys, "evaluate", "--model", run, "--shifted", "--experts", "1")
+    assert "forward 50" in text and "estimated prior" in text and "no sets of ratio" not in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--model-prior", "train"), "model-prior changes nothing without --test-prior or --shifted: leave it out"),
+        (("--test-prior", "estimate", "--curve", "c.csv"), "the curve is of the bare logits: leave --test-prior or"),
+        (("--test-prior", "absent.csv"), "absent.csv cannot be read (No such file or directory)"),
         (("--experts", "1,4"), "experts=1,4: expected different numbers from 1 to 3"),
         (("--experts", "0,1"), "experts=0,1: expected different numbers from 1 to 3"),
         (("--experts", "1,1"), "expected different numbers"),

@@ -1,0 +1,73 @@
+"""The class prior that a model's logits suit, from its recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.loaders.orders import class_probabilities
+from ..evaluation.test_prior import log_prior_of
+from ..losses import make_loss
+from ..priors import log_prior
+from ..training.recipe import Recipe
+from .load import own_recipe
+
+
+def add_prior_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --test-prior and --model-prior."""
+    parser.add_argument(
+        "--test-prior", metavar="PRIOR",
+        help="move the logits to this class prior of the test images: uniform, train, a file of one number by class, "
+        "or estimate (from the images' logits, without labels)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model-prior",
+        metavar="PRIOR",
+        help="class prior that the logits suit: uniform, train, or a file (default: that of the run's loss)",
+    )
+
+
+def run_log_prior(recipe: Recipe, class_counts: Sequence[int]) -> Tensor:
+    """Log-prior that the mean logits of a recipe's experts suit, [C].
+
+    class_counts [C], of the training images. Batches drawn by a sampler of class probabilities s under class weights w
+    and an offset o added to the logits give logits for a prior proportional to s * w * exp(-o); of RIDE and LDAM, as
+    they end training, margins and diversity aside. Re-trained or tau-normalised heads count as balanced.
+    """
+    if recipe.decouple in ("crt", "lws", "tau_norm"):
+        return torch.full((len(class_counts),), 1 / len(class_counts)).log()
+    loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
+    loss.set_epoch(recipe.epochs - 1)
+    drawn = class_probabilities(class_counts, recipe.sampler, recipe.epochs - 1, recipe.epochs)
+    prior = torch.from_numpy(drawn).log().float() - loss.removed_log_prior()
+    if recipe.decouple == "logit_adjustment":
+        prior = prior - recipe.decouple_tau * log_prior(class_counts)
+    return prior.log_softmax(0)
+
+
+def model_log_prior(
+    given: str | None, spec: str, class_counts: Sequence[int] | None, class_names: Sequence[str]
+) -> Tensor:
+    """Log-prior that a SPEC's logits suit, [C]: the one given, the run's, else a uniform one, with a notice."""
+    if given is not None:
+        return log_prior_of(given, class_counts, class_names)
+    recipe = own_recipe(spec)
+    if recipe is not None and class_counts is not None:
+        return run_log_prior(recipe, class_counts)
+    print(
+        f"notice: {spec} has no recipe; its logits are taken to suit a uniform prior (--model-prior states another)",
+        file=sys.stderr,
+    )
+    return log_prior_of("uniform", None, class_names)
+
+
+def training_counts(spec: str) -> list[int] | None:
+    """Training images of each class, as results.json of a run or release has them; None for any other SPEC."""
+    path = Path(spec.removeprefix("local-dir:")) / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("class_counts") if path.is_file() else None

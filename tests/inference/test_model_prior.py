@@ -1,0 +1,75 @@
+"""The prior that a run's logits suit, against closed forms."""
+
+import json
+
+import pytest
+import torch
+
+from ride_timm.inference.model_prior import model_log_prior, run_log_prior, training_counts
+from ride_timm.priors import effective_number_weights, log_prior
+from ride_timm.training.recipe import Recipe
+
+COUNTS = [500, 100, 20, 5]
+N = torch.tensor(COUNTS, dtype=torch.float32)
+UNIFORM = torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (dict(loss="ce"), N),
+        (dict(loss="focal"), N),
+        (dict(loss="ce", sampler="square_root"), N**0.5),
+        (dict(loss="ce", sampler="class_balanced"), UNIFORM),
+        (dict(loss="ce", sampler="progressive"), UNIFORM),  # in its last epoch
+        (dict(loss="cb_ce"), N * effective_number_weights(COUNTS)),
+        (dict(loss="logit_adjustment", tau=0.5), N**0.5),
+        (dict(loss="logit_adjustment", tau=2.0), 1 / N),
+        (dict(loss="balanced_softmax"), UNIFORM),
+        (dict(loss="balanced_softmax", sampler="class_balanced"), 1 / N),
+        (dict(loss="balpoe"), UNIFORM),
+        (dict(loss="sade"), (N * N.flip(0) ** 2) ** (1 / 3)),
+        (dict(loss="ldam", reweight=False), N),
+        (dict(loss="ldam"), N * effective_number_weights(COUNTS)),
+        (dict(loss="ride", reweight_epoch=300), N),
+        (dict(loss="ce", decouple="crt"), UNIFORM),
+        (dict(loss="ce", decouple="logit_adjustment"), UNIFORM),
+        (dict(loss="ce", decouple="logit_adjustment", decouple_tau=0.5), N**0.5),
+    ],
+)
+def test_the_prior_follows_from_loss_and_sampler(keys, expected):
+    found = run_log_prior(Recipe(**keys), COUNTS).exp()
+    torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-5, atol=1e-7)
+
+
+def test_cross_entropy_with_an_offset_learns_logits_for_the_prior_stated():
+    # the minimiser of the expected loss over a discrete x, by gradient descent, is log p(x|y) + that prior
+    likelihood = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.1, 0.3, 0.6]])  # [x, y]
+    counts = [60, 30, 10]
+    joint = likelihood * (torch.tensor(counts) / 100)
+    logits = torch.zeros(3, 3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-9, tolerance_change=0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -(joint * (logits + 0.5 * log_prior(counts)).log_softmax(1)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    prior = run_log_prior(Recipe(loss="logit_adjustment", tau=0.5), counts)
+    expected = (likelihood.log() + prior).softmax(1)
+    torch.testing.assert_close(logits.detach().softmax(1), expected, rtol=0, atol=1e-3)
+
+
+def test_the_prior_of_a_model_is_given_known_or_uniform(tmp_path, capsys):
+    names = ("a", "b", "c", "d")
+    (tmp_path / "recipe.yaml").write_text(Recipe(loss="ce").to_yaml())
+    (tmp_path / "results.json").write_text(json.dumps(dict(class_counts=COUNTS)))
+    run = f"local-dir:{tmp_path}"
+    assert training_counts(run) == COUNTS and training_counts("resnet18") is None
+    torch.testing.assert_close(model_log_prior(None, run, COUNTS, names), log_prior(COUNTS))
+    torch.testing.assert_close(model_log_prior("uniform", run, COUNTS, names).exp(), UNIFORM / 4)
+    assert capsys.readouterr().err == ""
+    torch.testing.assert_close(model_log_prior(None, "resnet18", COUNTS, names).exp(), UNIFORM / 4)
+    assert "resnet18 has no recipe; its logits are taken to suit a uniform prior" in capsys.readouterr().err
