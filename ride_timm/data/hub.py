@@ -14,18 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
 from .datasets import EMBEDDED, KNOWN
+from .folders import split_folders
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SELECTION = "selection.json"  # of a folder of `save_longtail`: the data set, and how its images were selected
-# the words by which `datasets` recognises the folder of a split, and the separators around them
-_SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "dev", "val"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
-_BETWEEN_WORDS = r"[-._ 0-9]+"
 
 
 def read_splits(dataset: str, data_dir: str | Path | None) -> dict[str, Dataset]:
@@ -86,7 +80,7 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
         raise InputError(f"data set folder {str(path)!r} does not exist")
     if path.is_file() and path.suffix != ".parquet":
         raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, or a .parquet file")
-    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    saved = is_saved_to_disk(path)
     if saved and streaming:
         raise InputError(f"{str(path)!r} was written by save_to_disk, which needs no streaming: leave --streaming out")
     how = dict(streaming=True) if streaming else {}
@@ -107,7 +101,7 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
 
 
 def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
-    """`data_files` of a folder with train/: splits by its top folders' names.
+    """`data_files` of a folder with folders of splits, by its top folders' names.
 
     By default, `datasets` looks for split names in all folders, and adds the test images of a class named "train" or
     "train station" to the training set. Empty if rows or the card define the splits.
@@ -115,17 +109,9 @@ def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
     cards = (path / "README.md", path / ".huggingface.yaml")
     if holds_rows(path) or any(re.search(r"^configs:", c.read_text("utf-8"), re.M) for c in cards if c.is_file()):
         return {}
-    folders = [
-        folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith((".", "__"))
-    ]
-    if not any(folder.name in _SPLIT_WORDS["train"] for folder in folders):
-        return {}
-    data_files = {}
-    for split, words in _SPLIT_WORDS.items():
-        named = [folder for folder in folders if not words.isdisjoint(re.split(_BETWEEN_WORDS, folder.name))]
-        filled = [f"{escape(folder.name)}/**" for folder in named if any(p.is_file() for p in folder.rglob("[!.]*"))]
-        if filled:
-            data_files[split] = filled
+    data_files = {
+        split: [f"{escape(folder.name)}/**" for folder in folders] for split, folders in split_folders(path).items()
+    }
     return dict(data_files=data_files) if data_files else {}
 
 
@@ -149,9 +135,14 @@ def _quiet(datasets) -> Iterator[None]:
 
 def holds_rows(path: Path) -> bool:
     """True if a local path holds rows (parquet, or `save_to_disk`), not image files."""
-    if path.is_file() or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    if path.is_file() or is_saved_to_disk(path):
         return True
     return any(next(path.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet"))
+
+
+def is_saved_to_disk(path: Path) -> bool:
+    """True for a folder of `save_to_disk`."""
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
 def is_saved(path: str | Path | None) -> bool:

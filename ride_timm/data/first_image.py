@@ -1,0 +1,98 @@
+"""The size of a data set's first training image, known without loading the set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import ExifTags
+from PIL.Image import Image
+
+from .augment.images import open_image
+from .columns import choose_image_column
+from .datasets import EMBEDDED, KNOWN, lists_of
+from .folders import files_below, is_image, split_folders
+from .hub import holds_rows, is_hub_id, is_saved_to_disk, read_hub, read_local, read_splits
+from .image_set import open_stored
+from .lists import find_lists, image_root, read_list
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+def first_image_size(
+    dataset: str,
+    data_dir: str | Path | None = None,
+    *,
+    image_column: str | None = None,
+    train_split: str = "train",
+    annotations: str | Path | None = None,
+) -> tuple[int, int] | None:
+    """(width, height) of the first training image; None if it cannot be known cheaply.
+
+    Arguments as for `load_longtail`. No image is decoded: of a folder of images the first file is opened, of rows
+    (parquet, `save_to_disk`, a Hub data set) the first. The size is that of the upright image. None, too, if the data
+    set cannot be read; `load_longtail` says why.
+    """
+    try:
+        image = _first_image(str(dataset), _expanded(data_dir), image_column, train_split, _expanded(annotations))
+        if image is None:
+            return None
+        with image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    except Exception:  # file systems, decoders and `datasets` have no common error
+        return None
+    return (height, width) if turned else (width, height)
+
+
+def _first_image(
+    dataset: str, data_dir: Path | None, image_column: str | None, train_split: str, annotations: Path | None
+) -> Image | None:
+    path = data_dir
+    if path is None and dataset and dataset not in KNOWN and (own := Path(dataset).expanduser()).exists():
+        path = own
+    if path is not None and not holds_rows(path):
+        if annotations is not None or lists_of(dataset) is not None:
+            train = read_list(find_lists(dataset, data_dir, annotations)["train"])
+            return open_image(image_root(dataset, path, train) / train.files[0])
+        folders = split_folders(path).get(train_split, [path])
+        file = next((file for folder in folders for file in files_below(folder) if is_image(file)), None)
+        if file is not None:
+            return open_image(file)
+    return _first_of_rows(_rows(dataset, path), image_column, train_split)
+
+
+def _rows(dataset: str, path: Path | None) -> Mapping[str, Dataset | IterableDataset]:
+    """Splits whose first row is read without the others."""
+    from datasets import config
+
+    if path is not None:
+        return read_local(path, streaming=not is_saved_to_disk(path))
+    if dataset in EMBEDDED:
+        return read_splits(dataset, None)
+    hub_id = KNOWN[dataset].hub_id if dataset in KNOWN else dataset
+    # offline, `datasets` reads what it has prepared, but streams nothing
+    return (
+        {}
+        if hub_id is None or not is_hub_id(hub_id)
+        else read_hub(hub_id, dataset, streaming=not config.HF_HUB_OFFLINE)
+    )
+
+
+def _first_of_rows(
+    splits: Mapping[str, Dataset | IterableDataset], image_column: str | None, train_split: str
+) -> Image | None:
+    from datasets import Image as ImageFeature
+
+    rows = splits[train_split]
+    column = choose_image_column(rows, image_column)
+    stored = next(iter(rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))))[column]
+    return open_stored(stored)
+
+
+def _expanded(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
