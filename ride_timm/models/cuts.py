@@ -46,7 +46,8 @@ class Cut:
 
     stem: modules before the stages, in order; stages: modules of each stage, the first one naming it, or one pattern
     for stages of one module each; own: fraction of the stages that belongs to each expert by default; tokens: features
-    are [B, N, D] with prefix tokens; shared: modules read by every stage, so that trunk and experts keep them.
+    are [B, N, D] with prefix tokens; shared: modules read by every stage, so that trunk and experts keep them;
+    adapted: layers in the stages that take a low-rank update where experts are adapters, none if the family has none.
     """
 
     stem: tuple[str, ...]
@@ -54,10 +55,13 @@ class Cut:
     own: float = 1 / 2
     tokens: bool = False
     shared: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
 
 _STEM_STAGES = Cut(("stem",), "stages.*")
 _VIT_STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
+_ATTENTION = ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.proj")
+_MLP = ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")  # fc1_g and fc1_x: SwiGLU
 _PATCH_LAYERS = Cut(("patch_embed",), "layers.*")
 _CONV_BLOCKS = Cut(("conv_stem", "bn1"), "blocks.*")
 _DENSE_STAGES = (
@@ -70,13 +74,13 @@ _DENSE_STAGES = (
 CUTS = {
     "Beit": Cut(_VIT_STEM, "blocks.*", own=1 / 3, tokens=True, shared=("rel_pos_bias",)),
     "ByobNet": _STEM_STAGES,
-    "ConvNeXt": _STEM_STAGES,
+    "ConvNeXt": Cut(("stem",), "stages.*", adapted=_MLP),
     "CspNet": _STEM_STAGES,
     "DaVit": _STEM_STAGES,
     "DenseNet": Cut(("features.conv*", "features.norm[0-4]", "features.pool*"), _DENSE_STAGES),
     "EdgeNeXt": _STEM_STAGES,
     "EfficientNet": _CONV_BLOCKS,
-    "Eva": Cut(_VIT_STEM, "blocks.*", own=1 / 3, tokens=True, shared=("rope",)),
+    "Eva": Cut(_VIT_STEM, "blocks.*", own=1 / 3, tokens=True, shared=("rope",), adapted=(*_ATTENTION, *_MLP)),
     "FocalNet": Cut(("stem",), "layers.*"),
     "GhostNet": Cut(("conv_stem", "bn1", "act1"), "blocks.*"),
     "HighPerfGpuNet": _STEM_STAGES,
@@ -97,7 +101,7 @@ CUTS = {
     "SwinTransformerV2": _PATCH_LAYERS,
     "SwinTransformerV2Cr": Cut(("patch_embed",), "stages.*"),
     "TinyVit": Cut(("patch_embed",), "stages.*"),
-    "VisionTransformer": Cut(_VIT_STEM, "blocks.*", own=1 / 3, tokens=True),
+    "VisionTransformer": Cut(_VIT_STEM, "blocks.*", own=1 / 3, tokens=True, adapted=(*_ATTENTION, *_MLP)),
     "VovNet": _STEM_STAGES,
 }
 

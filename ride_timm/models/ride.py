@@ -22,7 +22,8 @@ class Ride(nn.Module):
     """
 
     __constants__ = ("routed",)
-    __jit_unused_properties__ = ("drop_rate", "has_class_affine", "global_pool")  # of types unknown to TorchScript
+    # of types unknown to TorchScript
+    __jit_unused_properties__: tuple[str, ...] = ("drop_rate", "has_class_affine", "global_pool")
 
     def __init__(
         self,
@@ -98,6 +99,11 @@ class Ride(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def frozen_names(self) -> set[str]:
+        """Names of the tensors that no stage trains; none, unless experts are adapters."""
         return set()
 
     @torch.jit.ignore

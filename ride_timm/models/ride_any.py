@@ -25,8 +25,10 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
+from timm.models._input import get_model_args
 from torch import Tensor, nn
 
+from .adapters import add_updates, check_adapter, copy_sharing_parameters, freeze, is_update, merge_updates
 from .create import Parts, create_ride, ride_cfg
 from .cuts import (
     Cut,
@@ -40,7 +42,7 @@ from .cuts import (
     stage_names,
     stem_names,
 )
-from .experts import Expert
+from .experts import Expert, Experts
 from .heads import CosineClassifier
 from .release import with_releases
 from .ride import Ride
@@ -192,7 +194,84 @@ def _nested(pattern: str) -> str:
 
 
 class AnyRide(Ride):
-    """`Ride` on stripped timm networks, whose own rules group the parameters."""
+    """`Ride` on stripped timm networks, whose own rules group the parameters.
+
+    Where experts are adapters, all share the frozen parameters of their stages. In a state dict these have the names of
+    the first expert.
+    """
+
+    __jit_unused_properties__ = (*Ride.__jit_unused_properties__, "has_adapters", "all_tied_weights_keys")
+
+    @property
+    def has_adapters(self) -> bool:
+        return any(is_update(name) for name, _ in self.experts[0].named_parameters())
+
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        """Name of each shared parameter in the further experts -> its name in the first.
+
+        transformers reads this property when it loads a release.
+        """
+        if not self.has_adapters:
+            return {}
+        shared = [name for name, _ in self.experts[0].stages.named_parameters() if not is_update(name)]
+        further = range(1, self.num_experts)
+        return {f"experts.{i}.stages.{name}": f"experts.0.stages.{name}" for i in further for name in shared}
+
+    def _tie(self) -> None:
+        for name, first in self.all_tied_weights_keys.items():
+            module, _, parameter = name.rpartition(".")
+            setattr(self.get_submodule(module), parameter, self.get_parameter(first))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every tensor once, except on the meta device, where transformers looks for the names to tie."""
+        state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
+        for name in self.all_tied_weights_keys:
+            if not state[prefix + name].is_meta:
+                del state[prefix + name]
+        return state
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, first in self.all_tied_weights_keys.items():
+            if prefix + first in state:
+                state[prefix + name] = state[prefix + first]
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_state_dict(*args, **kwargs)
+        self._tie()  # `assign` replaces parameters
+        return loaded
+
+    def _apply(self, *args: Any, **kwargs: Any) -> AnyRide:
+        super()._apply(*args, **kwargs)
+        self._tie()  # `to_empty` replaces parameters
+        return self
+
+    @torch.jit.ignore
+    def frozen_names(self) -> set[str]:
+        if not self.has_adapters:
+            return set()
+        frozen = re.compile(r"trunk\.|experts\.\d+\.stages\.")
+        return {name for name in self.state_dict() if frozen.match(name) and not is_update(name)}
+
+    @torch.jit.ignore
+    def merge_adapters(self) -> AnyRide:
+        """Give each expert stages of its own, with its updates added to their weights.
+
+        The model becomes a network without adapters, all of whose parameters are trainable.
+        """
+        if self.has_adapters:
+            self.experts = Experts(deepcopy(expert) for expert in self.experts)
+            for expert in self.experts:
+                merge_updates(expert.stages.net)
+            self.requires_grad_(True)
+            args = get_model_args(self)
+            self._model_args = {key: value for key, value in args.items() if not key.startswith("adapter")}
+        return self
+
+    def __prepare_scriptable__(self) -> AnyRide:
+        """The network that `torch.jit.script` compiles, which has no rule for peft."""
+        return deepcopy(self).merge_adapters() if self.has_adapters else self
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -277,6 +356,8 @@ def timm_parts(
     split: str | None = None,
     backbone_pretrained: bool | str | Path = False,
     use_norm: bool = True,
+    adapter: str | None = None,
+    adapter_rank: int = 8,
     **backbone_args: Any,
 ) -> Parts:
     """Share the stem and first stages of a timm network; the rest per expert.
@@ -284,30 +365,37 @@ def timm_parts(
     split: name of the first stage owned by each expert (default: the last half of the stages, for a plain transformer
     the last third of the blocks); backbone_pretrained: initialise trunk and experts from the backbone's published
     weights, or from a file of such weights, so that experts differ only by their new classifiers;
-    use_norm: cosine heads (scale 30) instead of the native ones; backbone_args: arguments of the backbone, such as
-    img_size, drop_path_rate, global_pool.
+    use_norm: cosine heads (scale 30) instead of the native ones; adapter: "lora" shares the whole backbone, frozen, and
+    gives each expert low-rank updates of rank `adapter_rank` and a classifier; backbone_args: arguments of the
+    backbone, such as img_size, drop_path_rate, global_pool.
     """
     _backbone_cfg(backbone)
 
     def make(**kwargs: Any) -> nn.Module:
         return timm.create_model(backbone, num_classes=num_classes, in_chans=in_chans, **backbone_args, **kwargs)
 
-    if backbone_pretrained:
-        net = _load_backbone(make, backbone, backbone_pretrained)
-        source = deepcopy(net)
-    else:
-        net, source = make(), None
+    net = _load_backbone(make, backbone, backbone_pretrained) if backbone_pretrained else make()
     cut = find_cut(net, backbone)
     check_positions(net, backbone)
+    source: nn.Module | None = None
+    copy: Callable[[nn.Module], nn.Module] = deepcopy
+    if adapter is not None:
+        check_adapter(adapter, adapter_rank, net, backbone, cut.adapted)
+        source, copy = freeze(deepcopy(net)), copy_sharing_parameters
+        net.requires_grad_(False)
+    elif backbone_pretrained:
+        source = deepcopy(net)
     first = resolve_split(net, cut, backbone, split)
     total = len(stage_names(net, cut))
 
     def make_expert() -> TimmExpert:
-        tail = make() if source is None else deepcopy(source)
+        tail = make() if source is None else copy(source)
         if source is not None:
             tail.reset_classifier(num_classes)
         expert = TimmExpert(TimmStages(keep_expert(tail, cut, first), cut, range(first, total)), use_norm)
         expert.drop_rate = backbone_args.get("drop_rate", 0.0)
+        if adapter is not None:
+            add_updates(expert.stages.net, cut.adapted, adapter_rank)
         return expert
 
     return TimmStages(keep_trunk(net, cut, first), cut, range(first)), make_expert
