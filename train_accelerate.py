@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from ride_timm.cli.process import Signals, exit_code
 from ride_timm.hardware import keep_memory, set_threads
-from ride_timm.training.build import build_accelerator, build_model, build_teacher, hyperparameters, load_data
+from ride_timm.training.build import (
+    build_accelerator,
+    build_class_weights,
+    build_model,
+    build_teacher,
+    hyperparameters,
+    load_data,
+)
 from ride_timm.training.options import parse_arguments
 from ride_timm.training.preflight import adapt_to_machine, check_options, preflight
 from ride_timm.training.run_folder import RunFolder
@@ -41,10 +48,12 @@ def train(argv: list[str] | None) -> None:
     data = load_data(recipe, accelerator)
     model = build_model(recipe, data, options, state)
     teacher = build_teacher(recipe, data, options, state)
+    class_weights = build_class_weights(recipe, data, options, state)
     preflight(recipe, options, data, model, state, accelerator)
     watch = Watch(accelerator, Signals(), recipe.mixed_precision)
     resumed = state is not None and options.resume
     state = state or TrainingState(stage=options.stages[0], source=options.source)
+    state.class_weights = class_weights
     if teacher is not None:
         state.teacher = teacher.identity
     if accelerator.is_main_process:
@@ -56,7 +65,8 @@ def train(argv: list[str] | None) -> None:
 
     for name in options.stages:
         if name not in state.results:
-            stage = build_stage(name, recipe, data, model, teacher, accelerator, from_scratch=state.source is None)
+            settings = dict(from_scratch=state.source is None, class_weights=class_weights)
+            stage = build_stage(name, recipe, data, model, teacher, accelerator, **settings)
             train_stage(stage, state, run, accelerator, watch)
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -38,6 +38,17 @@ def effective_number_weights(class_counts: Sequence[int] | Tensor, beta: float =
     return compute_class_weights(counts, int(counts.sum()), method="effective_num", beta=beta)[1]
 
 
+def inverse_root_weights(class_counts: Sequence[int] | Tensor) -> Tensor:
+    """Class weights by the inverse square root of the number of images, with mean 1.
+
+    class_counts [C] -> weights [C], float32, proportional to n_c^(-1/2), half-way between equal and inverse-frequency
+    weights. InputError for an empty class. After Mahajan et al. 2018, arXiv:1805.00932; Cui et al. 2019,
+    arXiv:1901.05555, section 1.
+    """
+    weights = _counts(class_counts) ** -0.5
+    return (weights / weights.mean()).float()
+
+
 def ldam_margins(class_counts: Sequence[int] | Tensor, max_margin: float = 0.5) -> Tensor:
     """Label-distribution-aware margins n_c^(-1/4), at most `max_margin`.
 

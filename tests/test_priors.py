@@ -22,6 +22,10 @@ def test_effective_number_weights_approach_uniform_and_inverse_frequency():
     torch.testing.assert_close(priors.effective_number_weights(COUNTS, beta=1 - 1e-9), inverse, rtol=1e-4, atol=0)
 
 
+def test_inverse_root_weights_match_their_closed_form():
+    torch.testing.assert_close(priors.inverse_root_weights([4, 16, 1]), torch.tensor([0.5, 0.25, 1.0]) * 3 / 1.75)
+
+
 def test_ldam_margins_reach_the_maximum_at_the_rarest_class():
     margins = priors.ldam_margins([16, 1, 81], max_margin=0.5)
     torch.testing.assert_close(margins, torch.tensor([0.25, 0.5, 0.5 / 3]))

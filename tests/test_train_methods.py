@@ -289,3 +289,43 @@ def test_fused_norms_train_like_the_modules(train, uncompiled, colours, tmp_path
     first, last = losses["--no-fused-norm"]
     assert last < 0.9 * first  # has learned
     assert losses["--fused-norm"] == pytest.approx(losses["--no-fused-norm"], rel=1e-3)
+
+
+def test_a_resumed_run_keeps_its_class_weights(train, colours, tmp_path, monkeypatch, capsys):
+    """The weights are part of the run: the file is not read again."""
+    file, output, reference = tmp_path / "weights.txt", tmp_path / "run", tmp_path / "reference"
+    file.write_text("1\n2\n4\n")
+    more = ["--stage", "experts", "--loss", "ce", "--epochs", "2", "--class-weights", str(file)]
+    assert train(flags_of(colours, reference, *more)) == 0
+    with monkeypatch.context() as patched:
+        stop_after_epoch(patched)
+        assert train(flags_of(colours, output, *more)) == 143
+    file.write_text("4\n2\n1\n")
+    assert train(["--output", output, "--resume", "--stage", "experts", "--threads", "1"]) == 0
+    assert RunFolder(output).results()["class_weights"] == [1, 2, 4]
+    assert (reference / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    other = flags_of(colours, tmp_path / "other", *more)
+    for text, message in (("1\n0\n1\n", "has weight 0, expected one above 0"), ("1\n", "has 1 numbers")):
+        file.write_text(text)
+        assert train(other) == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_automatic_class_weights_are_those_of_the_images_trained_on(train, colours, tmp_path):
+    flags = [
+        "--stage",
+        "experts",
+        "--loss",
+        "focal",
+        "--epochs",
+        "1",
+        "--class-weights",
+        "auto",
+        "--sampler",
+        "square_root",
+    ]
+    assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
+    results = RunFolder(tmp_path / "run").results()
+    expected = torch.tensor(results["class_counts"]) ** -0.5
+    torch.testing.assert_close(torch.tensor(results["class_weights"]), expected / expected.mean())

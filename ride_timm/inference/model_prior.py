@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +34,18 @@ def add_prior_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_log_prior(recipe: Recipe, class_counts: Sequence[int]) -> Tensor:
+def run_log_prior(recipe: Recipe, class_counts: Sequence[int], class_weights: Sequence[float] | None = None) -> Tensor:
     """Log-prior that the mean logits of a recipe's experts suit, [C].
 
-    class_counts [C], of the training images. Batches drawn by a sampler of class probabilities s under class weights w
-    and an offset o added to the logits give logits for a prior proportional to s * w * exp(-o); of RIDE and LDAM, as
-    they end training, margins and diversity aside. Re-trained or tau-normalised heads count as balanced.
+    class_counts [C], of the training images; class_weights [C]: given to the loss, if any. Batches drawn by a sampler
+    of class probabilities s under class weights w and an offset o added to the logits give logits for a prior
+    proportional to s * w * exp(-o); of RIDE and LDAM, as they end training, margins and diversity aside. Re-trained or
+    tau-normalised heads count as balanced.
     """
     if recipe.decouple in ("crt", "lws", "tau_norm"):
         return torch.full((len(class_counts),), 1 / len(class_counts)).log()
-    loss = make_loss(recipe.loss, class_counts, **recipe.loss_args)
+    weights = {} if class_weights is None else dict(weights=class_weights)
+    loss = make_loss(recipe.loss, class_counts, **recipe.loss_args, **weights)
     loss.set_epoch(recipe.epochs - 1)
     drawn = class_probabilities(class_counts, recipe.sampler, recipe.epochs - 1, recipe.epochs)
     prior = torch.from_numpy(drawn).log().float() - loss.removed_log_prior()
@@ -59,7 +62,7 @@ def model_log_prior(
         return log_prior_of(given, class_counts, class_names)
     recipe = own_recipe(spec)
     if recipe is not None and class_counts is not None:
-        return run_log_prior(recipe, class_counts)
+        return run_log_prior(recipe, class_counts, run_results(spec).get("class_weights"))
     print(
         f"notice: {spec} has no recipe; its logits are taken to suit a uniform prior (--model-prior states another)",
         file=sys.stderr,
@@ -67,7 +70,7 @@ def model_log_prior(
     return log_prior_of("uniform", None, class_names)
 
 
-def training_counts(spec: str) -> list[int] | None:
-    """Training images of each class, as results.json of a run or release has them; None for any other SPEC."""
+def run_results(spec: str) -> dict[str, Any]:
+    """results.json of a run or release, with its `class_counts`; empty for any other SPEC."""
     path = Path(spec.removeprefix("local-dir:")) / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("class_counts") if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, InitVar, dataclass, fields
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .. import priors
@@ -76,7 +77,21 @@ class ExpertsLoss(nn.Module):
         self.register_buffer(name, value, persistent=False)
 
 
-class SmoothedLoss(ExpertsLoss):
+class WeightedLoss(ExpertsLoss):
+    """A loss with class weights, if given: one number above 0 for each class; their scale cancels in batch means."""
+
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self, class_counts: Any) -> None:
+        super().__post_init__(class_counts)
+        self.class_weights: Tensor | None
+        self._keep("class_weights", None if self.weights is None else torch.tensor(self.weights))
+
+    def removed_log_prior(self) -> Tensor | float:
+        return super().removed_log_prior() - (0.0 if self.class_weights is None else self.class_weights.log())
+
+
+class SmoothedLoss(WeightedLoss):
     """A loss of plain cross entropy, with label smoothing.
 
     Szegedy et al. 2016, arXiv:1512.00567, section 7.
@@ -85,7 +100,7 @@ class SmoothedLoss(ExpertsLoss):
     label_smoothing: float = key(0.0, "label smoothing", low=0, high=0.9)
 
 
-class ClassBalancedLoss(ExpertsLoss):
+class ClassBalancedLoss(WeightedLoss):
     """A loss with class weights by effective numbers, if `class_balanced`.
 
     Cui et al. 2019, arXiv:1901.05555, section 4.
@@ -95,11 +110,8 @@ class ClassBalancedLoss(ExpertsLoss):
 
     def __post_init__(self, class_counts: Any) -> None:
         super().__post_init__(class_counts)
-        self.class_weights: Tensor | None
-        self._keep("class_weights", priors.effective_number_weights(class_counts) if self.class_balanced else None)
-
-    def removed_log_prior(self) -> Tensor | float:
-        return super().removed_log_prior() - (0.0 if self.class_weights is None else self.class_weights.log())
+        if self.class_balanced:
+            self.class_weights = priors.effective_number_weights(class_counts)
 
 
 class PerExpertPriorLoss(SmoothedLoss):
@@ -126,7 +138,8 @@ class PerExpertPriorLoss(SmoothedLoss):
         return expert_logits + self.offsets
 
     def compute(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(self.adjusted(expert_logits), targets, label_smoothing=self.label_smoothing)
+        adjusted = self.adjusted(expert_logits)
+        return cross_entropy(adjusted, targets, self.class_weights, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -148,8 +161,18 @@ class RegisteredLoss:
         """Its recipe keys."""
         return [item for item in fields(self.loss) if item.metadata and item.name not in self.fixed]
 
+    @property
+    def takes_weights(self) -> bool:
+        """True for a loss that class weights can be given to, since it has none of its own."""
+        return issubclass(self.loss, WeightedLoss) and not self.fixed.get("class_balanced")
+
     def arguments(self, recipe: Any) -> dict[str, Any]:
-        """Arguments for `make_loss`; InputError for unsupported recipe keys."""
+        """Arguments for `make_loss`, `weights` aside; InputError for unsupported recipe keys."""
+        if recipe.class_weights is not None and not self.takes_weights:
+            others = ", ".join(name for name, entry in LOSSES.items() if entry.takes_weights)
+            raise InputError(
+                f"class_weights={recipe.class_weights}: loss {recipe.loss!r} takes none; those that do are {others}."
+            )
         return {name: value for name, value in self.loss.arguments(recipe).items() if name not in self.fixed}
 
 

@@ -42,4 +42,4 @@ class LogitAdjustedLoss(SmoothedLoss):
 
     def compute(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
         adjusted = expert_logits.mean(1, keepdim=True) + self.offset
-        return cross_entropy(adjusted, targets, label_smoothing=self.label_smoothing)
+        return cross_entropy(adjusted, targets, self.class_weights, label_smoothing=self.label_smoothing)

@@ -56,7 +56,8 @@ class MdcsLoss(BalPoELoss):
         if len(expert_logits) != 2 * len(targets):
             raise InputError(f"expected the logits of two views of {len(targets)} images, got {len(expert_logits)}")
         adjusted = self.adjusted(expert_logits)
-        base = cross_entropy(adjusted, targets.repeat(2), label_smoothing=self.label_smoothing)
+        both = targets.repeat(2)
+        base = cross_entropy(adjusted, both, self.class_weights, label_smoothing=self.label_smoothing)
         weak, strong = adjusted.chunk(2)
         right = weak.argmax(-1) == targets[:, None]  # [B, E]
         target = weak.log_softmax(-1).detach()

@@ -21,9 +21,11 @@ from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
 from ..errors import InputError
 from ..evaluation.evaluate import evaluation_batch
+from ..files import read_class_values
 from ..models import Ride
 from ..models.fused import fuse
 from ..models.load import create_ride_model, load_model, load_teacher
+from ..priors import inverse_root_weights
 from .options import Options
 from .recipe import Recipe, StageSettings
 from .state import TrainingState
@@ -208,6 +210,26 @@ def build_teacher(recipe: Recipe, data: RunData, options: Options, state: Traini
             "began with; leave --teacher out, or choose another --output."
         )
     return teacher
+
+
+def build_class_weights(
+    recipe: Recipe, data: RunData, options: Options, state: TrainingState | None
+) -> list[float] | None:
+    """Class weights of stage one, if the recipe has them; a resumed run's own.
+
+    Raises `InputError` for a file that does not give each class a weight above 0.
+    """
+    if state is not None and state.class_weights is not None:
+        return state.class_weights
+    if recipe.class_weights is None or recipe.decouple != "none" or "experts" not in options.stages:
+        return None
+    if recipe.class_weights == "auto":
+        return inverse_root_weights(data.train_counts).tolist()
+    weights = read_class_values(recipe.class_weights, data.longtail.class_names)
+    if 0 in weights:
+        name = data.longtail.class_names[weights.index(0)]
+        raise InputError(f"class_weights={recipe.class_weights}: class {name!r} has weight 0, expected one above 0.")
+    return weights
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -98,6 +98,11 @@ class StageOneKeys:
         "class_balanced over the epochs",
         choices=SAMPLERS,
     )
+    class_weights: str | None = key(
+        None,
+        "class weights of the loss: auto (inverse square root of the training images), or a file of lines "
+        "`name,weight`, of one weight a line in class order, or JSON",
+    )
     mixup_alpha: float = key(0.0, "timm's mixup; 0: off", low=0, high=10)
     cutmix_alpha: float = key(0.0, "timm's CutMix; 0: off; with mixup, one of them at random", low=0, high=10)
     random_erasing: float = key(

@@ -142,7 +142,7 @@ class Stage:
             run.export(self.model, self.data.policy.data_config(self.data.size), self.data.longtail.class_names)
             facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
             facts |= dict(seconds=round(state.seconds, 1))
-            facts |= {key: value for key in ("source", "teacher") if (value := getattr(state, key))}
+            facts |= {key: value for key in ("source", "teacher", "class_weights") if (value := getattr(state, key))}
             run.write_results(self.recipe, self.accelerator.device, state.results, **facts)
             run.save(state)
             names, shots = self.data.longtail.class_names, self.recipe.shots
@@ -156,16 +156,17 @@ class Stage:
 class ExpertsStage(Stage):
     """Stage one: trunk and experts under the recipe's loss, with a teacher or not. RIDE, section 3.2.
 
-    from_scratch: the run began without `--from`, so that an EMA warms up.
+    from_scratch: the run began without `--from`, so that an EMA warms up. class_weights [C]: of the loss, if given.
     """
 
     name = "experts"
 
     def __init__(
         self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator, teacher: Teacher | None,
-        from_scratch: bool,
+        from_scratch: bool, class_weights: list[float] | None = None,
     ) -> None:  # fmt: skip
-        self.loss = make_loss(recipe.loss, data.train_counts, **recipe.loss_args)
+        weights = {} if class_weights is None else dict(weights=class_weights)
+        self.loss = make_loss(recipe.loss, data.train_counts, **recipe.loss_args, **weights)
         self.num_views = data.num_views
         if self.loss.offsets is not None and model.has_class_affine:
             align_experts(model, -self.loss.offsets)  # back to the priors they are trained for
@@ -221,14 +222,14 @@ class RouterStage(Stage):
 
 def build_stage(
     name: str, recipe: Recipe, data: RunData, model: Ride, teacher: Teacher | None, accelerator: Accelerator,
-    from_scratch: bool = True,
+    from_scratch: bool = True, class_weights: list[float] | None = None,
 ) -> Stage:  # fmt: skip
     """The stage "experts" or "router" of a recipe, ready for its first epoch."""
     if name == "router":
         return RouterStage(recipe, data, model, accelerator)
     if recipe.decouple != "none":
         return HeadsStage(recipe, data, model, accelerator)
-    return ExpertsStage(recipe, data, model, accelerator, teacher, from_scratch)
+    return ExpertsStage(recipe, data, model, accelerator, teacher, from_scratch, class_weights)
 
 
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:

@@ -25,6 +25,7 @@ class TrainingState:
 
     stage, epoch: the stage in progress ("done" after the last) and how many of its epochs are finished.
     source, teacher: `--from`, and the teacher as {"spec", "sha256"} of its weights.
+    class_weights: of the loss, [C], where the recipe has them: a resumed run reads no file again.
     history: one row of metrics.csv per epoch, over all stages. results: metrics of the finished stages.
     """
 
@@ -33,6 +34,7 @@ class TrainingState:
     model: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
     teacher: dict[str, str] | None = None
+    class_weights: list[float] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0

@@ -39,6 +39,8 @@ def render_with(staged, **changes):
         (dict(loss="ce"), ["with cross entropy: 3 experts share", "Please cite RIDE:", "knows nothing of class freq"]),
         (dict(loss="ce", distillation=True), ["recipe.yaml --teacher path/to/the/teacher\n"]),
         (dict(sampler="square_root"), ["| epochs, batch size | ", ", sampler square_root |"]),
+        (dict(loss="ce", class_weights="auto"), ["| class weights | inverse square root of the training images |"]),
+        (dict(loss="ce", class_weights="w.csv"), ["| class weights | see results.json |"]),
         (dict(router_balanced=False), ["| 5 epochs of batches of 512, sgd, learning rate 0.01, pos_weight 100 |"]),
         (dict(router_optimizer="adamw"), ["| 5 epochs of class-balanced batches of 512, adamw, learning rate 0.01,"]),
         (

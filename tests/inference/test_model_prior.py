@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ride_timm.inference.model_prior import model_log_prior, run_log_prior, training_counts
+from ride_timm.inference.model_prior import model_log_prior, run_log_prior, run_results
 from ride_timm.priors import effective_number_weights, log_prior
 from ride_timm.training.recipe import Recipe
 
@@ -67,9 +67,11 @@ def test_the_prior_of_a_model_is_given_known_or_uniform(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(Recipe(loss="ce").to_yaml())
     (tmp_path / "results.json").write_text(json.dumps(dict(class_counts=COUNTS)))
     run = f"local-dir:{tmp_path}"
-    assert training_counts(run) == COUNTS and training_counts("resnet18") is None
+    assert run_results(run)["class_counts"] == COUNTS and run_results("resnet18") == {}
     torch.testing.assert_close(model_log_prior(None, run, COUNTS, names), log_prior(COUNTS))
     torch.testing.assert_close(model_log_prior("uniform", run, COUNTS, names).exp(), UNIFORM / 4)
+    (tmp_path / "results.json").write_text(json.dumps(dict(class_counts=COUNTS, class_weights=[1, 5, 25, 100])))
+    torch.testing.assert_close(model_log_prior(None, run, COUNTS, names).exp(), UNIFORM / 4)
     assert capsys.readouterr().err == ""
     torch.testing.assert_close(model_log_prior(None, "resnet18", COUNTS, names).exp(), UNIFORM / 4)
     assert "resnet18 has no recipe; its logits are taken to suit a uniform prior" in capsys.readouterr().err

@@ -171,6 +171,11 @@ def test_reweighting_off_reaches_the_loss():
         ({"loss": "mdcs"}, r"loss=mdcs compares a weak and a strong view: set auto_augment"),
         ({"loss": "mdcs", "auto_augment": "v0", "mixup_alpha": 0.4}, r"set mixup_alpha and cutmix_alpha to 0"),
         ({"loss": "sade", "num_experts": 4}, r"num_experts=4: loss 'sade' trains 3 experts"),
+        (
+            {"loss": "ride", "class_weights": "auto"},
+            r"class_weights=auto: loss 'ride' takes none; those that do are .*ce",
+        ),
+        ({"loss": "cb_ce", "class_weights": "w.csv"}, r"class_weights=w.csv: loss 'cb_ce' takes none"),
         ({"loss": "ride", "label_smoothing": 0.1}, r"label_smoothing=0.1: loss 'ride' does not support it"),
         ({"label_smoothing": 1}, r"label_smoothing=1: .* at most 0.9"),
         ({"mixup_alpha": -0.4}, r"mixup_alpha=-0.4: .* 0 or more"),
