@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ..evaluation.routing_curve import (
     thin,
 )
 from ..evaluation.shifted import RATIOS, shifted_accuracies, shifted_table
-from ..evaluation.tables import GROUPS, groups_table, metrics_table, millions
+from ..evaluation.tables import GROUPS, classes_table, confusions_table, groups_table, metrics_table, millions
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..files import write_text
 from ..inference.load import SPEC, data_recipe, load_ride, own_recipe
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(metrics)
     else:
-        _print(args, rows, metrics, device)
+        _print(args, rows, metrics, data.class_names, device)
 
 
 def _data_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -228,10 +229,15 @@ def _choose_threshold(
     return point | dict(images=len(images), seen_in_training=not unseen, source=source)
 
 
-def _print(args: argparse.Namespace, rows: dict[str, Any], metrics: dict[str, Any], device: torch.device) -> None:
+def _print(
+    args: argparse.Namespace, rows: dict[str, Any], metrics: dict[str, Any], names: Sequence[str], device: torch.device
+) -> None:
     print(metrics_table(rows))
     print(f"{metrics['correct']} of {metrics['images']} test images correct")
     print(f"\n{groups_table(metrics)}")
+    print(f"\n{classes_table(metrics)}")
+    if metrics["confusions"]:
+        print(f"\n{confusions_table(metrics, names)}")
     if (shifted := metrics.get("shifted")) is not None:
         print(f"\n{shifted_table(shifted)}")
         if skipped := [str(ratio) for ratio in RATIOS if ratio not in [row["ratio"] for row in shifted]]:

@@ -1,8 +1,9 @@
-"""Counts of a test set, exact in any order and over any number of processes."""
+"""Counts and predictions of a test set, exact over any number of processes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ _CONFIDENCE_UNIT, _DIVERGENCE_UNIT = 2.0**32, 2.0**20
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Counts by class.
+    """Counts by class, and what was predicted for each image.
 
+    targets, predictions [N], probabilities [N]: class, predicted class and its probability of each image, in the order
+    of the test set.
     images, right, top5 [C]: test images, and those with the right class first or among the first five.
     binned, binned_right, confidence [C, NUM_BINS]: images, right ones and the sum of confidences, by confidence.
     used [C, E]: images that used 1, 2, … experts; None without a router.
@@ -28,6 +31,9 @@ class Counts:
     members that disagree, and the sum over members of KL(ensemble || member) in nats; None without members.
     """
 
+    targets: np.ndarray
+    predictions: np.ndarray
+    probabilities: np.ndarray
     images: np.ndarray
     right: np.ndarray
     top5: np.ndarray
@@ -67,6 +73,8 @@ class CountAccumulator:
         total = sum(shape.numel() for shape in self._shapes.values())
         self._counts = torch.zeros(total, dtype=torch.int64, device=device)
         self._views = self._split(self._counts)
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []  # targets, predictions, probabilities
+        self._samples: tuple[np.ndarray, ...] = ()
         self._reduced = False
 
     def _split(self, counts: Tensor) -> dict[str, Tensor]:
@@ -93,24 +101,27 @@ class CountAccumulator:
         if shape != expected:
             raise InputError(f"expected member_logits {expected}, got {shape}")
         views, one = self._views, torch.ones_like(targets)
-        right = (logits.argmax(1) == targets).to(targets.dtype)
+        predictions = logits.argmax(1)
+        right = (predictions == targets).to(targets.dtype)
         top5 = (logits.topk(min(5, self.num_classes), dim=1).indices == targets[:, None]).any(1)
         views["images"].index_add_(0, targets, one)
         views["right"].index_add_(0, targets, right)
         views["top5"].index_add_(0, targets, top5.to(targets.dtype))
-        self._update_bins(logits, targets, right)
+        probabilities = self._update_bins(logits, targets, right)
+        self._batches.append((targets, predictions, probabilities))
         if experts_used is not None:
             views["used"].view(-1).index_add_(0, targets * self.num_experts + experts_used.long() - 1, one)
         if member_logits is not None:
             self._update_members(logits, targets, member_logits)
 
-    def _update_bins(self, logits: Tensor, targets: Tensor, right: Tensor) -> None:
+    def _update_bins(self, logits: Tensor, targets: Tensor, right: Tensor) -> Tensor:
         confidence = logits.float().softmax(1).amax(1).double().nan_to_num(0)
         bins = (confidence * NUM_BINS).ceil().long().clamp_(1, NUM_BINS) - 1  # bin m is ((m-1)/M, m/M]
         cells = targets * NUM_BINS + bins
         units = (confidence * _CONFIDENCE_UNIT).round().long()
         for name, values in (("binned", torch.ones_like(targets)), ("binned_right", right), ("confidence", units)):
             self._views[name].view(-1).index_add_(0, cells, values)
+        return confidence
 
     def _update_members(self, logits: Tensor, targets: Tensor, members: Tensor) -> None:
         classes = members.argmax(2)  # [B, M]
@@ -127,10 +138,18 @@ class CountAccumulator:
 
     def reduce(self) -> Counts:
         """The counts summed over all processes; a second call returns the same."""
-        if not self._reduced and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._counts)
+        if not self._reduced:
+            batches = [[tuple(part.cpu().numpy() for part in batch) for batch in self._batches]]
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(self._counts)
+                own, batches = batches[0], [[]] * dist.get_world_size()
+                dist.all_gather_object(batches, own)
+            # processes hold slices of the same batches, in the order of their ranks
+            slices = [part for batch in zip_longest(*batches) for part in batch if part is not None]
+            empty = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
+            self._samples = tuple(map(np.concatenate, zip(empty, *slices, strict=True)))
         self._reduced = True
         parts = {name: part.numpy() for name, part in self._split(self._counts.cpu()).items()}
         parts["confidence"] = parts["confidence"] / _CONFIDENCE_UNIT
         parts["divergence"] = parts["divergence"] / _DIVERGENCE_UNIT
-        return Counts(**{name: part for name, part in parts.items() if part.size})
+        return Counts(*self._samples, **{name: part for name, part in parts.items() if part.size})

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..priors import shot_groups
+from .confusions import largest_confusions
 from .counts import Counts
 from .tables import GROUPS
 
@@ -29,6 +30,7 @@ def compute_metrics(
     the first, few-shot classes fewer than the second. InputError for counts of another number of classes. ->
 
     "all", "many", "medium", "few", "top5": accuracy over images; "class_mean", "per_class" [C]; "class_means" by group;
+    "precision", "recall" and "f1": see `precision_recall_f1`; "confusions": see `confusions.largest_confusions`;
     "worst_class", and "harmonic_mean" over classes (0 if one class is never right), from Du & Wu 2023,
     arXiv:2303.03630; "head_to_tail", "calibration" and "reliability" by group: see the functions below; "experts":
     see `expert_metrics`; "experts_used" [E] and "experts_used_by_group", fractions of images that used 1, 2, … experts.
@@ -44,6 +46,8 @@ def compute_metrics(
     tested = [accuracy for accuracy in per_class if accuracy is not None]
     metrics |= dict(class_mean=means["all"], per_class=per_class, class_means=means)
     metrics |= dict(worst_class=min(tested, default=None), harmonic_mean=harmonic_mean(tested))
+    metrics |= precision_recall_f1(counts)
+    metrics["confusions"] = largest_confusions(counts)
     if class_counts is not None:
         metrics["head_to_tail"] = head_to_tail(per_class, class_counts)
     metrics["reliability"] = {name: reliability(counts, group) for name, group in groups.items()}
@@ -67,6 +71,28 @@ def group_masks(
     if class_counts is None:
         return {"all": everyone} | dict.fromkeys(GROUPS[1:], ~everyone)
     return {"all": everyone} | {name: mask.numpy() for name, mask in shot_groups(class_counts, *shots).items()}
+
+
+def precision_recall_f1(counts: Counts) -> dict[str, Any]:
+    """Precision, recall and F1 in percent: by class, their mean, and weighted by test images.
+
+    -> "precision", "recall", "f1": {"per_class" [C], "macro", "weighted"}. None for the precision of a class that is
+    never predicted, which counts 0 in the means, and for what needs a test image; the means are over classes with one.
+    """
+    predicted = np.bincount(counts.predictions, minlength=len(counts.images))
+    parts = dict(
+        precision=(counts.right, predicted),
+        recall=(counts.right, counts.images),
+        f1=(2 * counts.right, np.where(counts.images, counts.images + predicted, 0)),
+    )
+    metrics = {}
+    for name, (part, total) in parts.items():
+        by_class = [percent(r, n) for r, n in zip(part.tolist(), total.tolist(), strict=True)]
+        values = np.array([value or 0.0 for value in by_class])[counts.images > 0]
+        weights = counts.images[counts.images > 0]
+        weighted = float(np.average(values, weights=weights)) if len(values) else None
+        metrics[name] = dict(per_class=by_class, macro=_mean(values.tolist()), weighted=weighted)
+    return metrics
 
 
 def harmonic_mean(accuracies: Sequence[float]) -> float | None:

@@ -78,3 +78,20 @@ def groups_table(metrics: Mapping[str, Any]) -> str:
         lines.append(cells)
     worst, harmonic = number(metrics["worst_class"]), number(metrics["harmonic_mean"])
     return f"{text_table(lines)}\nworst class {worst}, harmonic mean of the classes {harmonic}"
+
+
+def classes_table(metrics: Mapping[str, Any]) -> str:
+    """A text table of precision, recall and F1 in percent, means over classes and weighted by test images."""
+    names = ("precision", "recall", "f1")
+    means = {"mean of classes": "macro", "weighted by test images": "weighted"}
+    lines = [[title, *(number(metrics[name][key]) for name in names)] for title, key in means.items()]
+    return text_table([["", "precision", "recall", "F1"], *lines])
+
+
+def confusions_table(metrics: Mapping[str, Any], class_names: Sequence[str]) -> str:
+    """A text table of the largest confusions: class, predicted class, test images, percent of the class."""
+    lines = [
+        [f"{class_names[row['true']]} → {class_names[row['predicted']]}", str(row["images"]), number(row["percent"], 1)]
+        for row in metrics["confusions"]
+    ]
+    return text_table([["largest confusions: true → predicted", "images", "% of the true class"], *lines])

@@ -10,7 +10,7 @@ import torch
 from ride_timm.errors import InputError
 from ride_timm.evaluation.counts import CountAccumulator
 from ride_timm.evaluation.metrics import compute_metrics, harmonic_mean, head_to_tail
-from ride_timm.evaluation.tables import groups_table
+from ride_timm.evaluation.tables import classes_table, groups_table
 
 COUNTS = [500, 101, 100, 20, 19, 3, 50]
 GROUPS = {"all": range(7), "many": [0, 1], "medium": [2, 3, 6], "few": [4, 5]}
@@ -108,7 +108,10 @@ def test_the_order_and_the_batches_change_no_digit():
     shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     one = compute_metrics(counted(members, targets, used, 400).reduce(), COUNTS)
     other = counted(members[shuffled], targets[shuffled], used[shuffled], 7)
-    assert compute_metrics(other.reduce(), COUNTS) == one
+    found = compute_metrics(other.reduce(), COUNTS)
+    for confusion in (*found["confusions"], *one["confusions"]):
+        del confusion["examples"]  # positions in the test set
+    assert found == one
 
 
 def test_two_processes_sums_are_those_of_one():
@@ -177,3 +180,34 @@ def test_metrics_of_nothing_are_none():
     assert found["experts"]["accuracy"]["few"] == [None, None] and found["experts_used_by_group"]["many"] is None
     text = groups_table(found)
     assert "worst class –" in text and len(text.splitlines()) == 7
+
+
+def test_precision_recall_and_f1_against_plain_loops():
+    members, targets, _ = draw()
+    members[..., 3] -= 100  # a class that is never predicted; class 6 has no test image, but is predicted
+    members[:5, :, 6] += 100
+    found = compute_metrics(counted(members, targets).reduce(), COUNTS)
+    predictions, targets = members.mean(1).argmax(1).tolist(), targets.tolist()
+    values, sizes = {"precision": [], "recall": [], "f1": []}, [targets.count(c) for c in range(7)]
+    for c in range(7):
+        hits = sum(p == t == c for p, t in zip(predictions, targets, strict=True))
+        precision = hits / predictions.count(c) if predictions.count(c) else None
+        recall = hits / sizes[c] if sizes[c] else None
+        f1 = None if recall is None else 2 * recall * (precision or 0) / (recall + (precision or 0)) if hits else 0.0
+        for name, value in zip(values, (precision, recall, f1), strict=True):
+            values[name].append(None if value is None else 100 * value)
+    assert values["precision"][3] is None and values["f1"][3] == 0 and values["precision"][6] == 0
+    assert values["recall"][6] is values["f1"][6] is None
+    for name, by_class in values.items():
+        assert found[name]["per_class"] == [None if v is None else pytest.approx(v) for v in by_class]
+        tested = [by_class[c] or 0 for c in range(6)]
+        assert found[name]["macro"] == pytest.approx(sum(tested) / 6)
+        assert found[name]["weighted"] == pytest.approx(sum(v * n for v, n in zip(tested, sizes, strict=False)) / 400)
+    assert found["recall"]["weighted"] == pytest.approx(found["all"])
+    assert found["recall"]["macro"] == pytest.approx(found["class_mean"])
+    assert f"{found['f1']['macro']:.2f}" in classes_table(found).splitlines()[2]
+
+
+def test_metrics_of_no_image():
+    found = compute_metrics(CountAccumulator(7).reduce(), COUNTS)
+    assert found["f1"] == dict(per_class=[None] * 7, macro=None, weighted=None) and found["confusions"] == []
