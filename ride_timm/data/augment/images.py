@@ -6,6 +6,7 @@ from collections.abc import Callable
 from io import BytesIO
 from math import ceil, floor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,17 @@ from torchvision import transforms as T
 from .policies import Policy, TimmAugment, get_policy
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-# (width, height) of the full, upright image -> box in it, (width, height) to resize the box to
-Plan = Callable[[int, int], tuple[Box, tuple[int, int]]]
+
+
+class Planned(NamedTuple):
+    """A box of the full, upright image, and (width, height) to resize it to."""
+
+    box: Box
+    size: tuple[int, int]
+    resampling: Image.Resampling = Image.Resampling.BILINEAR
+
+
+Plan = Callable[[int, int], Planned]  # from (width, height) of the full, upright image
 # Decodes the planned box of an image, resized: (image as opened, plan) -> RGB image of the planned size
 Decoder = Callable[[Image.Image, Plan], Image.Image]
 
@@ -94,7 +104,9 @@ def decode_full(image: Image.Image, plan: Plan) -> Image.Image:
     return resize_box(image, *plan(*image.size))
 
 
-def resize_box(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+def resize_box(
+    image: Image.Image, box: Box, size: tuple[int, int], interpolation: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
     """Resize a box, with antialiasing.
 
     It is cropped first, as in torchvision: pixels around it do not bleed in.
@@ -104,23 +116,32 @@ def resize_box(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Ima
     if outer != (0, 0, *image.size):
         image = image.crop(outer)
     inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
-    return image.resize(size, Image.Resampling.BILINEAR, inner)
+    return image.resize(size, interpolation, inner)
 
 
 class Fit:
-    """Resize the shorter image size to `resize`, then crop the centre to `size`."""
+    """Resize the shorter image size to `resize`, or the image to a square for `squash`; crop the centre to `size`."""
 
-    def __init__(self, size: int, resize: int | None = None, decoder: Decoder = decode_full) -> None:
-        self.resize, self.decoder = resize or size, decoder
+    def __init__(
+        self,
+        size: int,
+        resize: int | None = None,
+        decoder: Decoder = decode_full,
+        interpolation: str = "bilinear",
+        squash: bool = False,
+    ) -> None:
+        self.resize, self.decoder, self.squash = resize or size, decoder, squash
+        self.resampling = Image.Resampling[interpolation.upper()]
         self.crop = T.CenterCrop(size)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return self.crop(self.decoder(image, self.plan))
 
-    def plan(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
+    def plan(self, width: int, height: int) -> Planned:
         """The full image, and the size that torchvision's Resize gives it."""
-        short = min(width, height)
-        return (0, 0, width, height), (int(self.resize * width / short), int(self.resize * height / short))
+        short = (width, height) if self.squash else (min(width, height),) * 2
+        size = int(self.resize * width / short[0]), int(self.resize * height / short[1])
+        return Planned((0, 0, width, height), size, self.resampling)
 
 
 class RandomResizedCrop(T.RandomResizedCrop):
@@ -129,18 +150,19 @@ class RandomResizedCrop(T.RandomResizedCrop):
     So all decoders crop the same boxes.
     """
 
-    def __init__(self, size: int, decoder: Decoder = decode_full) -> None:
+    def __init__(self, size: int, decoder: Decoder = decode_full, interpolation: str = "bilinear") -> None:
         super().__init__(size)
+        self.resampling = Image.Resampling[interpolation.upper()]
         self.decoder = decoder
 
     def forward(self, image: Image.Image) -> Image.Image:
         return self.decoder(image, self.plan)
 
-    def plan(self, width: int, height: int) -> tuple[Box, tuple[int, int]]:
+    def plan(self, width: int, height: int) -> Planned:
         """A random box, and the output size."""
         shape = torch.empty(height, width, device="meta")  # get_params reads the size alone
         top, left, h, w = self.get_params(shape, self.scale, self.ratio)
-        return (left, top, left + w, top + h), (self.size[1], self.size[0])
+        return Planned((left, top, left + w, top + h), (self.size[1], self.size[0]), self.resampling)
 
 
 def build_crop(
@@ -150,10 +172,10 @@ def build_crop(
     policy = get_policy(policy)
     size = policy.input_size(input_size)
     if not train:
-        return Fit(size, policy.resize_at(size), decoder)
+        return Fit(size, policy.resize_at(size), decoder, policy.interpolation, policy.squash)
     if policy.padding is not None:
         return Fit(size, decoder=decoder)
-    return RandomResizedCrop(size, decoder)
+    return RandomResizedCrop(size, decoder, policy.interpolation)
 
 
 def build_augment(policy: str | Policy, train: bool, input_size: int | None = None) -> T.Compose:
@@ -169,7 +191,8 @@ def build_augment(policy: str | Policy, train: bool, input_size: int | None = No
         else:
             steps += [T.RandomHorizontalFlip(), *changes]
         steps += [T.RandomRotation(policy.degrees)] if policy.degrees else []
-        steps += [T.ColorJitter(policy.jitter, policy.jitter, policy.jitter)] if policy.jitter else []
+        if policy.jitter and policy.auto_augment is None:
+            steps.append(T.ColorJitter(policy.jitter, policy.jitter, policy.jitter))
     return T.Compose([*steps, T.ToTensor(), T.Normalize(policy.mean, policy.std)])
 
 

@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import (
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from ...errors import InputError
+
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,11 @@ class Policy:
     """How images become inputs, for training and testing.
 
     mean, std: per channel, for pixels in [0, 1].
-    size: default input size in pixels; resize: shorter image size before the centre crop at test time, at that size.
+    size: default input size in pixels; crop_pct: test crop over resized image, as timm defines it.
+    interpolation: of every resize, "bilinear" or "bicubic"; squash: the test transform resizes to a square, keeping no
+        aspect ratio, as timm's crop_mode "squash".
     padding, degrees: padded crop and rotation of small images; without padding, a random resized crop instead.
-    jitter: strength of the brightness, contrast and saturation changes.
+    jitter: strength of the brightness, contrast and saturation changes; AutoAugment takes their place, as in timm.
     in_memory: decode the set once, hold it in memory and augment it batch by batch.
     auto_augment: timm's name of a policy, see `TimmAugment`; applied before the padded crop, or after the random
         resized crop and its flip.
@@ -35,7 +44,9 @@ class Policy:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     size: int
-    resize: int
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+    squash: bool = False
     padding: int | None = None
     degrees: float = 0.0
     jitter: float = 0.0
@@ -58,11 +69,6 @@ class Policy:
             raise InputError(f"input size {input_size!r} is not a positive number of pixels")
         return int(input_size)
 
-    @property
-    def crop_pct(self) -> float:
-        """Test crop over resized image, as timm defines it."""
-        return self.size / self.resize
-
     def resize_at(self, input_size: int) -> int:
         """Shorter image size before the centre crop, floored as timm does."""
         return math.floor(input_size / self.crop_pct)
@@ -70,7 +76,8 @@ class Policy:
     def data_config(self, input_size: int) -> dict[str, Any]:
         """The test transform as timm's data config, for a model's config.json."""
         shape = dict(input_size=(3, input_size, input_size), mean=self.mean, std=self.std)
-        return shape | dict(crop_pct=self.crop_pct, interpolation="bilinear")
+        shape |= dict(crop_mode="squash") if self.squash else {}
+        return shape | dict(crop_pct=self.crop_pct, interpolation=self.interpolation)
 
 
 _CIFAR = Policy(
@@ -78,7 +85,6 @@ _CIFAR = Policy(
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2023, 0.1994, 0.2010),
     size=32,
-    resize=32,
     padding=4,
     degrees=15.0,
     in_memory=True,
@@ -88,13 +94,14 @@ _FASHION = Policy(
     mean=(0.2860, 0.2860, 0.2860),
     std=(0.3530, 0.3530, 0.3530),
     size=28,
-    resize=28,
     padding=2,
     degrees=15.0,
     in_memory=True,
 )
-_IMAGENET = Policy("imagenet", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=224, resize=256, jitter=0.4)
-_INAT = Policy("inat", mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192), size=224, resize=256)
+_IMAGENET = Policy(
+    "imagenet", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=224, crop_pct=0.875, jitter=0.4
+)
+_INAT = Policy("inat", mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192), size=224, crop_pct=0.875)
 # arXiv:2010.01809 and its code: CIFAR crops, flips and rotates; ImageNet-LT crops, flips and jitters; iNat crops, flips
 POLICIES = {policy.name: policy for policy in (_CIFAR, _FASHION, _IMAGENET, _INAT)}
 
@@ -109,6 +116,37 @@ def get_policy(policy: str | Policy) -> Policy:
     if policy not in POLICIES:
         raise InputError(f"unknown augmentation {policy!r}; choose one of {', '.join(POLICIES)}")
     return POLICIES[policy]
+
+
+def backbone_policy(model: str) -> Policy:
+    """The policy that a timm network's weights expect: size, crop, interpolation and normalisation of its cfg.
+
+    Images for training are cropped at random, flipped and jittered in colour. Raises `InputError` for a name that timm
+    does not know, or a cfg with other than 3 channels or another crop.
+    """
+    try:
+        cfg = get_pretrained_cfg(model)
+    except RuntimeError as error:
+        raise InputError(f"backbone={model!r}: {error}") from error
+    if cfg is None:
+        raise InputError(f"backbone={model!r}: timm has no such model.")
+    channels, height, width = cfg.input_size
+    if channels != 3 or height != width or cfg.crop_mode not in ("center", "squash"):
+        raise InputError(
+            f"backbone={model!r} expects input {cfg.input_size} cropped by {cfg.crop_mode!r}; expected 3 channels, a "
+            "square, and crop mode center or squash: choose another backbone, or name its --augment."
+        )
+    interpolation = cfg.interpolation if cfg.interpolation in INTERPOLATIONS else "bicubic"
+    return Policy(
+        "backbone",
+        mean=cfg.mean,
+        std=cfg.std,
+        size=height,
+        crop_pct=cfg.crop_pct,
+        interpolation=interpolation,
+        squash=cfg.crop_mode == "squash",
+        jitter=0.4,
+    )
 
 
 class TimmAugment:

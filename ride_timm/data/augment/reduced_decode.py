@@ -33,7 +33,7 @@ def decode_reduced(image: Image.Image, plan: Plan) -> Image.Image:
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     stored = image.size
     width, height = stored[::-1] if orientation in _SIDEWAYS else stored
-    box, size = plan(width, height)
+    box, size, resampling = plan(width, height)
     factor = reduction(box, size)
     # draft takes a size and chooses the factor by itself; for this size it chooses ours
     if factor > 1 and image.draft(None, (stored[0] // factor, stored[1] // factor)) is None:
@@ -43,4 +43,4 @@ def decode_reduced(image: Image.Image, plan: Plan) -> Image.Image:
     x = image.width - width / factor if orientation in _X_MIRRORED else 0
     y = image.height - height / factor if orientation in _Y_MIRRORED else 0
     left, top, right, bottom = (edge / factor for edge in box)
-    return resize_box(image, (left + x, top + y, right + x, bottom + y), size)
+    return resize_box(image, (left + x, top + y, right + x, bottom + y), size, resampling)

@@ -7,13 +7,22 @@ import pytest
 import torch
 from encoded_images import difference, encoded, image_set, opened, plainly, smooth
 from PIL import Image, PngImagePlugin
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
+from timm.models import get_pretrained_cfg
 from torchvision import transforms as T
 
-from ride_timm.data.augment.images import Fit, RandomResizedCrop, build_transform, decode_full, open_image, upright
-from ride_timm.data.augment.policies import POLICIES
+from ride_timm.data.augment.images import (
+    Fit,
+    RandomResizedCrop,
+    build_crop,
+    build_transform,
+    decode_full,
+    open_image,
+    upright,
+)
+from ride_timm.data.augment.policies import POLICIES, backbone_policy
 from ride_timm.data.loaders import make_loader
-from ride_timm.errors import RunError
+from ride_timm.errors import InputError, RunError
 
 
 def pixels(height: int, width: int) -> torch.Tensor:
@@ -45,6 +54,44 @@ def test_the_test_transform_resizes_as_timm_does_at_every_size(name):
 def test_the_test_transform_equals_timms_bit_for_bit(name, size):
     image = Image.fromarray(pixels(300, 401).numpy())
     assert torch.equal(build_transform(name, False, size)(image), timm_test_transform(name, size)(image))
+
+
+BACKBONES = {
+    "tf_efficientnet_lite0": (224, 0.875, "bicubic"),
+    "convnext_nano.in12k_ft_in1k": (224, 0.95, "bicubic"),
+    "convnext_base.fb_in22k_ft_in1k_384": (384, 1.0, "bicubic"),  # crop mode squash
+    "regnety_032.ra_in1k": (224, 0.95, "bicubic"),
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k": (224, 0.9, "bicubic"),
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbones_images_are_those_of_its_cfg_bit_for_bit(backbone):
+    policy, size = backbone_policy(backbone), 96
+    assert (policy.size, policy.crop_pct, policy.interpolation) == BACKBONES[backbone]
+    theirs = resolve_data_config(
+        dict(input_size=(3, size, size)), pretrained_cfg=get_pretrained_cfg(backbone).to_dict()
+    )
+    image = Image.fromarray(pixels(300, 401).numpy())
+    transform = build_transform(policy, False, size)
+    assert torch.equal(transform(image), create_transform(**theirs)(image))
+    assert torch.equal(transform(image), create_transform(**policy.data_config(size))(image))  # as config.json says
+    torch.manual_seed(0)
+    crop = T.RandomResizedCrop(size, interpolation=T.InterpolationMode.BICUBIC)(image)
+    torch.manual_seed(0)
+    assert difference(build_crop(policy, True, size)(image), crop).max() == 0
+
+
+@pytest.mark.parametrize("backbone, words", [("resnt50", "no such model"), ("resnet50.nothing", "nothing")])
+def test_a_backbone_that_timm_does_not_know_is_named(backbone, words):
+    with pytest.raises(InputError, match=f"backbone='{backbone}'.*{words}"):
+        backbone_policy(backbone)
+
+
+@pytest.mark.parametrize("name, jitters", [(None, 1), ("rand-m9-mstd0.5", 0)])
+def test_auto_augment_takes_the_place_of_colour_jitter(name, jitters):
+    policy = POLICIES["imagenet"] if name is None else POLICIES["imagenet"].with_auto_augment(name)
+    assert sum(isinstance(step, T.ColorJitter) for step in build_transform(policy, True).transforms) == jitters
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_it_precedes_a_padded_crop_or_follows_the_flip_in_training_only(name, af
     size = policy.size
     steps = [type(step).__name__ for step in build_augment(policy, True).transforms]
     without = [type(step).__name__ for step in build_augment(plain, True).transforms]
+    without = [step for step in without if step != "ColorJitter"]  # AutoAugment takes its place
     position = steps.index("TimmAugment")
     assert [None, *steps][position] == after and steps[:position] + steps[position + 1 :] == without
     image = picture(size)

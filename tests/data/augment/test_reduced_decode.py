@@ -7,7 +7,7 @@ from encoded_images import difference, encoded, image_set, opened, plainly, smoo
 from PIL import Image
 from torchvision import transforms as T
 
-from ride_timm.data.augment.images import Fit, RandomResizedCrop, decode_full, upright
+from ride_timm.data.augment.images import Fit, Planned, RandomResizedCrop, decode_full, upright
 from ride_timm.data.augment.reduced_decode import decode_reduced, reduction
 from ride_timm.data.loaders import make_loader
 from ride_timm.errors import RunError
@@ -31,7 +31,7 @@ def test_the_box_stays_at_least_as_large_as_the_output(size, factor):
 )
 def test_the_jpeg_is_decoded_at_the_factor_asked_for(decoded, size):
     output = min(size[0], 224), min(size[0], 224)
-    decode_reduced(opened(encoded(smooth(*size))), lambda w, h: ((0, 0, w, h), output))
+    decode_reduced(opened(encoded(smooth(*size))), lambda w, h: Planned((0, 0, w, h), output))
     factor = reduction((0, 0, *size), output)
     assert decoded == [tuple(-(-edge // factor) for edge in size)]
 
@@ -62,7 +62,7 @@ def test_boxes_are_those_of_torchvision_whether_reduced_or_not():
             top, left, h, w = theirs.get_params(image, theirs.scale, theirs.ratio)
             expected = (left, top, left + w, top + h), torch.rand(1).item()
             torch.manual_seed(seed)
-            box, size = ours.plan(width, height)
+            box, size, _ = ours.plan(width, height)
             assert (box, torch.rand(1).item()) == expected and size == (64, 64)
 
 
@@ -120,7 +120,7 @@ def test_a_reduced_crop_is_not_shifted():
     data = encoded(Image.fromarray(ramp))
     for left in (101, 102, 103, 337):
         box = (left, left, left + 801, left + 803)
-        full, reduced = (decoder(opened(data), lambda *_, b=box: (b, (100, 100))) for decoder in DECODERS)
+        full, reduced = (decoder(opened(data), lambda *_, b=box: Planned(b, (100, 100))) for decoder in DECODERS)
         assert difference(reduced, full).mean() < 0.5
 
 
