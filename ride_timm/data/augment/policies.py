@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import (
+    AugmentOp,
     augment_and_mix_transform,
     auto_augment_transform,
     rand_augment_transform,
@@ -149,6 +150,17 @@ def backbone_policy(model: str) -> Policy:
     )
 
 
+def _operations(transform: Any) -> list[AugmentOp]:
+    """All operations of a policy of timm's: in a list, or in a list of sub-policies."""
+    nested = transform.policy if hasattr(transform, "policy") else transform.ops
+    return [op for item in nested for op in (item if isinstance(item, list) else [item])]
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int]]) -> Callable[..., tuple[int]]:
+    """Keep a bit: Pillow refuses to posterize to none, which timm's strongest levels ask for."""
+    return lambda level, hparams: (max(1, level_fn(level, hparams)[0]),)
+
+
 class TimmAugment:
     """timm's AutoAugment, RandAugment or AugMix: RGB PIL image -> RGB PIL image.
 
@@ -174,6 +186,9 @@ class TimmAugment:
                 f"auto_augment={description!r}: expected timm's name of a policy, such as rand-m9-mstd0.5, original, "
                 f"v0 or augmix-m3-w3 ({str(error) or type(error).__name__})"
             ) from error
+        for op in _operations(self.transform):
+            if op.name.startswith("Posterize"):
+                op.level_fn = _at_least_one_bit(op.level_fn)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return self.each([image], torch.randint(2**32, (1,)))[0]

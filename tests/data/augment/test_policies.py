@@ -10,7 +10,7 @@ from PIL import Image
 from ride_timm import InputError
 from ride_timm.data.augment.batches import Draws
 from ride_timm.data.augment.images import build_augment
-from ride_timm.data.augment.policies import TimmAugment, get_policy
+from ride_timm.data.augment.policies import TimmAugment, _operations, get_policy
 from ride_timm.data.load import load_longtail
 from ride_timm.data.loaders import make_loader
 from ride_timm.data.loaders.in_memory import decode
@@ -111,3 +111,15 @@ def test_unknown_policies_and_sizes_are_refused():
     for size in (0, -1, 1.5, True, "32"):
         with pytest.raises(InputError, match="not a positive number of pixels"):
             get_policy("cifar").input_size(size)
+
+
+@pytest.mark.parametrize("name", ["rand-m10-inc1", "rand-m10", "original", "originalr", "v0", "augmix-m10-w3"])
+def test_no_operation_posterizes_to_zero_bits(name):
+    """Pillow refuses that, so a run would end at the first such draw."""
+    operations = [op for op in _operations(TimmAugment(name, 32, MEAN).transform) if op.name.startswith("Posterize")]
+    assert operations
+    for op in operations:
+        for level in range(11):
+            (bits,) = op.level_fn(level, op.hparams)
+            assert 1 <= bits <= 8
+            op.aug_fn(picture(), bits)
