@@ -46,6 +46,7 @@ def train(argv: list[str] | None) -> None:
     accelerator = build_accelerator(recipe, options)
     state = run.claim(recipe, options.stage, options.resume, options.router_in_place)
     data = load_data(recipe, accelerator)
+    recipe = data.recipe  # with the epochs that so many images call for
     model = build_model(recipe, data, options, state)
     teacher = build_teacher(recipe, data, options, state)
     class_weights = build_class_weights(recipe, data, options, state)
@@ -100,7 +101,7 @@ def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator:
 def train_epoch(stage: Stage, epoch: int, accelerator: Accelerator, watch: Watch, bar: tqdm) -> float:
     """One epoch; its mean loss. All randomness follows from seed, epoch and rank, so that resuming is exact."""
     stage.begin_epoch(epoch)
-    watch.begin_epoch(epoch, len(stage.loader))
+    watch.begin_epoch(stage.name, epoch, len(stage.loader), stage.settings.epochs)
     for images, targets, num_batches, is_last in stage.micro_batches():
         images, targets = stage.transform_batch(images, targets)
         with nullcontext() if is_last else accelerator.no_sync(stage.wrapped):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ride_timm import InputError
-from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.load import load_longtail
 from ride_timm.data.loaders import make_loader
 from ride_timm.evaluation.evaluate import evaluate, evaluation_batch, with_macs
@@ -27,7 +26,7 @@ def measure(model: Ride, recipe: Recipe) -> dict[str, Any]:
     if data.num_classes != model.num_classes:
         raise InputError(f"the data set {data.name} has {data.num_classes} classes, the model {model.num_classes}.")
     model = model.eval().to(memory_format=torch.channels_last)  # as in training
-    size = get_policy(recipe.augment).input_size(recipe.input_size)
+    size = recipe.policy.input_size(recipe.input_size)
     shape = (model.in_chans, size, size)
     batches = make_loader(
         data.test,

@@ -20,12 +20,13 @@ def key(
     above: float | None = None,
     choices: tuple[str, ...] = (),
     in_epochs: bool = False,
+    by_data: bool = False,
 ) -> Any:
     """Dataclass field with a default, a help text, and its range or choices.
 
-    in_epochs: points in training, which scale with its length.
+    in_epochs: points in training, which scale with its length; by_data: None leaves the value to the data set.
     """
-    meta = dict(help=help, low=low, high=high, above=above, choices=choices, in_epochs=in_epochs)
+    meta = dict(help=help, low=low, high=high, above=above, choices=choices, in_epochs=in_epochs, by_data=by_data)
     return field(default=default, metadata=meta)
 
 

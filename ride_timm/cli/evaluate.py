@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.augment.policies import get_policy
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
 from ..errors import InputError
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     data = load_longtail(**recipe.data_args | dict(use_val=recipe.use_val and args.macs_budget is not None))
     if data.num_classes != model.num_classes:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
-    size = get_policy(recipe.augment).input_size(recipe.input_size)
+    size = recipe.policy.input_size(recipe.input_size)
     check_images(model, (3, size, size), args.model)
     macs = count_macs(model, (3, size, size))
     if args.macs_budget is not None:

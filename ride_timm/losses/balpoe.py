@@ -26,26 +26,29 @@ class BalPoELoss(PerExpertPriorLoss):
     arXiv:2206.05260, section 3; the mean over experts is that of their code.
     """
 
-    reach: ClassVar[float] = 1.0  # default taus: evenly from 1 - reach to 1 + reach
+    reach: ClassVar[float] = 1.0
 
+    tau_reach: float | None = key(
+        None, "without taus, they are evenly from 1 - tau_reach to 1 + tau_reach (default: the paper's)", low=0, high=10
+    )
     taus: tuple[float, ...] = key(
         (), "strength of the adjustment by expert, mean 1 (default: evenly around 1)", low=-10, high=10
     )
 
     def make_offsets(self, class_counts: Any) -> Tensor:
-        self.taus = self.taus or self.spread(3)
+        self.taus = self.taus or self.spread(3, self.tau_reach)
         check_taus(self.taus)
         return torch.tensor(self.taus)[:, None] * priors.log_prior(class_counts)
 
     @classmethod
-    def spread(cls, num_experts: int) -> tuple[float, ...]:
-        """Default taus, evenly around 1."""
-        last = num_experts - 1
-        return tuple(1 + cls.reach * (2 * i / last - 1) if last else 1.0 for i in range(num_experts))
+    def spread(cls, num_experts: int, reach: float | None) -> tuple[float, ...]:
+        """Taus from 1 - reach to 1 + reach, evenly; by default those of the paper."""
+        reach, last = cls.reach if reach is None else reach, num_experts - 1
+        return tuple(1 + reach * (2 * i / last - 1) if last else 1.0 for i in range(num_experts))
 
     @classmethod
     def arguments(cls, recipe: Any) -> dict[str, Any]:
-        taus = recipe.taus or cls.spread(recipe.num_experts)
+        taus = recipe.taus or cls.spread(recipe.num_experts, recipe.tau_reach)
         if len(taus) != recipe.num_experts:
             raise InputError(f"taus: got {len(taus)} for {recipe.num_experts} experts; pass one for each, or none.")
         check_taus(taus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
-from ..data.augment.policies import Policy, get_policy
+from ..data.augment.policies import Policy
 from ..data.image_set import ImageSet, LongTailData
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
@@ -54,7 +54,7 @@ class RunData:
     """The image sets of a run, and the loaders over them.
 
     train: images trained on; held_out: those that select the epoch; size: of the input, in pixels.
-    policy, train_policy: augmentation without and with AutoAugment.
+    policy, train_policy: augmentation without and with AutoAugment. recipe: with the epochs for so many images.
     """
 
     longtail: LongTailData
@@ -68,14 +68,15 @@ class RunData:
 
     @classmethod
     def of(cls, longtail: LongTailData, recipe: Recipe, accelerator: Accelerator) -> RunData:
-        """Augmentation, image size and held-out images as the recipe says."""
-        policy = train_policy = get_policy(recipe.augment)
+        """Augmentation, image size, held-out images and epochs as the recipe says."""
+        policy = train_policy = recipe.policy
         if recipe.auto_augment is not None and recipe.decouple == "none":
             train_policy = policy.with_auto_augment(recipe.auto_augment)
         train, held_out = longtail.train, longtail.val
         if recipe.holdout:
             train, held_out = hold_out(longtail.train, recipe.holdout, recipe.split_seed)
         size = policy.input_size(recipe.input_size)
+        recipe = recipe.for_images(len(train))
         return cls(longtail, train, held_out, policy, train_policy, size, recipe, accelerator)
 
     @property
@@ -134,6 +135,8 @@ def build_model(recipe: Recipe, data: RunData, options: Options, state: Training
     source = options.source
     if state is not None:  # a run that was killed before its first epoch ended begins from its source again
         source = None if state.model else options.source or state.source
+    if source is not None or (state is not None and state.model):
+        recipe = replace(recipe, backbone_pretrained=False, backbone_weights=None)  # other weights follow
     model = create_model(recipe, data.num_classes, source, data.size)
     if recipe.fused_norm and data.accelerator.device.type == "cpu":
         fuse(model)

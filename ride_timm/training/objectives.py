@@ -4,9 +4,11 @@ Prepare the objective with Accelerate, not the model: DDP synchronises gradients
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.augment.mixing import MixedTargets
 from ..errors import InputError
@@ -36,16 +38,47 @@ class Objective(nn.Module):
 class ExpertsObjective(Objective):
     """Stage one: trunk and experts under a loss over all experts' logits.
 
-    ghost_batch: images per BatchNorm statistic; None takes the process' batch.
+    freeze: "trunk", or "backbone", all but the classifiers; they stay in eval mode. freeze_norm: every BatchNorm keeps
+    its statistics, while its scale and shift learn. ghost_batch: images per BatchNorm statistic; None takes the
+    process' batch.
     Raises `InputError` for a model with a router, which would get no gradients. RIDE, arXiv:2010.01809, section 3.
     """
 
-    def __init__(self, model: nn.Module, loss: ExpertsLoss, ghost_batch: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: ExpertsLoss,
+        *,
+        freeze: str = "none",
+        freeze_norm: bool = False,
+        ghost_batch: int | None = None,
+    ):
         super().__init__(model)
         self.ghost_batch = ghost_batch
+        self.freeze, self.freeze_norm = freeze, freeze_norm
         if getattr(model, "router", None) is not None:
             raise InputError("stage one trains no router: create the model with router=False")
         self.loss = loss
+        if freeze == "trunk":
+            model.trunk.requires_grad_(False)
+        elif freeze == "backbone":
+            model.requires_grad_(False)
+            for head in model.get_classifier():
+                head.requires_grad_(True)
+        ExpertsObjective.train(self, self.training)
+
+    def train(self, mode: bool = True) -> "ExpertsObjective":
+        """Set the mode; what is frozen stays in eval mode, so that it keeps its statistics and drops nothing."""
+        super().train(mode)
+        if self.freeze == "backbone":
+            self.model.eval()
+        elif self.freeze == "trunk":
+            self.model.trunk.eval()
+        if self.freeze_norm:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch of the loss, counted from 0."""
@@ -87,9 +120,9 @@ class DistillationObjective(ExpertsObjective):
         teacher: nn.Module,
         temperature: float,
         teacher_mode: str = "eval",
-        ghost_batch: int | None = None,
+        **how: Any,
     ):
-        super().__init__(model, loss, ghost_batch)
+        super().__init__(model, loss, **how)
         if not temperature > 0:
             raise InputError(f"the distillation temperature must be above 0, got {temperature}")
         if teacher_mode not in ("eval", "train"):

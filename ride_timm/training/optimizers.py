@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 
 from ..errors import InputError, first_line
 from .objectives import Objective
@@ -26,10 +26,22 @@ def check_optimizer(name: str, device: torch.device) -> None:
 
 
 def make_optimizer(stage: StageSettings, objective: Objective, momentum: float) -> torch.optim.Optimizer:
-    """The optimizer of a stage over the parameters its objective trains."""
+    """The optimizer of a stage over the parameters its objective trains.
+
+    With layer decay, timm's groups by layer have an "lr_scale".
+    """
     parameters = objective.trainable_parameters()
-    if not stage.decay_norm_and_bias:
-        exempt = {f"model.{name}" for name in objective.model.no_weight_decay()}
+    exempt = () if stage.decay_norm_and_bias else objective.model.no_weight_decay()
+    if stage.layer_decay is not None:
+        parameters = param_groups_layer_decay(
+            objective.model,
+            stage.weight_decay,
+            no_weight_decay_list=exempt,
+            weight_decay_exclude_1d=not stage.decay_norm_and_bias,
+            layer_decay=stage.layer_decay,
+        )
+    elif not stage.decay_norm_and_bias:
+        exempt = {f"model.{name}" for name in exempt}
         parameters = param_groups_weight_decay(objective, stage.weight_decay, no_weight_decay_list=exempt)
     settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=momentum)
     settings |= dict(fused=True) if stage.optimizer in _FUSED else {}

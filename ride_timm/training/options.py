@@ -18,7 +18,7 @@ class Options:
     """The flags that are not recipe keys.
 
     stages: those to train, in order. fixed: recipe keys that the machine must not change, since a flag, the launcher
-    or the resumed run states them.
+    or the resumed run states them. notices: what was chosen for the user, to be said once.
     """
 
     stage: str
@@ -30,6 +30,7 @@ class Options:
     trackers: tuple[str, ...]
     threads: int | None
     fixed: frozenset[str]
+    notices: tuple[str, ...] = ()
 
     @property
     def router_in_place(self) -> bool:
@@ -48,7 +49,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         raise SystemExit(0)
     flags = flags_given(args)
     rebalanced = _run_to_rebalance(args, flags)
-    name = Path(args.recipe or DEFAULT_RECIPE).stem
+    chosen, notices = args.recipe or DEFAULT_RECIPE, ()
+    name = Path(chosen).stem
     if rebalanced is not None:
         name = flags.setdefault("name", f"{rebalanced.path.resolve().name}_{flags['decouple']}")
     output = args.output or os.path.join("runs", name)
@@ -57,7 +59,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         raise InputError(f"nothing to resume: {output} holds no run; pass --output DIR or --recipe NAME.")
     continued = folder.occupied and (args.resume or (args.stage == "router" and args.source is None))
     own = rebalanced or (folder if continued and args.recipe is None else None)
-    recipe = load_recipe(args.recipe or DEFAULT_RECIPE) if own is None else own.recipe()
+    recipe = load_recipe(chosen) if own is None else own.recipe()
     if (launched := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         flags.setdefault("mixed_precision", launched)
     fixed = frozenset(flags)
@@ -80,6 +82,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         trackers=tuple(args.tracker),
         threads=args.threads,
         fixed=fixed,
+        notices=notices if own is None else (),
     )
     return options, recipe
 

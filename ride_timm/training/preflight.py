@@ -13,6 +13,7 @@ from ..data.loaders.orders import RankSlices
 from ..errors import InputError
 from ..hardware import bf16_pays, has_compiler
 from ..models import Ride
+from ..models.load import check_images
 from .build import RunData
 from .ghost_batches import check_parts
 from .optimizers import check_optimizer
@@ -31,6 +32,8 @@ def adapt_to_machine(recipe: Recipe, options: Options) -> Recipe:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     changes: dict[str, object] = {}
     if state.is_main_process:
+        for notice in options.notices:
+            print(f"notice: {notice}", file=sys.stderr)
         if recipe.mixed_precision == "bf16" and "mixed_precision" not in options.fixed and not bf16_pays():
             changes["mixed_precision"] = "no"
             print("notice: bf16 is not faster on this machine, training in fp32", file=sys.stderr)
@@ -87,6 +90,12 @@ def check_source(recipe: Recipe, options: Options, state: TrainingState | None) 
     """InputError for initial weights that are missing, or are not those that the resumed run began with."""
     if state is None and options.source is None and recipe.decouple != "none" and "experts" in options.stages:
         raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
+    if state is None and options.source is None and not recipe.pretrained:
+        for key, default in (("freeze", "none"), ("head_init", "random")):
+            if (value := getattr(recipe, key)) != default:
+                raise InputError(
+                    f"{key}={value} needs pretrained weights: pass --backbone-pretrained, --backbone-weights or --from."
+                )
     if state is None or options.source is None:
         return
     if Path(options.source).resolve() in [Path(path).resolve() for path in (options.output, state.source) if path]:
@@ -99,17 +108,32 @@ def check_source(recipe: Recipe, options: Options, state: TrainingState | None) 
     print(f"notice: the run resumes with its own weights, {options.source} is not read", file=sys.stderr)
 
 
+def check_grad_checkpointing(model: Ride, recipe: Recipe) -> None:
+    """InputError for a network that cannot recompute its activations."""
+    try:
+        model.set_grad_checkpointing(True)
+        model.set_grad_checkpointing(False)
+    except (AssertionError, NotImplementedError) as error:
+        name = recipe.backbone or recipe.model
+        raise InputError(f"grad_checkpointing=True: {name} does not support it; leave it out.") from error
+
+
 def preflight(
     recipe: Recipe, options: Options, data: RunData, model: Ride, state: TrainingState | None, accelerator: Accelerator
 ) -> None:
     """The last checks before the first write: machine, initial weights, batches and BatchNorm of the stages to come."""
     check_machine(recipe, options, accelerator)
     check_source(recipe, options, state)
+    if recipe.backbone is not None:  # those of fixed stages take every size
+        check_images(model, (model.in_chans, data.size, data.size), f"backbone={recipe.backbone!r}")
+    if recipe.grad_checkpointing:
+        check_grad_checkpointing(model, recipe)
     processes = accelerator.num_processes
     for name in options.stages:
         settings = recipe.stage(name)
         slices = RankSlices(len(data.train), settings.batch_size, True, accelerator.process_index, processes)
         trains_norms = name == "experts" and recipe.decouple == "none" and not recipe.sync_bn
+        trains_norms = trains_norms and recipe.freeze != "backbone" and not recipe.freeze_norm
         if trains_norms and not (state and name in state.results):
             batches = f"{slices.num_draws} images in batches of {settings.batch_size} (processes: {processes})"
             check_parts(model, data.size, [data.num_views * n for n in slices.fewest], recipe.ghost_batch, batches)

@@ -11,13 +11,14 @@ from typing import Any
 
 import yaml
 
+from ..data.augment.policies import Policy, backbone_policy, get_policy
 from ..data.datasets import default_profile
 from ..errors import InputError
 from ..keys import coerce
 from ..losses import LOSSES, ExpertsLoss
 from .recipe_keys import DataKeys, DecouplingKeys, LossKeys, ModelKeys, RouterKeys, RunKeys, StageOneKeys
 from .recipe_yaml import read_yaml
-from .schedules import lr_factor
+from .schedules import epochs_for, lr_factor
 
 DEFAULT_RECIPE = "fashion_lt"
 _PUBLIC_DATA = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
@@ -36,10 +37,12 @@ class StageSettings:
     decay_norm_and_bias: bool
     schedule: dict[str, Any]
     sampler: str
+    layer_decay: float | None = None
+    lr_per: str = "epoch"
 
-    def lr_at(self, epoch: int) -> float:
-        """Learning rate in an epoch, counted from 0."""
-        return self.lr * lr_factor(epoch, self.epochs, **self.schedule)
+    def lr_at(self, time: float, tick: float = 1) -> float:
+        """Learning rate at a time in epochs, counted from 0; tick: see `lr_factor`."""
+        return self.lr * lr_factor(time, self.epochs, **self.schedule, tick=tick)
 
 
 # A dataclass collects the fields of its last base first.
@@ -61,6 +64,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
             )
         if self.few_shot > self.many_shot + 1:
             raise InputError(f"few_shot={self.few_shot}: expected at most many_shot + 1, {self.many_shot + 1}.")
+        self._check_frozen()
         if self.teacher_mode == "train" and not self.distillation:
             raise InputError("teacher_mode=train needs distillation: pass --distillation and --teacher.")
         if self.ghost_batch is not None and (self.sync_bn or self.compile):
@@ -68,13 +72,37 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
             raise InputError(f"ghost_batch={self.ghost_batch} and {other} exclude each other.")
         _ = self.loss_args  # the loss checks the keys it depends on
 
+    def _check_frozen(self) -> None:
+        """InputError for keys that have no effect on frozen weights."""
+        if self.freeze == "backbone":
+            idle = [name for name in ("layer_decay", "drop_path_rate", "grad_checkpointing") if getattr(self, name)]
+        else:
+            idle = []
+        if self.freeze == "backbone" or self.freeze_norm:
+            idle += [name for name in ("ghost_batch", "sync_bn") if getattr(self, name)]
+        if idle:
+            frozen = "freeze=backbone" if self.freeze == "backbone" else "freeze_norm=True"
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
+            raise InputError(f"{frozen} leaves {given} without effect: leave {'them' if idle[1:] else 'it'} out.")
+
+    @property
+    def policy(self) -> Policy:
+        """How images become inputs, without AutoAugment."""
+        return backbone_policy(self.backbone or self.model) if self.augment == "backbone" else get_policy(self.augment)
+
+    @property
+    def pretrained(self) -> bool:
+        """The backbone starts from trained weights."""
+        return self.backbone_pretrained or self.backbone_weights is not None
+
     @property
     def model_args(self) -> dict[str, Any]:
         """Arguments for `timm.create_model`, without those left at None or off."""
-        optional = ["backbone", "split", "backbone_pretrained", "layer2_output_dim", "layer3_output_dim"]
+        optional = ["backbone", "split", "layer2_output_dim", "layer3_output_dim"]
         optional += ["layer4_output_dim", "share_layer3", "drop_path_rate"]
         args = {name: getattr(self, name) for name in ("num_experts", "use_norm", "drop_rate")}
         args |= {name: value for name in optional if (value := getattr(self, name))}
+        args |= dict(backbone_pretrained=self.backbone_weights or True) if self.pretrained else {}
         return args if self.reduce_dimension else args | dict(reduce_dimension=False)
 
     @property
@@ -92,7 +120,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
     @property
     def on_disk(self) -> dict[str, str]:
         """Keys that hold a local path, which a published recipe must not."""
-        found = {name: getattr(self, name) for name in ("data_dir", "annotations")}
+        found = {name: getattr(self, name) for name in ("data_dir", "annotations", "backbone_weights")}
         if not _PUBLIC_DATA.fullmatch(self.dataset):
             found["dataset"] = self.dataset
         return {name: value for name, value in found.items() if value is not None}
@@ -147,7 +175,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         schedule = ("schedule", "decay_epochs", "decay_rate", "warmup_epochs")
         return StageSettings(
             name=name,
-            epochs=self.epochs,
+            epochs=self.epochs or 0,  # not known before the data
             batch_size=self.batch_size,
             optimizer=self.optimizer,
             lr=self.lr,
@@ -155,12 +183,18 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
             decay_norm_and_bias=self.decay_norm_and_bias,
             schedule={key: getattr(self, key) for key in schedule},
             sampler=self.sampler,
+            layer_decay=self.layer_decay,
+            lr_per=self.lr_per,
         )
+
+    def for_images(self, num_images: int) -> "Recipe":
+        """The recipe with the epochs that so many training images call for, where it leaves them open."""
+        return self if self.epochs else dataclasses.replace(self, epochs=epochs_for(num_images))
 
     def override(self, values: dict[str, Any]) -> "Recipe":
         """Replace keys; `epochs` alone scales the epochs of decay and re-weighting."""
         values = dict(values)
-        if "epochs" in values:
+        if "epochs" in values and self.epochs:
             scale = dataclasses.replace(self, epochs=values["epochs"]).epochs / self.epochs
             for item in dataclasses.fields(self):
                 if item.metadata["in_epochs"]:
@@ -175,8 +209,9 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
     def differing(self, other: "Recipe") -> list[str]:
         """Names of the keys that differ, of those that change the numbers of a run."""
         free = ("name", "workers", "data_dir", "annotations", "compile", "fused_norm")
-        names = [item.name for item in dataclasses.fields(self) if item.name not in free]
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+        items = [item for item in dataclasses.fields(self) if item.name not in free]
+        items = [item for item in items if not (item.metadata["by_data"] and getattr(self, item.name) is None)]
+        return [item.name for item in items if getattr(self, item.name) != getattr(other, item.name)]
 
     def to_yaml(self) -> str:
         """All keys as YAML."""

@@ -43,7 +43,9 @@ class DataKeys:
     use_val: bool = key(False, "select epochs on the data set's validation split, not on held-out training images")
     many_shot: int = key(100, "many-shot classes have more training images than this", low=0)
     few_shot: int = key(20, "few-shot classes have fewer training images than this", low=0)
-    augment: str = key("cifar", "augmentation and normalisation: cifar, fashion, imagenet, inat")
+    augment: str = key(
+        "cifar", "augmentation and normalisation: cifar, fashion, imagenet, inat, or backbone: as its weights expect"
+    )
     auto_augment: str | None = key(
         None, "timm's AutoAugment, RandAugment or AugMix on top, such as rand-m9-mstd0.5 or original"
     )
@@ -60,6 +62,8 @@ class ModelKeys:
     backbone: str | None = key(None, "timm network to cut (model: ride)")
     split: str | None = key(None, "first stage of the experts (model: ride; default: that of the family)")
     backbone_pretrained: bool = key(False, "start from timm's weights of the backbone (model: ride)")
+    backbone_weights: str | None = key(None, "read the backbone's weights from this file instead of the Hub")
+    grad_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
     num_experts: int = key(3, "number of experts; 1 is a plain network", low=1)
     reduce_dimension: bool = key(True, "narrow the experts' stages to 3/4 of their width")
     use_norm: bool = key(True, "cosine classifiers")
@@ -114,15 +118,35 @@ class StageOneKeys:
     distillation: bool = key(False, "distil a teacher as well (needs --teacher)")
     distill_temperature: float = key(1.5, "temperature of the distillation", above=0)
     teacher_mode: str = key("eval", "mode of the teacher; the authors' was in train mode", choices=("eval", "train"))
-    epochs: int = key(200, "epochs; given alone, it scales decay and re-weighting epochs", low=1)
+    freeze: str = key(
+        "none",
+        "pretrained weights that stay as they are: the trunk, or the backbone, which is all but the classifiers",
+        choices=("none", "trunk", "backbone"),
+    )
+    freeze_norm: bool = key(False, "keep the statistics of pretrained BatchNorms, in trunk and experts")
+    head_init: str = key(
+        "random",
+        "classifiers start at random, or from the class means of the pretrained features",
+        choices=("random", "class_means"),
+    )
+    epochs: int | None = key(
+        200,
+        "epochs; given alone, it scales decay and re-weighting epochs (none: by the number of images)",
+        low=1,
+        by_data=True,
+    )
     batch_size: int = key(128, "images per step, over all processes", low=1)
     lr: float = key(0.1, "learning rate", above=0)
+    layer_decay: float | None = key(
+        None, "factor on the learning rate from each layer to the one below, as timm groups them", above=0, high=1
+    )
     weight_decay: float = key(5e-4, "weight decay", low=0)
     decay_norm_and_bias: bool = key(True, "weight decay on norms and biases, too, as the authors have it")
     schedule: str = key("step", "learning-rate schedule", choices=SCHEDULES)
     decay_epochs: tuple[int, ...] = key((160, 180), "epochs at which the step schedule decays", low=0, in_epochs=True)
     decay_rate: float = key(0.01, "factor of each decay", above=0, high=1)
     warmup_epochs: int = key(5, "epochs of linear warm-up", low=0)
+    lr_per: str = key("epoch", "the learning rate changes each epoch or each step", choices=("epoch", "step"))
 
 
 @dataclass(frozen=True, kw_only=True)

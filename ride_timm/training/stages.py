@@ -21,6 +21,7 @@ from ..evaluation.tables import GROUPS
 from ..losses import make_loss
 from ..models import Ride, Router
 from .build import RunData, Teacher
+from .class_means import heads_from_class_means
 from .objectives import DistillationObjective, ExpertsObjective, Objective, RouterObjective
 from .optimizers import make_optimizer
 from .rebalance import align_experts, decouple
@@ -72,9 +73,14 @@ class Stage:
         self.objective.set_epoch(epoch)
         self.loader.set_epoch(epoch)
         self.wrapped.train()
+        self.updates_per_epoch = -(-len(self.loader) // self.recipe.gradient_accumulation)
+        self.num_updates = epoch * self.updates_per_epoch
+        self._set_lr(epoch)
+
+    def _set_lr(self, time: float) -> None:
+        tick = 1 / self.updates_per_epoch if self.settings.lr_per == "step" else 1
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr_at(epoch)
-        self.num_updates = epoch * -(-len(self.loader) // self.recipe.gradient_accumulation)
+            group["lr"] = self.settings.lr_at(time, tick) * group.get("lr_scale", 1.0)  # timm's, by layer
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
         """(images, targets, number of batches in this optimizer step, last of them), the last step's being the rest."""
@@ -99,6 +105,8 @@ class Stage:
         if self.ema is not None:
             self.ema.update(self.model, self.num_updates)
         self.num_updates += 1
+        if self.settings.lr_per == "step":
+            self._set_lr(self.num_updates / self.updates_per_epoch)
 
     def evaluate_epoch(self, epochs: int, watch: Watch) -> dict[str, float | None]:
         """Test and held-out accuracy after so many epochs, None where this epoch is not evaluated; notes the best."""
@@ -170,11 +178,14 @@ class ExpertsStage(Stage):
         self.num_views = data.num_views
         if self.loss.offsets is not None and model.has_class_affine:
             align_experts(model, -self.loss.offsets)  # back to the priors they are trained for
+        if recipe.grad_checkpointing:
+            model.set_grad_checkpointing()
+        how: dict[str, Any] = dict(freeze=recipe.freeze, freeze_norm=recipe.freeze_norm, ghost_batch=recipe.ghost_batch)
         if teacher is None:
-            objective = ExpertsObjective(model, self.loss, recipe.ghost_batch)
+            objective = ExpertsObjective(model, self.loss, **how)
         else:
             objective = DistillationObjective(
-                model, self.loss, teacher.model, recipe.distill_temperature, recipe.teacher_mode, recipe.ghost_batch
+                model, self.loss, teacher.model, recipe.distill_temperature, recipe.teacher_mode, **how
             )
         super().__init__(recipe, data, accelerator, objective)
         self.changes = batch_changes(
@@ -185,6 +196,13 @@ class ExpertsStage(Stage):
 
     def make_loader(self) -> Any:
         return self.data.train_loader(self.settings, self.data.train_policy, self.num_views)
+
+    def begin_epoch(self, epoch: int) -> None:
+        if epoch == 0 and self.recipe.head_init == "class_means":
+            heads_from_class_means(self.model, self.data.test_loader(self.data.train), self.accelerator)
+            if self.ema is not None:
+                self.ema.set(self.model)
+        super().begin_epoch(epoch)
 
     def settle(self) -> None:
         """Align the experts' priors: the router judges by the first experts alone, which must not be biased."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -32,10 +34,14 @@ class Watch:
 
     def __init__(self, accelerator: Accelerator, signals: Signals, mixed_precision: str) -> None:
         self.accelerator, self.signals = accelerator, signals
+        self.stage: str | None = None
         self.advice = "a lower --lr" + ("" if mixed_precision == "no" else " or --mixed-precision no")
 
-    def begin_epoch(self, epoch: int, num_steps: int) -> None:
-        """epoch: counted from 0, for the error."""
+    def begin_epoch(self, stage: str, epoch: int, num_steps: int, epochs: int) -> None:
+        """epoch: counted from 0, for the error; epochs: of the stage, for the estimate of its time."""
+        if stage != self.stage:
+            self.stage, self.steps, self.first_look = stage, 0, None
+            self.total, self.epochs = num_steps * (epochs - epoch), epochs - epoch
         self.epoch, self.step = epoch, 0
         self.losses = torch.zeros(num_steps, device=self.accelerator.device)
 
@@ -43,6 +49,7 @@ class Watch:
         """Record the loss of a step; raises as `check` does, every `CHECK_EVERY` steps."""
         self.losses[self.step] = loss.detach()
         self.step += 1
+        self.steps += 1
         if self.accelerator.num_processes == 1:
             self.signals.check()
         if self.step % CHECK_EVERY == 0:
@@ -73,6 +80,19 @@ class Watch:
         if remaining:
             step = self.step - remaining + 1
             raise RunError(f"the loss is not finite at epoch {self.epoch + 1}, step {step}: try {self.advice}.")
+        self._estimate()
+
+    def _estimate(self) -> None:
+        """Say once, at the second look, how long a stage of some minutes will take without its evaluations."""
+        now = time.perf_counter()
+        if self.first_look is None:
+            self.first_look = now, self.steps
+        elif self.steps > self.first_look[1] and self.first_look[1] > 0:
+            seconds = (now - self.first_look[0]) / (self.steps - self.first_look[1]) * self.total
+            self.first_look = now, 0
+            if seconds > 120 and self.accelerator.is_main_process:
+                span = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+                print(f"notice: stage {self.stage}: about {span} for {self.epochs} epochs", file=sys.stderr)
 
     def _agree(self, numbers: Tensor) -> list[int]:
         """Maxima over the processes of a signal and other numbers; raises the signal."""

@@ -4,6 +4,7 @@ import copy
 import sys
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -258,3 +259,36 @@ def test_mixed_cross_entropy_equals_soft_targets():
 
 if __name__ == "__main__":
     worker(sys.argv[1])
+
+
+@pytest.mark.parametrize(
+    ("how", "moves"),
+    [
+        (dict(freeze="none"), {"trunk", "stages", "fc"}),
+        (dict(freeze="trunk"), {"stages", "fc"}),
+        (dict(freeze="backbone"), {"fc"}),
+    ],
+)
+def test_frozen_parts_and_their_statistics_stay_bit_for_bit(how, moves):
+    model = timm.create_model("ride", backbone="test_efficientnet", num_classes=3, num_experts=2)
+    before = copy.deepcopy(model.state_dict())
+    objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]), **how).train()
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.1)
+    objective(torch.randn(8, 3, 64, 64), torch.arange(8) % 3)["loss"].backward()
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    parts = {"trunk" if name.startswith("trunk") else name.split(".")[2] for name in moved}
+    assert parts == moves
+
+
+def test_frozen_norms_keep_their_statistics_and_learn_their_scales():
+    model = timm.create_model("ride", backbone="test_efficientnet", num_classes=3, num_experts=2)
+    before = copy.deepcopy(model.state_dict())
+    objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]), freeze_norm=True).train()
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.1)
+    objective(torch.randn(8, 3, 64, 64), torch.arange(8) % 3)["loss"].backward()
+    optimizer.step()
+    kept = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert {name for name in before if "running_" in name or "num_batches" in name} <= kept
+    norms = [f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms and not kept & set(norms)

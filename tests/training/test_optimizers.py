@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
 from ride_timm import InputError
 from ride_timm.losses import make_loss
@@ -62,3 +63,38 @@ def test_no_weight_decay_of_a_transformer_is_respected():
     exempt = {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     assert "trunk.net.pos_embed" in exempt and model.no_weight_decay() <= exempt
     assert exempt == model.no_weight_decay() | {name for name, p in model.named_parameters() if p.ndim == 1}
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_layer_decay_gives_trunk_and_experts_the_scales_of_the_backbone(backbone):
+    """Each weight of trunk and experts has the scale that timm gives it in the backbone itself."""
+    model = timm.create_model("ride", backbone=backbone, num_classes=3, num_experts=2)
+    objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]))
+    stage = Recipe().override(dict(optimizer="adamw", decay_norm_and_bias=False, layer_decay=0.5)).stage("experts")
+    groups = make_optimizer(stage, objective, 0.9).param_groups
+    scales = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    native = timm.create_model(backbone, num_classes=3)
+    theirs = {}
+    for group in param_groups_layer_decay(native, stage.weight_decay, native_exempt(native), layer_decay=0.5):
+        theirs |= {id(p): (group["lr_scale"], group["weight_decay"]) for p in group["params"]}
+    expected = {name: theirs[id(p)] for name, p in native.named_parameters()}
+    seen = {name: scales[id(p)] for name, p in model.named_parameters()}
+    inside = {name: value for name, value in seen.items() if ".net." in name}
+    assert inside == {name: expected[name.split(".net.")[1]] for name in inside}
+    assert {seen[name][0] for name in seen if ".fc." in name} == {1.0}
+
+
+def native_exempt(net):
+    return net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
+
+
+@pytest.mark.parametrize(("freeze", "trained"), [("trunk", {"experts"}), ("backbone", {"fc"})])
+def test_frozen_weights_are_in_no_group(freeze, trained):
+    model = timm.create_model("ride", backbone="test_vit", num_classes=3, num_experts=2)
+    objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]), freeze=freeze)
+    stage = Recipe().override(dict(optimizer="adamw", layer_decay=None if freeze == "backbone" else 0.5))
+    groups = make_optimizer(stage.stage("experts"), objective, 0.9).param_groups
+    chosen = {id(p) for group in groups for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in chosen}
+    prefix = "experts." if trained == {"experts"} else ("experts.0.fc.", "experts.1.fc.")
+    assert names == {name for name, _ in model.named_parameters() if name.startswith(prefix)}

@@ -47,7 +47,9 @@ def test_recipe_header_has_paper_command_cost_and_result(name, script):
     assert recipe.distillation == bool(args.teacher) and begins == bool(args.source)
 
 
-@pytest.mark.parametrize("name", [name for name in available() if not name.startswith(("imagenet", "inat"))])
+@pytest.mark.parametrize(
+    "name", [name for name in available() if not name.startswith(("imagenet", "inat", "finetune"))]
+)
 def test_stated_cost_equals_the_counted_macs(name):
     recipe = load_recipe(name)
     with torch.device("meta"):
@@ -212,3 +214,32 @@ def test_imbalance_factor_without_a_profile_is_rejected():
     for recipe in (Recipe(dataset="owner/birds"), Recipe(dataset="cifar10", imb_type="none")):
         with pytest.raises(InputError, match=r"imb_factor=0\.01 needs a long-tailed profile"):
             recipe.override(dict(imb_factor=0.01))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(freeze="backbone", layer_decay=0.7), "freeze=backbone leaves layer_decay=0.7 without effect"),
+        (dict(freeze="backbone", drop_path_rate=0.1, grad_checkpointing=True), "drop_path_rate=0.1, grad_checkpoint"),
+        (dict(freeze="backbone", ghost_batch=32), "ghost_batch=32"),
+        (dict(freeze_norm=True, sync_bn=True), "freeze_norm=True leaves sync_bn=True without effect: leave it out"),
+    ],
+)
+def test_keys_without_effect_on_frozen_weights_are_refused(values, words):
+    with pytest.raises(InputError, match=words):
+        Recipe(**values)
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(100, 40), (3489, 20), (10_000, 12), (115_846, 5)])
+def test_open_epochs_follow_the_number_of_images(images, epochs):
+    assert Recipe(epochs=None).for_images(images).epochs == epochs
+    assert Recipe(epochs=7).for_images(images).epochs == 7
+
+
+def test_what_the_data_decide_does_not_disagree_with_a_run():
+    begun = Recipe(epochs=None).for_images(100)
+    assert Recipe(epochs=None).differing(begun) == [] and Recipe(epochs=7).differing(begun) == ["epochs"]
+
+
+def test_epochs_may_be_given_where_the_recipe_leaves_them_open():
+    assert load_recipe("finetune").override(dict(epochs="3")).epochs == 3

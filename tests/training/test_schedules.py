@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ride_timm import InputError
-from ride_timm.training.schedules import lr_factor
+from ride_timm.training.schedules import epochs_for, lr_factor
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "parity" / "lr.json").read_text())
 CIFAR = dict(schedule="step", decay_epochs=(160, 180), decay_rate=0.01)
@@ -39,3 +39,15 @@ def test_constant_after_warm_up():
 def test_unknown_schedule():
     with pytest.raises(InputError, match=r"schedule='stairs': expected one of step, cosine"):
         lr_factor(0, 1, "stairs")
+
+
+def test_by_step_a_linear_warm_up_then_half_a_cosine():
+    """Warm-up in 8 steps to 1, then the cosine of the whole time; no jump larger than a step's."""
+    steps, epochs = 8, 3
+    factors = [lr_factor(i / steps, epochs, "cosine", warmup_epochs=1, tick=1 / steps) for i in range(steps * epochs)]
+    assert factors[:steps] == pytest.approx([(i + 1) / steps for i in range(steps)])
+    assert factors[steps:] == pytest.approx([(1 + math.cos(math.pi * i / 24)) / 2 for i in range(8, 24)])
+
+
+def test_epochs_fall_with_the_square_root_of_the_images_within_bounds():
+    assert [epochs_for(n) for n in (1, 2500, 10_000, 40_000, 10**7)] == [40, 24, 12, 6, 5]

@@ -28,7 +28,7 @@ def fresh_accelerator():
 
 def watch_of(num_steps, signals=None, precision="no"):
     watch = Watch(Accelerator(cpu=True), signals or Caught(), precision)
-    watch.begin_epoch(2, num_steps)
+    watch.begin_epoch("experts", 2, num_steps, 3)
     return watch
 
 
@@ -93,7 +93,7 @@ class Caught:
 
 accelerator, signals = Accelerator(cpu=True), Caught()
 watch = Watch(accelerator, signals, "no")
-watch.begin_epoch(0, 100)
+watch.begin_epoch("experts", 0, 100, 1)
 step = -1
 try:
     for step in range(100):

@@ -1,0 +1,62 @@
+"""Classifiers that start from the class means of pretrained features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..models import Ride
+
+SCALE = 30.0  # of the logits of a linear classifier, as that of cosine heads
+
+
+@torch.no_grad()
+def heads_from_class_means(model: Ride, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> None:
+    """Set each expert's classifier to the normalised mean feature of each class.
+
+    batches: this process' (images, labels) of the training set, under the test transform. A cosine head then starts as
+    a nearest-mean classifier; a linear one as well, with rows scaled so that its logits have the size of a cosine
+    head's. Raises `InputError` for another kind of classifier. Shi et al. 2024 (LIFT), arXiv:2309.10019, section 4.
+    """
+    means, norm = class_means(model, batches, accelerator)
+    for expert, mean in zip(model.experts, F.normalize(means, dim=-1), strict=True):
+        head, weight = expert.fc, getattr(expert.fc, "weight", None)
+        if not isinstance(weight, Tensor) or weight.flatten(1).shape != mean.shape:
+            raise InputError(
+                f"head_init=class_means needs a cosine or linear classifier, the model has {type(head).__name__}: "
+                "choose random, or --use-norm."
+            )
+        if isinstance(head, nn.Linear | nn.Conv2d):
+            mean = mean * SCALE / norm
+            if head.bias is not None:
+                head.bias.zero_()
+        weight.copy_(mean.view_as(weight))
+
+
+@torch.no_grad()
+def class_means(model: Ride, batches: Iterable[Any], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Mean pooled feature of each class by expert [E, C, D], over all processes; and the mean norm of a feature."""
+    training = model.training
+    model.eval()
+    C = model.num_classes
+    sums = counts = norms = None
+    for images, labels in batches:
+        features = model.forward_experts(images.to(accelerator.device))[0].double()  # [B, E, D]
+        labels = labels.to(features.device)
+        if sums is None or counts is None or norms is None:
+            sums = features.new_zeros(C, *features.shape[1:])
+            counts, norms = features.new_zeros(C), features.new_zeros(1)
+        sums.index_add_(0, labels, features)
+        counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+        norms += features.norm(dim=-1).mean(1).sum()
+    model.train(training)
+    sums, counts, norms = (accelerator.reduce(value, "sum") for value in (sums, counts, norms))
+    means = sums / counts.clamp(min=1)[:, None, None]
+    dtype = next(model.parameters()).dtype
+    return means.transpose(0, 1).to(dtype), (norms / counts.sum()).to(dtype)
