@@ -35,7 +35,7 @@ from .augment.policies import Policy
 from .image_set import open_stored
 from .lists import AnnotationList, NameKeys
 from .loaders.orders import SAMPLE, Batches, RankSlices
-from .loaders.workers import ViewTransform, collate, seeded
+from .loaders.workers import ViewTransform, collate, loaded, seeded
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -165,9 +165,10 @@ class _StreamSamples(TorchIterable):
             return failed
 
 
-def _collate(samples: list) -> tuple[tuple[str, ...], tuple[Tensor, Tensor] | RunError]:
+def _collate(samples: list) -> tuple[tuple[str, ...], tuple[Tensor, Tensor]] | RunError:
     keys, images = zip(*samples, strict=True)
-    return keys, collate(images)
+    batch = collate(images)
+    return batch if isinstance(batch, RunError) else (keys, batch)
 
 
 class StreamBatches(Batches):
@@ -210,12 +211,7 @@ class StreamBatches(Batches):
     def _pass(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.samples.part.set_pass(number)
         met: set[str] = set()
-        for keys, batch in self.loader:
-            if isinstance(batch, RunError):
-                try:
-                    raise batch
-                finally:  # else frame and error form a cycle, and workers freed by the garbage collector stop late
-                    del batch
+        for keys, batch in loaded(self.loader):
             for key in keys:
                 if key in met:  # here, not in a worker: each reads shards of its own
                     raise RunError(

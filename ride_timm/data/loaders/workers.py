@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -65,6 +66,17 @@ def collate(samples: Sequence) -> tuple[Tensor, Tensor] | RunError:
     images, labels = zip(*samples, strict=True)
     batch = torch.stack(images, 1).flatten(0, 1)
     return batch.contiguous(memory_format=torch.channels_last), torch.tensor(labels, dtype=torch.int64)
+
+
+def loaded(loader: DataLoader) -> Iterator[Any]:
+    """Iterate over a loader; raise the first error that a worker returned."""
+    for batch in loader:
+        if isinstance(batch, RunError):
+            try:
+                raise batch
+            finally:  # else frame and error form a cycle, and workers freed by the garbage collector stop late
+                del batch
+        yield batch
 
 
 class _Samples:
@@ -128,13 +140,7 @@ class WorkerBatches(Batches):
         self.keys.epoch = self.epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.loader:
-            if isinstance(batch, RunError):
-                try:
-                    raise batch
-                finally:  # else frame and error form a cycle, and workers freed by the garbage collector stop late
-                    del batch
-            images, labels = batch
+        for images, labels in loaded(self.loader):
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
@@ -142,7 +148,7 @@ class _Keys:
     """Batch sampler: this rank's (epoch, position, index) of every step.
 
     The keys carry the epoch to the workers. It does not refer to its `WorkerBatches`: in a reference cycle, the queues
-    would be finalised before the workers are told to stop, and each would take five seconds to notice.
+    would be finalised before the workers are stopped, and each would take five seconds to notice.
     """
 
     def __init__(self, order: Order, slices: RankSlices) -> None:
