@@ -211,7 +211,8 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         free = ("name", "workers", "data_dir", "annotations", "compile", "fused_norm")
         items = [item for item in dataclasses.fields(self) if item.name not in free]
         items = [item for item in items if not (item.metadata["by_data"] and getattr(self, item.name) is None)]
-        return [item.name for item in items if getattr(self, item.name) != getattr(other, item.name)]
+        changed = [item.name for item in items if getattr(self, item.name) != getattr(other, item.name)]
+        return [name for name in changed if name != "imb_type" or self.profile != other.profile]
 
     def to_yaml(self) -> str:
         """All keys as YAML."""

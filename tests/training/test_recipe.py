@@ -200,6 +200,12 @@ def test_differing_ignores_keys_without_effect_on_results():
     assert recipe.differing(other) == ["lr"]
 
 
+def test_a_stated_default_profile_is_no_difference():
+    balanced, any_data = Recipe(dataset="cifar100"), Recipe(dataset="owner/photos")
+    assert balanced.differing(balanced.override({"imb_type": "exp"})) == []
+    assert any_data.differing(any_data.override({"imb_type": "exp"})) == ["imb_type"]
+
+
 def test_profile_defaults_to_that_of_the_data_set():
     profiles = {Recipe(dataset=name).profile for name in ("cifar10", "cifar100")}
     others = {Recipe(dataset=name).profile for name in ("fashion_lt", "imagenet_lt", "owner/birds", "my/birds")}
