@@ -102,7 +102,7 @@ class Stage:
             self.accelerator.clip_grad_norm_(self.objective.trainable_parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
+        if self.ema is not None and not self.optimizer.step_was_skipped:  # fp16 skips a step that overflows
             self.ema.update(self.model, self.num_updates)
         self.num_updates += 1
         if self.settings.lr_per == "step":

@@ -26,7 +26,7 @@ class TrainingState:
     stage, epoch: the stage in progress ("done" after the last) and how many of its epochs are finished.
     source, teacher: `--from`, and the teacher as {"spec", "sha256"} of its weights.
     class_weights: of the loss, [C], where the recipe has them: a resumed run reads no file again.
-    history: one row of metrics.csv per epoch, over all stages. results: metrics of the finished stages.
+    scaler: that of fp16, which one stage passes to the next. history: one row of metrics.csv per epoch, over all stages. results: metrics of the finished stages.
     """
 
     stage: str = "experts"
@@ -60,6 +60,8 @@ class TrainingState:
 
     def restore(self, stage: Resumable) -> int:
         """Put a stage where this state left it; returns its finished epochs, 0 where it has not begun."""
+        if stage.accelerator.scaler is not None and self.scaler is not None:
+            stage.accelerator.scaler.load_state_dict(self.scaler)
         if self.stage != stage.name or self.epoch == 0:
             return 0
         stage.model.load_state_dict(self.model)
@@ -67,8 +69,6 @@ class TrainingState:
             stage.optimizer.load_state_dict(self.optimizer)
         except ValueError as error:
             raise InputError(f"the state of the optimizer does not fit ({error}): choose another --output.") from error
-        if stage.accelerator.scaler is not None:
-            stage.accelerator.scaler.load_state_dict(self.scaler)
         if stage.ema is not None:
             stage.ema.module.load_state_dict(self.ema)
         stage.selection.best = self.best
@@ -77,4 +77,4 @@ class TrainingState:
     def advance(self, stage: str, model: dict[str, Any]) -> None:
         """Begin the next stage with these weights."""
         self.stage, self.epoch, self.model = stage, 0, model
-        self.optimizer = self.scaler = self.ema = self.best = None
+        self.optimizer = self.ema = self.best = None

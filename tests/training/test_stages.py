@@ -1,12 +1,14 @@
-"""Random streams and gradient accumulation of a stage."""
+"""Random streams, gradient accumulation, and the steps and scale of fp16 of a stage."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ride_timm.training.stages import Stage, seed_epoch
+from ride_timm.training.state import TrainingState
 
 
 def _draws(*key):
@@ -41,3 +43,44 @@ def test_accumulation_averages_over_the_batches_of_a_step(num_batches, accumulat
             self.recipe = type("Keys", (), dict(gradient_accumulation=accumulation))
 
     assert [(size, last) for _, _, size, last in Bare().micro_batches()] == expected
+
+
+class Part(dict):
+    """A part of a stage whose state is a dictionary."""
+
+    def state_dict(self):
+        return dict(self)
+
+    def load_state_dict(self, state):
+        self.clear()
+        self.update(state)
+
+
+class HalfPrecision(Stage):
+    """A stage in fp16 whose optimizer skips the steps named."""
+
+    def __init__(self, name="experts", skipped=(), scale=65536.0):
+        self.name, self.model, self.num_updates = name, Part(), 0
+        self.settings = SimpleNamespace(lr_per="epoch")
+        self.recipe = SimpleNamespace(clip_grad=None)
+        self.accelerator = SimpleNamespace(scaler=Part(scale=scale))
+        self.selection, self.averaged = SimpleNamespace(best=None), []
+        self.ema = SimpleNamespace(update=lambda model, step: self.averaged.append(step), module=Part())
+        self.optimizer, skips = Part(), iter(skipped)
+        self.optimizer.step = lambda: setattr(self.optimizer, "step_was_skipped", next(skips))
+        self.optimizer.zero_grad = lambda: None
+
+
+def test_the_moving_average_skips_steps_that_overflow():
+    stage = HalfPrecision(skipped=[True, False, True, False, False])
+    for _ in range(5):
+        stage.step()
+    assert stage.averaged == [1, 3, 4]
+
+
+def test_stages_share_one_loss_scale():
+    state = TrainingState()
+    state.capture(HalfPrecision(scale=512.0), 4)
+    state.advance("router", {})
+    router = HalfPrecision("router")
+    assert state.restore(router) == 0 and router.accelerator.scaler == {"scale": 512.0}
