@@ -26,7 +26,8 @@ class TrainingState:
     stage, epoch: the stage in progress ("done" after the last) and how many of its epochs are finished.
     source, teacher: `--from`, and the teacher as {"spec", "sha256"} of its weights.
     class_weights: of the loss, [C], where the recipe has them: a resumed run reads no file again.
-    scaler: that of fp16, which one stage passes to the next. history: one row of metrics.csv per epoch, over all stages. results: metrics of the finished stages.
+    scaler: fp16's, which one stage passes to the next. history: one row of metrics.csv per epoch, over all stages.
+    results: metrics of the finished stages.
     """
 
     stage: str = "experts"
