@@ -66,8 +66,7 @@ def train(argv: list[str] | None) -> None:
 
     for name in options.stages:
         if name not in state.results:
-            settings = dict(from_scratch=state.source is None, class_weights=class_weights)
-            stage = build_stage(name, recipe, data, model, teacher, accelerator, **settings)
+            stage = build_stage(name, recipe, data, model, teacher, accelerator, state.source is None, class_weights)
             train_stage(stage, state, run, accelerator, watch)
     accelerator.end_training()
     if accelerator.is_main_process:

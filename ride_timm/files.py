@@ -66,7 +66,7 @@ def read_class_values(path: str | Path, class_names: Sequence[str]) -> list[floa
         raise InputError(f"{path}: {reason}; give one number a line, in class order.")
     values: dict[str, float] = {}
     for i, (where, name, value) in enumerate(entries):
-        key = name if named else str(i)
+        key = str(i) if name is None else name
         if named and name not in class_names:
             raise InputError(f"{where}: the data have no class {name!r}; classes are {_some(class_names)}.")
         if key in values:

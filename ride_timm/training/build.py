@@ -100,7 +100,7 @@ class RunData:
 
     def train_loader(self, settings: StageSettings, policy: Policy, num_views: int = 1) -> Any:
         """Augmented batches (images [num_views * b, C, H, W], labels [b]) of this process."""
-        options = dict(batch_size=settings.batch_size, views=num_views)
+        options: dict[str, Any] = dict(batch_size=settings.batch_size, views=num_views)
         options |= dict(sampler=settings.sampler, epochs=settings.epochs)
         return self._loader(self.train, policy, train=True, **options)
 
