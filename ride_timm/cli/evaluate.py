@@ -33,7 +33,7 @@ from ..evaluation.tables import GROUPS, classes_table, confusions_table, groups_
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..files import write_text
 from ..inference.load import SPEC, data_recipe, load_ride, own_recipe
-from ..inference.model_prior import add_prior_flags, model_log_prior
+from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior
 from ..inference.options import (
     Timed,
     add_inference_flags,
@@ -161,8 +161,7 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError("macs-budget chooses the router's threshold: pass --routed as well.")
         if threshold_given:
             raise InputError("macs-budget chooses the threshold: leave --threshold out.")
-    if args.model_prior is not None and args.test_prior is None and not args.shifted:
-        raise InputError("model-prior changes nothing without --test-prior or --shifted: leave it out.")
+    check_prior_flags(args, args.shifted)
     if args.test_prior is not None and args.curve is not None:
         raise InputError("the curve is of the bare logits: leave --test-prior or --curve out.")
     check_threshold(threshold_given, args.routed)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
 from ..evaluation.evaluate import evaluation_batch
+from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..hardware import choose_device
 from ..inference.image_files import ImageFiles, find_images
 from ..inference.load import SPEC, load_ride, threshold_for
+from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
 from ..inference.options import (
     add_inference_flags,
     check_experts,
@@ -24,7 +29,7 @@ from ..inference.options import (
     inference_of,
     prepare,
 )
-from ..inference.predict import Counted, FeatureTap, predict_images
+from ..inference.predict import Batch, Counted, FeatureTap, predict_batches, predicted_rows
 from ..inference.writers import Columns, check_output, print_json_rows, print_rows, write_rows
 
 
@@ -43,6 +48,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: one a core, at most 8)")
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: the GPU where there is one)")
     parser.add_argument("--threshold", type=float, metavar="X", help="gate probability (default: the run's, or 0.5)")
+    add_prior_flags(parser)
     add_inference_flags(parser)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="files, folders, patterns such as '*.jpg', or - for paths on stdin"
@@ -51,6 +57,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_experts(args, args.routed)
+    check_prior_flags(args)
     inference = inference_of(args)
     _check(args)
     device = choose_device(args.device)
@@ -77,7 +84,11 @@ def run(args: argparse.Namespace) -> None:
     workers = _workers(len(paths) > batch_size) if args.workers is None else args.workers
     as_text = args.output is None and not args.json
     top_k = min(args.top_k or (1 if as_text else 5), model.num_classes)
-    counted = Counted(predict_images(files, predict, names, top_k, batch_size, workers, device, tap))
+    batches: Iterable[Batch] = predict_batches(files, predict, batch_size, workers, device, tap)
+    shift: Tensor | float = 0.0
+    if args.test_prior is not None:
+        batches, shift = _to_test_prior(args, names, batches)
+    counted = Counted(predicted_rows(batches, paths, names, top_k, shift))
     # on a terminal the printed rows show the progress
     bar = tqdm(counted, "predict", len(paths), unit="image", disable=None if args.output or _piped() else True)
     if args.output is not None:
@@ -87,6 +98,19 @@ def run(args: argparse.Namespace) -> None:
     else:
         print_rows(bar, model.num_experts)
     counted.report()
+
+
+def _to_test_prior(
+    args: argparse.Namespace, names: Sequence[str], batches: Iterable[Batch]
+) -> tuple[Iterable[Batch], Tensor]:
+    """The batches and what moves their logits to the test prior, [C]; an estimate needs all batches first."""
+    class_counts = run_results(args.model).get("class_counts")
+    model_prior = model_log_prior(args.model_prior, args.model, class_counts, names)
+    if args.test_prior != "estimate":
+        return batches, log_prior_of(args.test_prior, class_counts, names) - model_prior
+    batches = list(batches)
+    logits = [batch.logits for batch in batches if batch.logits is not None]
+    return batches, (estimate_log_prior(torch.cat(logits), model_prior) if logits else model_prior) - model_prior
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.loaders.orders import class_probabilities
+from ..errors import InputError
 from ..evaluation.test_prior import log_prior_of
 from ..losses import make_loss
 from ..priors import log_prior
@@ -32,6 +33,12 @@ def add_prior_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PRIOR",
         help="class prior that the logits suit: uniform, train, or a file (default: that of the run's loss)",
     )
+
+
+def check_prior_flags(args: argparse.Namespace, shifted: bool = False) -> None:
+    """InputError for a model prior that nothing reads."""
+    if args.model_prior is not None and args.test_prior is None and not shifted:
+        raise InputError("model-prior is where --test-prior moves the logits from: pass both, or leave it out.")
 
 
 def run_log_prior(recipe: Recipe, class_counts: Sequence[int], class_weights: Sequence[float] | None = None) -> Tensor:
@@ -64,7 +71,8 @@ def model_log_prior(
     if recipe is not None and class_counts is not None:
         return run_log_prior(recipe, class_counts, run_results(spec).get("class_weights"))
     print(
-        f"notice: {spec} has no recipe; its logits are taken to suit a uniform prior (--model-prior states another)",
+        f"notice: {spec} has no recipe with class counts; its logits are taken to suit a uniform prior (see "
+        "--model-prior)",
         file=sys.stderr,
     )
     return log_prior_of("uniform", None, class_names)

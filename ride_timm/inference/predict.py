@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,44 +43,63 @@ class FeatureTap:
         return torch.cat([self._kept[index].float() for index in self.experts], 1)
 
 
-def predict_images(
+class Batch(NamedTuple):
+    """Predictions of a batch of files: for each file its error or None, and of the readable ones the rest.
+
+    logits [b, C], used [b] if routed, features [b, E·D] with a tap, on the CPU; None where no file is readable.
+    """
+
+    errors: list[str | None]
+    logits: Tensor | None = None
+    used: Tensor | None = None
+    features: Tensor | None = None
+
+
+@torch.inference_mode()
+def predict_batches(
     files: ImageFiles,
     predict: Predict,
-    names: Sequence[str],
-    top_k: int,
     batch_size: int,
     workers: int,
     device: torch.device,
     tap: FeatureTap | None = None,
+) -> Iterator[Batch]:
+    """Predictions of the files, in order, batch by batch."""
+    for images, errors in files.batches(batch_size, workers, device.type == "cuda"):
+        if images is None:
+            yield Batch(errors)
+            continue
+        logits, used = predict(images.to(device, non_blocking=True))
+        logits = (logits if logits.ndim == 2 else logits.mean(1)).float().cpu()  # 3: of each expert
+        yield Batch(errors, logits, None if used is None else used.cpu(), None if tap is None else tap.features().cpu())
+
+
+def predicted_rows(
+    batches: Iterable[Batch], paths: Sequence[str], names: Sequence[str], top_k: int, shift: Tensor | float = 0.0
 ) -> Iterator[Row]:
     """Rows of the files, in order, as they are predicted.
 
     A row holds "image", its path; "label", "index" and "probability" of the most probable class; "top", the same of the
     `top_k` most probable; "experts_used" if routed; "features" [E·D] with a tap. Of a file that cannot be read it holds
-    "image" and "error".
+    "image" and "error". shift [C] is added to the logits.
     """
     start = 0
-    for images, errors in files.batches(batch_size, workers, device.type == "cuda"):
-        rows = iter([] if images is None else _rows(images.to(device, non_blocking=True), predict, names, top_k, tap))
-        for path, error in zip(files.paths[start : start + len(errors)], errors, strict=True):
+    for batch in batches:
+        rows = iter([] if batch.logits is None else _rows(batch, batch.logits + shift, names, top_k))
+        for path, error in zip(paths[start : start + len(batch.errors)], batch.errors, strict=True):
             image = os.fsencode(path).decode("utf-8", "replace")  # file names are bytes, rows are text
             yield dict(image=image, **(next(rows) if error is None else dict(error=error)))
-        start += len(errors)
+        start += len(batch.errors)
 
 
-@torch.inference_mode()
-def _rows(images: Tensor, predict: Predict, names: Sequence[str], top_k: int, tap: FeatureTap | None) -> list[Row]:
-    logits, used = predict(images)
-    if logits.ndim == 3:  # of each expert
-        logits = logits.mean(1)
-    values, indices = logits.float().softmax(1).topk(min(top_k, logits.shape[1]))
+def _rows(batch: Batch, logits: Tensor, names: Sequence[str], top_k: int) -> list[Row]:
+    values, indices = logits.softmax(1).topk(min(top_k, logits.shape[1]))
     tops = [
         [dict(label=names[i], index=i, probability=round(p, 6)) for p, i in zip(*pair, strict=True)]
         for pair in zip(values.tolist(), indices.tolist(), strict=True)
     ]
     rows: list[Row] = [dict(top[0], top=top) for top in tops]
-    columns = dict(experts_used=used, features=None if tap is None else tap.features())
-    for key, column in columns.items():
+    for key, column in dict(experts_used=batch.used, features=batch.features).items():
         if column is not None:
             rows = [dict(row, **{key: value}) for row, value in zip(rows, column.tolist(), strict=True)]
     return rows

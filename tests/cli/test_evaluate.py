@@ -104,7 +104,10 @@ def test_shifted_test_sets_are_one_table(capsys, run, evaluated):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--model-prior", "train"), "model-prior changes nothing without --test-prior or --shifted: leave it out"),
+        (
+            ("--model-prior", "train"),
+            "model-prior is where --test-prior moves the logits from: pass both, or",
+        ),
         (("--test-prior", "estimate", "--curve", "c.csv"), "the curve is of the bare logits: leave --test-prior or"),
         (("--test-prior", "absent.csv"), "absent.csv cannot be read (No such file or directory)"),
         (("--experts", "1,4"), "experts=1,4: expected different numbers from 1 to 3"),

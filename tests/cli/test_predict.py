@@ -17,6 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
+from ride_timm.evaluation.test_prior import estimate_log_prior
 
 
 def test_predict(capsys, run, photos):
@@ -170,3 +171,34 @@ def test_names_that_are_no_text(capsys, run, photos, tmp_path):
 )
 def test_refused_flags(capsys, run, photos, flags, message):
     assert message in refusal(capsys, "predict", "--model", run, photos[0], *flags)
+
+
+def test_a_test_prior_moves_the_logits(capsys, run, photos, tmp_path):
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    images = torch.stack([transform(Image.open(photo).convert("RGB")) for photo in photos])
+    with torch.inference_mode():
+        logits = model(images)
+    (tmp_path / "prior.csv").write_text("".join(f"{name},{i}\n" for i, name in enumerate(CLASSES)))
+    argv = ("predict", "--model", run, *photos, "--json", "--model-prior", "uniform", "--test-prior")
+    for prior, shift in (
+        (tmp_path / "prior.csv", (torch.arange(10) / 45).log() - torch.tensor(0.1).log()),
+        ("uniform", torch.zeros(10)),
+        ("estimate", estimate_log_prior(logits, torch.zeros(10)) - torch.tensor(0.1).log()),
+    ):
+        rows = json.loads(output(capsys, *argv, prior))
+        for row, chances in zip(rows, (logits + shift).softmax(1), strict=True):
+            assert row["index"] == chances.argmax().item()
+            assert row["probability"] == pytest.approx(chances.max().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model-prior", "uniform"), "model-prior is where --test-prior moves the logits from"),
+        (("--model-prior", "uniform", "--test-prior", "train"), "the model's folder has no class counts"),
+        (("--model-prior", "uniform", "--test-prior", "absent.csv"), "absent.csv cannot be read"),
+    ],
+)
+def test_priors_that_cannot_be_used(capsys, run, photos, flags, message):
+    assert message in refusal(capsys, "predict", "--model", run, *photos, *flags)

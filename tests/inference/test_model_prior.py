@@ -74,4 +74,4 @@ def test_the_prior_of_a_model_is_given_known_or_uniform(tmp_path, capsys):
     torch.testing.assert_close(model_log_prior(None, run, COUNTS, names).exp(), UNIFORM / 4)
     assert capsys.readouterr().err == ""
     torch.testing.assert_close(model_log_prior(None, "resnet18", COUNTS, names).exp(), UNIFORM / 4)
-    assert "resnet18 has no recipe; its logits are taken to suit a uniform prior" in capsys.readouterr().err
+    assert "resnet18 has no recipe with class counts; its logits are taken to suit" in capsys.readouterr().err
