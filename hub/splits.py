@@ -75,6 +75,8 @@ def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
     if recipe.profile == "none":
         raise InputError("imb_type=none takes every row: there is no split to publish.")
     data = load_longtail(**recipe.data_args)
+    if data.test_held_out is not None:
+        raise InputError(f"{recipe.dataset!r} has no test split: name one by test_split; a card refers to it.")
     folder = root / split_name(recipe)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     columns = {"index": data.train.rows, "label": data.train.labels}

@@ -42,6 +42,19 @@ def test_run_writes_its_folder_and_prints_a_table(finished):
     assert [row["all"] != "" for row in rows] == [False, True, True, False, True]
 
 
+def test_a_run_and_its_evaluation_hold_out_the_same_test_images(train, colours, tmp_path, capsys):
+    flags = flags_of(colours / "train", tmp_path / "run", "--stage", "experts", "--epochs", "1", "--split-seed", "3")
+    assert train(flags) == 0
+    assert capsys.readouterr().err.count("the 11 test images are 0.2 of train, held out with seed 3") == 1
+    results = RunFolder(tmp_path / "run").results()
+    assert results["test_source"] == "0.2 of train, held out with seed 3" and results["class_counts"] == [24, 13, 6]
+    main(["evaluate", "--model", str(tmp_path / "run"), "--json"])
+    printed = capsys.readouterr()
+    evaluated = json.loads(printed.out)
+    assert evaluated["images"] == 11 and "held out with seed 3" in printed.err
+    assert evaluated["all"] == pytest.approx(results["stages"]["experts"]["all"])
+
+
 @pytest.mark.parametrize("routed", [False, True])
 def test_evaluate_reproduces_the_results_exactly(finished, colours, routed, capsys):
     output, _ = finished

@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     if args.action == "check" and recipe.streaming:
         raise InputError("check reads every image, a stream only those of an epoch: leave --streaming out.")
     data = load_longtail(**recipe.data_args)
+    if data.notice:
+        print(data.notice, file=sys.stderr)
     counts = data.class_counts
     groups = {name: int(mask.sum()) for name, mask in shot_groups(counts, *recipe.shots).items()}
     facts = dict(name=data.name, classes=data.num_classes, train=len(data.train), test=len(data.test))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     model = load_ride(args.model, args.routed or args.curve is not None).to(memory_format=torch.channels_last)
     experts = chosen_experts(args.experts, model.num_experts)
     data = load_longtail(**recipe.data_args | dict(use_val=recipe.use_val and args.macs_budget is not None))
+    if data.notice:
+        print(data.notice, file=sys.stderr)
     if data.num_classes != model.num_classes:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
     size = recipe.policy.input_size(recipe.input_size)

@@ -116,7 +116,8 @@ class LongTailData:
     Every class has a training image; the test set may lack classes.
 
     val: the data set's validation images, if requested; split_names: of the training, test and validation split;
-    available: training images before the long-tailed selection.
+    available: training images before the long-tailed selection; test_held_out: how the test set was held out of the
+    training split, such as "0.2 of train, held out with seed 0", if the data set has no test split.
     """
 
     train: ImageSet
@@ -126,6 +127,19 @@ class LongTailData:
     val: ImageSet | None = None
     split_names: tuple[str, ...] = ("train", "test")
     available: int | None = None
+    test_held_out: str | None = None
+
+    @property
+    def test_source(self) -> str:
+        """The origin of the test set: "split test", or how it was held out."""
+        return self.test_held_out or f"split {self.split_names[1]}"
+
+    @property
+    def notice(self) -> str | None:
+        """One line on a test set that is not the data set's own."""
+        if self.test_held_out is None:
+            return None
+        return f"notice: the data set has no test split; the {len(self.test):,} test images are {self.test_held_out}"
 
     @property
     def num_classes(self) -> int:

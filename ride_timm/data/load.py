@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import InputError, listed
 from .columns import check_unseen, choose_image_column, sets_of_columns
 from .datasets import EMBEDDED, KNOWN, default_profile, lists_of
+from .folders import split_of
 from .hub import holds_rows, is_hub_id, is_saved, read_hub, read_local, read_selection, read_splits
 from .image_set import ImageSet, LongTailData
 from .lists import (
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
 
     from .lists import AnnotationList
 
-TEST_SPLITS = ("test", "validation", "val")
-VAL_SPLITS = ("val", "validation")
+TEST_FRACTION = 0.2  # of each class, held out where there is no test split
 
 
 def load_longtail(
@@ -66,7 +66,8 @@ def load_longtail(
         "none", the training split as it is, for all others.
     image_column, label_column: default the first image column (`img` and `image` preferred), and the first of
         fine_label, label, labels.
-    test_split: default the first of test, validation, val.
+    test_split: default the split named test, else validation, in any of their forms and in any case (Test, eval, valid,
+        dev, ...). Where there is none, 20 % of each training class are held out with `seed` before the selection.
     annotations: folder of annotation lists, from which images and classes are read. The images are files under
         `data_dir`, or the rows of that name in its parquet files or in the Hub data set.
     use_val: read the validation split as well, as `val`; None: if there is one.
@@ -86,9 +87,11 @@ def load_longtail(
         profile, from_lists = "none", False  # selected already
     if from_lists:
         paths = find_lists(dataset, data_dir, annotations)
-        names = _split_names(paths, train_split, test_split, use_val)
+        roles = _split_roles(paths, train_split, test_split, use_val)
+        if "test" not in roles and lists_of(dataset) is not None:
+            raise InputError(f"there is no test list of {dataset} next to {paths['train']}")
         make_set = partial(streamed_rows, shuffle_buffer=shuffle_buffer) if streaming else _matched_rows
-        lists = {name: read_list(paths[name]) for name in names}
+        lists = {name: read_list(paths[name]) for name in roles.values()}
         sets, class_names = _from_lists(dataset, data_dir, lists, image_column, streaming, make_set)
     elif streaming:
         raise InputError(
@@ -96,13 +99,18 @@ def load_longtail(
         )
     else:
         splits = read_splits(dataset, data_dir)
-        names = _split_names(splits, train_split, test_split, use_val)
-        sets, class_names = sets_of_columns({name: splits[name] for name in names}, image_column, label_column)
-    train, test, *val = sets
+        roles = _split_roles(splits, train_split, test_split, use_val)
+        columns = {name: splits[name] for name in roles.values()}
+        sets, class_names = sets_of_columns(columns, image_column, label_column)
+    by_role = dict(zip(roles, sets, strict=True))
+    if "test" in roles:
+        train, test, held_out = by_role["train"], by_role["test"], None
+    else:
+        train, test = _hold_out_test(by_role["train"], seed)
+        held_out = f"{TEST_FRACTION:g} of {roles['train']}, held out with seed {seed}"
     rows = longtail_indices(train.labels, profile, imb_factor, seed, len(class_names))
-    return LongTailData(
-        train.select(rows), test, class_names, dataset, val[0] if val else None, tuple(names), len(train)
-    )
+    names = tuple(({"train": "train", "test": "test"} | roles).values())
+    return LongTailData(train.select(rows), test, class_names, dataset, by_role.get("val"), names, len(train), held_out)
 
 
 def profile_of(dataset: str, imb_type: str | None, imb_factor: float, seed: int) -> str:
@@ -137,31 +145,61 @@ def _check_selection(data_dir: Path, annotations: Path | None, wanted: dict[str,
         )
 
 
-def _split_names(splits: Iterable[str], train_split: str, test_split: str | None, use_val: bool | None) -> list[str]:
-    """The names of the training, test and, if requested, validation split."""
+def _split_roles(
+    splits: Iterable[str], train_split: str, test_split: str | None, use_val: bool | None
+) -> dict[str, str]:
+    """The splits by role: "train", "test" unless there is none, and "val" if requested."""
     splits = list(splits)
-    if train_split not in splits:
+    train = _named(splits, train_split)
+    if train is None and train_split == "train":
+        train = splits[0] if len(splits) == 1 and split_of(splits[0]) is None else _of_kind(splits, "train")
+    if train is None:
         raise InputError(f"the data set has no split {train_split!r}; it has {listed(splits)}")
+    others = [name for name in splits if name != train]
     if test_split is None:
-        test_split = next((name for name in TEST_SPLITS if name in splits and name != train_split), None)
-        if test_split is None:
-            raise InputError(f"the data set has no split {' or '.join(TEST_SPLITS)}; name one of {listed(splits)}")
-    if test_split not in splits:
-        raise InputError(f"the data set has no split {test_split!r}; it has {listed(splits)}")
-    if test_split == train_split:
-        raise InputError(f"split {train_split!r} cannot be both the training and the test set")
-    names = [train_split, test_split]
+        test = _of_kind(others, "test") or _of_kind(others, "validation")
+        if test is None and others:
+            raise InputError(
+                f"the data set has no split test or validation; pass --test-split, one of {listed(others)}"
+            )
+    else:
+        test = _named(splits, test_split)
+        if test is None:
+            raise InputError(f"the data set has no split {test_split!r}; it has {listed(splits)}")
+        if test == train:
+            raise InputError(f"split {test!r} cannot be both the training and the test set")
+    roles = dict(train=train) if test is None else dict(train=train, test=test)
     if use_val is False:
-        return names
-    val_split = next((name for name in VAL_SPLITS if name in splits and name not in names), None)
-    if val_split is None:
+        return roles
+    val = _of_kind([name for name in others if name != test], "validation")
+    if val is None:
         if use_val is None:
-            return names
+            return roles
+        used = " and ".join(repr(name) for name in roles.values())
         raise InputError(
-            f"the data set has no validation split besides {train_split!r} and {test_split!r}; it has "
-            f"{listed(splits)}: hold out training images instead (--holdout 0.1)"
+            f"the data set has no validation split besides {used}; it has {listed(splits)}: hold out training images "
+            "instead (--holdout 0.1)"
         )
-    return [*names, val_split]
+    return roles | dict(val=val)
+
+
+def _named(splits: list[str], wanted: str) -> str | None:
+    """The split of this name, else of this name in another case."""
+    return next((name for same in (str, str.lower) for name in splits if same(name) == same(wanted)), None)
+
+
+def _of_kind(splits: list[str], kind: str) -> str | None:
+    """The split of this name, else the first whose name stands for it."""
+    return _named(splits, kind) or next((name for name in splits if split_of(name) == kind), None)
+
+
+def _hold_out_test(train: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    if len(train) == 0 or np.bincount(train.labels).max() * TEST_FRACTION < 0.5:
+        raise InputError(
+            f"the data set has no test split, and no class has the 3 images it takes to hold one out of split "
+            f"{train.split!r}: add a split test"
+        )
+    return hold_out(train, TEST_FRACTION, seed)
 
 
 def _from_lists(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +128,8 @@ def load_data(recipe: Recipe, accelerator: Accelerator) -> RunData:
     """Read the recipe's data set, and hold out the training images that select the epoch."""
     with accelerator.local_main_process_first():  # the other processes read its cache
         longtail = load_longtail(**recipe.data_args)
+    if longtail.notice and accelerator.is_main_process:
+        print(longtail.notice, file=sys.stderr)
     return RunData.of(longtail, recipe, accelerator)
 
 

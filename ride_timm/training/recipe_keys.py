@@ -39,7 +39,7 @@ class DataKeys:
     split_seed: int = key(0, "seed of the long-tailed selection; 0 is the published split", low=0, high=2**32 - 1)
     image_column: str | None = key(None, "column of the images (default: the first image column)")
     label_column: str | None = key(None, "column of the labels (default: fine_label, label or labels)")
-    test_split: str | None = key(None, "split to test on (default: test, validation or val)")
+    test_split: str | None = key(None, "split to test on (default: test, else validation, else held-out images)")
     use_val: bool = key(False, "select epochs on the data set's validation split, not on held-out training images")
     many_shot: int = key(100, "many-shot classes have more training images than this", low=0)
     few_shot: int = key(20, "few-shot classes have fewer training images than this", low=0)

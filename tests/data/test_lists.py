@@ -130,7 +130,7 @@ def test_missing_images_are_found_first_or_named_by_their_line(tmp_path):
         ("imagenet_lt", dict(data_dir="."), r"no ImageNet_LT_train.txt in .* or .*ImageNet_LT"),
         ("mine", dict(annotations="."), r"no list \*train.txt"),
         ("mine", dict(annotations="two"), "several train lists, a_train.txt, b_train.txt"),
-        ("mine", dict(annotations="one"), "the data set has no split test or validation or val"),
+        ("places_lt", dict(annotations="one"), "no test list of places_lt next to .*Places_LT_train.txt"),
         ("mine", dict(annotations="good"), "no images of 'mine'"),
         ("places_lt", dict(annotations="places"), "not on the Hub: pass their root as --data-dir"),
         ("mine", dict(annotations="good", data_dir="gone"), "folder 'gone' does not exist"),
@@ -146,7 +146,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch, dataset, settings
     known_lists(monkeypatch, "places_lt")
     for name in ("a", "b"):
         write_lists(tmp_path / "two", name)
-    write_lists(tmp_path / "one", "x", {"train": LISTS["train"]})
+    write_lists(tmp_path / "one", "Places_LT", {"train": LISTS["train"]})
     write_lists(tmp_path / "good", "x")
     write_lists(tmp_path / "places", "Places_LT")
     write_lists(tmp_path / "unseen", "unseen", LISTS | {"test": ["a.jpg 7"]})

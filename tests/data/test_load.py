@@ -13,6 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from small_splits import png, split
 
+from ride_timm.data.image_set import ImageSet
 from ride_timm.data.load import hold_out, load_longtail
 from ride_timm.data.longtail import class_sizes, longtail_indices
 from ride_timm.errors import InputError, RunError
@@ -117,7 +118,7 @@ def test_parquet_folder(tmp_path):
         assert data.class_names == ("cat", "dog") and data.class_counts == [2, 1]
         assert data.train.image_column == "img" and data.test.labels.tolist() == [1, 0]
     assert data.name == "cifar100"
-    with pytest.raises(InputError, match="no split test or validation or val; name one of train"):
+    with pytest.raises(InputError, match="no test split, and no class has the 3 images"):
         load_longtail(str(tmp_path / "train.parquet"), imb_type="none")
 
 
@@ -132,12 +133,56 @@ def test_folders_of_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "present, expected", [(["test", "validation", "val"], "test"), (["val", "validation"], "validation")]
+    "present, expected",
+    [
+        (["test", "validation", "val"], "test"),
+        (["val", "validation"], "validation"),
+        (["val", "Eval", "small"], "Eval"),
+        (["VAL", "testing_set"], "testing_set"),
+        (["extra", "Dev"], "Dev"),
+    ],
 )
 def test_default_test_split(tmp_path, present, expected):
-    path = saved(tmp_path, train=split([0]), **{name: split([0]) for name in present})
-    assert load_longtail(path, imb_type="none").test.split == expected
-    assert load_longtail(path, imb_type="none", test_split="val").test.split == "val"
+    path = saved(tmp_path, Training=split([0]), **{name: split([0]) for name in present})
+    data = load_longtail(path, imb_type="none")
+    assert data.test.split == expected and data.train.split == "Training"
+    assert data.test_source == f"split {expected}" and data.notice is None
+    assert load_longtail(path, imb_type="none", test_split=present[0].upper()).test.split == present[0]
+
+
+@pytest.mark.parametrize("name", ["train", "Train", "full"])
+def test_without_a_test_split_a_fifth_of_each_class_is_held_out(tmp_path, name):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [50, 12, 3, 2, 1]))
+    path = saved(tmp_path, **{name: split(labels.tolist())})
+    data = load_longtail(path, seed=3)
+    assert np.bincount(data.test.labels).tolist() == [10, 2, 1]  # 2 and 1 images are too few
+    assert data.class_counts == [40, 10, 2, 2, 1]
+    rest, held = hold_out(ImageSet(data.test.images, np.arange(68), labels, "image"), 0.2, seed=3)
+    assert data.train.rows.tolist() == rest.rows.tolist() and data.test.rows.tolist() == held.rows.tolist()
+    assert labels[data.test.rows].tolist() == data.test.labels.tolist()
+    assert data.test_source == f"0.2 of {name}, held out with seed 3" and data.test_source in data.notice
+    assert load_longtail(path, seed=4).test.rows.tolist() != data.test.rows.tolist()
+    tailed = load_longtail(path, imb_type="none", label_column="label", test_split=None)
+    assert len(tailed.train) + len(tailed.test) == 68 and tailed.split_names == (name, "test")
+
+
+def test_the_long_tail_is_selected_from_what_is_not_held_out(tmp_path):
+    data = load_longtail(saved(tmp_path, train=split([0, 1] * 50)), imb_type="exp", imb_factor=0.1)
+    assert data.class_counts == [40, 4] and np.bincount(data.test.labels).tolist() == [10, 10]
+    assert not set(data.train.rows) & set(data.test.rows) and data.available == 80
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        (["train", "extra"], "no split test or validation; pass --test-split, one of extra"),
+        (["test"], "no split 'train'; it has test"),
+        (["a", "b"], "no split 'train'; it has a, b"),
+    ],
+)
+def test_splits_that_need_a_name(tmp_path, splits, message):
+    with pytest.raises(InputError, match=message):
+        load_longtail(saved(tmp_path, **{name: split([0] * 5) for name in splits}))
 
 
 def test_columns_can_be_named(tmp_path):
