@@ -30,7 +30,7 @@ def measure(model: Ride, recipe: Recipe) -> dict[str, Any]:
     shape = (model.in_chans, size, size)
     batches = make_loader(
         data.test,
-        recipe.augment,
+        recipe.policy,
         train=False,
         batch_size=evaluation_batch(size),
         seed=0,

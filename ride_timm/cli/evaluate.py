@@ -38,6 +38,7 @@ from ..inference.model_prior import add_prior_flags, check_prior_flags, model_lo
 from ..inference.options import (
     Timed,
     add_inference_flags,
+    averaged_crops,
     check_experts,
     check_threshold,
     chosen_experts,
@@ -72,6 +73,11 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="also report the forward and backward shifted test sets of SADE and BalPoE",
     )
+    parser.add_argument(
+        "--five-crop",
+        action="store_true",
+        help="average the logits of the four corners and the centre of each image",
+    )
     add_prior_flags(parser)
     add_inference_flags(parser)
     add_flags(parser, [name for name in keys_of("data") if name != "holdout"] + ["threshold", "workers"])
@@ -90,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
     if data.num_classes != model.num_classes:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
     size = recipe.policy.input_size(recipe.input_size)
+    crops = 5 if args.five_crop else 1
     check_images(model, (3, size, size), args.model)
     macs = count_macs(model, (3, size, size))
     if args.macs_budget is not None:
@@ -99,8 +106,9 @@ def run(args: argparse.Namespace) -> None:
 
     def batches(image_set: Any) -> Any:
         where = dict(input_size=size, device=device, num_workers=recipe.workers)
-        where |= dict(reduced_decode=recipe.reduced_decode)
-        return make_loader(image_set, recipe.augment, train=False, batch_size=evaluation_batch(size), seed=0, **where)
+        where |= dict(reduced_decode=recipe.reduced_decode, five_crops=args.five_crop)
+        batch_size = evaluation_batch(size) // crops
+        return make_loader(image_set, recipe.policy, train=False, batch_size=batch_size, seed=0, **where)
 
     threshold, chosen = recipe.threshold, None
     if args.macs_budget is not None:
@@ -108,7 +116,8 @@ def run(args: argparse.Namespace) -> None:
         threshold = chosen["threshold"]
     test = batches(data.test)
     one_by_one = not args.routed and inference.runtime != "onnx"
-    predict = Timed(prepare(model, inference, args.routed, threshold, size, experts if one_by_one else None))
+    prepared = prepare(model, inference, args.routed, threshold, size, experts if one_by_one else None)
+    predict = Timed(averaged_crops(prepared) if args.five_crop else prepared)
     num_members = len(experts) if one_by_one else None
     if args.test_prior is None and not args.shifted:
         metrics = evaluate(model, test, data.class_counts, args.routed, threshold, predict, num_members, recipe.shots)
@@ -118,11 +127,13 @@ def run(args: argparse.Namespace) -> None:
 
     used = metrics.get("experts_used")
     cost = macs.expected(used) if used else macs.trunk + sum(macs.experts[i] for i in experts)
-    metrics |= dict(macs=round(cost), images=len(data.test))
+    metrics |= dict(macs=round(crops * cost), images=len(data.test))
     metrics["correct"] = round(metrics["all"] * len(data.test) / 100)
     name = "routed" if args.routed else "ensemble"
     if args.experts is not None:
         metrics["members"], name = [i + 1 for i in experts], f"experts {args.experts}"
+    if args.five_crop:
+        metrics["crops"], name = crops, f"{name}, five crops"
     rows = {name: metrics}
     if (bare := metrics.get("without_test_prior")) is not None:
         rows = {name: metrics | bare, f"{name}, prior {args.test_prior}": metrics}
@@ -133,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
     if chosen:
         metrics |= dict(macs_budget=args.macs_budget, chosen_on=chosen)
     if args.time:
-        metrics |= dict(images_per_second=round(predict.images_per_second, 1), inference=str(inference))
+        metrics |= dict(images_per_second=round(predict.images_per_second / crops, 1), inference=str(inference))
     if args.curve is not None:
         outcomes = collect_outcomes(model, test)
         prefixes = prefix_points(outcomes, macs, data.class_counts, recipe.shots)
@@ -164,6 +175,8 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError("macs-budget chooses the router's threshold: pass --routed as well.")
         if threshold_given:
             raise InputError("macs-budget chooses the threshold: leave --threshold out.")
+    if args.five_crop and (args.routed or args.curve is not None):
+        raise InputError("five-crop averages all experts on every crop: leave --routed and --curve out.")
     check_prior_flags(args, args.shifted)
     if args.test_prior is not None and args.curve is not None:
         raise InputError("the curve is of the bare logits: leave --test-prior or --curve out.")

@@ -99,6 +99,18 @@ def chosen_experts(text: str | None, num_experts: int) -> list[int]:
     return [i - 1 for i in numbers]
 
 
+def averaged_crops(predict: Predict) -> Predict:
+    """The prediction function of five crops an image: images [5·B, 3, H, W], crop by crop -> mean logits [B, …].
+
+    Logits are averaged, as those of experts are: the two means commute, and a shift of the prior moves both alike.
+    """
+
+    def of_crops(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return predict(images)[0].unflatten(0, (5, -1)).mean(0), None
+
+    return of_crops
+
+
 def _conv_bn_pairs(module: nn.Module) -> list[tuple[str, str]]:
     """Names of convolutions and the BatchNorm after each.
 

@@ -4,10 +4,15 @@ import json
 import shutil
 
 import pytest
+import timm
+import torch
 from commands import output, refusal, run_folder
+from PIL import Image
 
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
+from ride_timm.data.load import load_longtail
+from ride_timm.data.loaders import make_loader
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +114,8 @@ def test_shifted_test_sets_are_one_table(capsys, run, evaluated):
             "model-prior is where --test-prior moves the logits from: pass both, or",
         ),
         (("--test-prior", "estimate", "--curve", "c.csv"), "the curve is of the bare logits: leave --test-prior or"),
+        (("--five-crop", "--routed"), "five-crop averages all experts on every crop: leave --routed and --curve out"),
+        (("--five-crop",), "the test transform of augmentation 'fashion' crops nothing at 28 pixels"),
         (("--test-prior", "absent.csv"), "absent.csv cannot be read (No such file or directory)"),
         (("--experts", "1,4"), "experts=1,4: expected different numbers from 1 to 3"),
         (("--experts", "0,1"), "experts=0,1: expected different numbers from 1 to 3"),
@@ -137,3 +144,36 @@ def test_no_data_named(capsys, tmp_path, run):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(run / name, alone / name)
     assert "--dataset or --recipe" in refusal(capsys, "evaluate", "--model", alone)
+
+
+def test_five_crops_are_averaged_at_five_times_the_macs(capsys, run, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for c in range(10):
+            folder = tmp_path / split / f"class{c}"
+            folder.mkdir(parents=True)
+            noise = (255 * torch.rand(60, 48, 3, generator=generator)).byte().numpy()
+            Image.fromarray(noise).save(folder / "a.png")
+    flags = (
+        "--dataset",
+        tmp_path,
+        "--imb-type",
+        "none",
+        "--augment",
+        "imagenet",
+        "--input-size",
+        "28",
+        "--workers",
+        "0",
+    )
+    argv = ("evaluate", "--model", run, *flags, "--five-crop")
+    found = json.loads(output(capsys, *argv, "--json"))
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    data = load_longtail(str(tmp_path), imb_type="none")
+    loader = make_loader(data.test, "imagenet", train=False, batch_size=10, seed=0, input_size=28, five_crops=True)
+    with torch.inference_mode():
+        right = sum((model(x).unflatten(0, (5, -1)).mean(0).argmax(1) == y).sum().item() for x, y in loader)
+    assert found["correct"] == right and found["crops"] == 5 and found["images"] == 10
+    plain = json.loads(output(capsys, *argv[:-1], "--json"))
+    assert found["macs"] == 5 * plain["macs"] and "crops" not in plain
+    assert "ensemble, five crops" in output(capsys, *argv)

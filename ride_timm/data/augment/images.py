@@ -135,7 +135,11 @@ class Fit:
         self.crop = T.CenterCrop(size)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return self.crop(self.decoder(image, self.plan))
+        return self.crop(self.resized(image))
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The image before the crop."""
+        return self.decoder(image, self.plan)
 
     def plan(self, width: int, height: int) -> Planned:
         """The full image, and the size that torchvision's Resize gives it."""

@@ -17,7 +17,7 @@ from ..augment.reduced_decode import decode_reduced
 from ..image_set import BatchSource, ImageSet
 from .in_memory import TensorBatches, decode
 from .orders import SAMPLERS, Batches, Order, RankSlices, SampledOrder, SequentialOrder, ShuffledOrder, check_integer
-from .workers import ViewTransform, WorkerBatches
+from .workers import FiveCrops, ViewTransform, WorkerBatches
 
 
 def make_loader(
@@ -30,6 +30,7 @@ def make_loader(
     sampler: str = "instance",
     epochs: int = 1,
     views: int = 1,
+    five_crops: bool = False,
     rank: int = 0,
     num_processes: int = 1,
     num_workers: int = 0,
@@ -46,6 +47,7 @@ def make_loader(
     sampler: one of `SAMPLERS`; "instance" is every image once. Others are for training only, see
         `orders.class_probabilities`; epochs: those of the stage, over which "progressive" changes.
     views: 2 for two views of each image in a batch, the first without the policy's `auto_augment`.
+    five_crops: five views of each image (evaluation only), see `workers.FiveCrops`.
     input_size: default the policy's. Small images of another size are resized once, when they are decoded.
     reduced_decode: decode large JPEGs at reduced size. Crops are the same, pixels nearly so.
 
@@ -63,6 +65,8 @@ def make_loader(
     slices = RankSlices(len(image_set), batch_size, train, rank, num_processes)
     decoder = decode_reduced if reduced_decode else decode_full
     transform = ViewTransform(policy, train, size, decoder, views)
+    if five_crops:
+        transform = FiveCrops(policy, size, decoder)
     if isinstance(image_set, BatchSource):
         how: dict[str, Any] = dict(slices=slices, seed=seed, num_workers=num_workers, device=device)
         return image_set.batches(policy, transform, sampler=sampler, **how)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,9 +11,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision import transforms as T
 
-from ...errors import RunError
-from ..augment.images import Decoder, build_augment, build_crop, decode_full
+from ...errors import InputError, RunError
+from ..augment.images import Decoder, Fit, build_augment, build_crop, decode_full
 from ..augment.policies import Policy, get_policy
 from ..image_set import ImageSet
 from .orders import SAMPLE, Batches, Order, RankSlices, check_integer, torch_seed
@@ -42,7 +43,7 @@ class ViewTransform:
         views: int = 1,
     ) -> None:
         policy = get_policy(policy)
-        self.crop = build_crop(policy, train, input_size, decoder)
+        self.crop: Callable[[Image], Image] = build_crop(policy, train, input_size, decoder)
         policies = [replace(policy, auto_augment=None), policy][-views:]
         self.augments = [build_augment(view, train, input_size) for view in policies]
 
@@ -53,6 +54,29 @@ class ViewTransform:
             torch.set_rng_state(state)
             views.append(augment(image))
         return torch.stack(views)
+
+
+class FiveCrops(ViewTransform):
+    """Resize an image as the test transform does; its views are its four corners and its centre.
+
+    torchvision's FiveCrop, at the test transform's crop size. Raises `InputError` where that crop leaves nothing out.
+    """
+
+    def __init__(self, policy: str | Policy, input_size: int | None = None, decoder: Decoder = decode_full) -> None:
+        policy = get_policy(policy)
+        size = policy.input_size(input_size)
+        if policy.in_memory or policy.resize_at(size) <= size:
+            raise InputError(
+                f"five crops: the test transform of augmentation {policy.name!r} crops nothing at {size} pixels; "
+                "leave --five-crop out."
+            )
+        fit = Fit(size, policy.resize_at(size), decoder, policy.interpolation, policy.squash)
+        self.crop, self.crops = fit.resized, T.FiveCrop(size)
+        self.augments = [build_augment(policy, False, size)] * 5
+
+    def augment(self, image: Image) -> Tensor:
+        """Resized image -> normalised float32 [5, 3, S, S]."""
+        return torch.stack([augment(crop) for augment, crop in zip(self.augments, self.crops(image), strict=True)])
 
 
 def collate(samples: Sequence) -> tuple[Tensor, Tensor] | RunError:

@@ -4,15 +4,18 @@ import contextlib
 import gc
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from encoded_images import encoded, image_set, png_set, smooth
+from torchvision import transforms as T
 
+from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.loaders import make_loader
 from ride_timm.data.loaders.workers import WorkerBatches
-from ride_timm.errors import RunError
+from ride_timm.errors import InputError, RunError
 
 
 def test_workers_stay_and_read_ahead():
@@ -118,3 +121,28 @@ def test_the_number_of_workers_changes_nothing_for_jpegs(train):
         runs.append([part for batch in loader for part in batch])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_five_crops_are_torchvisions(num_workers):
+    data = png_set(5, size=(52, 40))
+    how = dict(train=False, batch_size=2, seed=0, input_size=28)
+    normalize = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    expected = T.Compose([T.Resize(32), T.FiveCrop(28), lambda crops: [normalize(T.ToTensor()(c)) for c in crops]])
+    plain, position = list(make_loader(data, "imagenet", **how)), 0
+    for step, (images, labels) in enumerate(
+        make_loader(data, "imagenet", five_crops=True, num_workers=num_workers, **how)
+    ):
+        crops = images.unflatten(0, (5, -1))
+        assert crops.shape[1] == len(labels) and torch.equal(labels, plain[step][1])
+        assert torch.equal(crops[4], plain[step][0])  # the centre is the test transform
+        for i in range(len(labels)):
+            assert torch.equal(crops[:, i], torch.stack(expected(data[position][0])))
+            position += 1
+    assert position == 5
+
+
+@pytest.mark.parametrize("policy", ["cifar", replace(get_policy("imagenet"), crop_pct=1.0)])
+def test_five_crops_need_a_crop(policy):
+    with pytest.raises(InputError, match="crops nothing at 28 pixels; leave --five-crop out"):
+        make_loader(png_set(2), policy, train=False, batch_size=2, seed=0, input_size=28, five_crops=True)
