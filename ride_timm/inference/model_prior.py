@@ -53,8 +53,9 @@ def run_log_prior(recipe: Recipe, class_counts: Sequence[int], class_weights: Se
         return torch.full((len(class_counts),), 1 / len(class_counts)).log()
     weights = {} if class_weights is None else dict(weights=class_weights)
     loss = make_loss(recipe.loss, class_counts, **recipe.loss_args, **weights)
-    loss.set_epoch(recipe.epochs - 1)
-    drawn = class_probabilities(class_counts, recipe.sampler, recipe.epochs - 1, recipe.epochs)
+    epochs = recipe.for_images(sum(class_counts)).epochs or 1
+    loss.set_epoch(epochs - 1)
+    drawn = class_probabilities(class_counts, recipe.sampler, epochs - 1, epochs)
     prior = torch.from_numpy(drawn).log().float() - loss.removed_log_prior()
     if recipe.decouple == "logit_adjustment":
         prior = prior - recipe.decouple_tau * log_prior(class_counts)

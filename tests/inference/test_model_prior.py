@@ -22,6 +22,7 @@ UNIFORM = torch.ones(4)
         (dict(loss="ce", sampler="square_root"), N**0.5),
         (dict(loss="ce", sampler="class_balanced"), UNIFORM),
         (dict(loss="ce", sampler="progressive"), UNIFORM),  # in its last epoch
+        (dict(loss="ce", sampler="progressive", epochs=None), UNIFORM),
         (dict(loss="cb_ce"), N * effective_number_weights(COUNTS)),
         (dict(loss="logit_adjustment", tau=0.5), N**0.5),
         (dict(loss="logit_adjustment", tau=2.0), 1 / N),
