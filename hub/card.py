@@ -90,7 +90,7 @@ def shots_of(results: dict[str, Any], recipe: Recipe | None) -> tuple[int, int]:
 
 
 def _eval_results(results: dict[str, Any], title: str, hub_id: str | None) -> list[EvalResult]:
-    """The entries of the model-index, one per accuracy; claimed ones say so."""
+    """The entries of the model-index, one per accuracy; claimed ones are marked."""
     values = {
         f"accuracy, {group}, {STAGE_NAMES[stage]}": round(metrics[group], 2)
         for stage, metrics in results["stages"].items()

@@ -1,4 +1,4 @@
-"""The figures of a model on its test set, by the same code as training and `python -m ride_timm evaluate`."""
+"""Metrics of a model on its test set, by the same code as training and `python -m ride_timm evaluate`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ride_timm.training.recipe import Recipe
 
 
 def measure(model: Ride, recipe: Recipe) -> dict[str, Any]:
-    """What results.json says of a model, measured now on the recipe's test set.
+    """Measure the metrics of results.json on the recipe's test set.
 
     {"class_counts", "class_names", "stages": {"experts": …, "router": …}, "routing": {"curve", "prefixes"}}, the last
-    two for models with a router only. InputError where the data are of other classes.
+    two for models with a router only. InputError if the data have another number of classes.
     """
     data = load_longtail(**recipe.data_args)
     if data.num_classes != model.num_classes:

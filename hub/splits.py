@@ -2,8 +2,8 @@
 
 python hub/splits.py cifar100 [--imb-factor 0.01] [--data-dir DIR] [--namespace N] [--push]
 
-writes hub/splits/cifar100_lt100/ (data/train.parquet with columns index and label, and a card). Without --push, only
-says what would change on the Hub; after a push the split is read back by `datasets` and compared row by row.
+writes hub/splits/cifar100_lt100/ (data/train.parquet with columns index and label, and a card). Without --push the
+files of the upload are listed; after a push the split is read back by `datasets` and compared row by row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEYS = ("data_dir", "imb_type", "imb_factor", "split_seed", "image_column", "lab
 
 
 def split_name(recipe: Recipe) -> str:
-    """cifar100_lt100: the data set, the imbalance factor as papers write it, and what is not usual."""
+    """The data set, the imbalance factor as papers write it, and options off their defaults: cifar100_lt100."""
     factor = _factor(recipe).replace(".", "p").replace("+", "")  # 2.5 is 2p5, and 1e+06 no name of the Hub
     name = f"{recipe.dataset.rpartition('/')[2].lower()}_lt{factor}"
     name += "_step" if recipe.profile == "step" else ""
@@ -50,19 +50,18 @@ def _factor(recipe: Recipe) -> str:
 
 
 def _call(recipe: Recipe) -> str:
-    """What computes the same rows in Python, the data set read from the Hub."""
+    """The Python call that computes the same rows from the data set on the Hub."""
     args = dict(imb_type=recipe.profile, imb_factor=recipe.imb_factor, seed=recipe.split_seed)
     given = {name: getattr(recipe, name) for name in ("image_column", "label_column", "test_split")}
     args |= {name: value for name, value in given.items() if value is not None}
-    told = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in args.items())
-    return f"load_longtail({', '.join([json.dumps(recipe.dataset, ensure_ascii=False), *told])})"
+    stated = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in args.items())
+    return f"load_longtail({', '.join([json.dumps(recipe.dataset, ensure_ascii=False), *stated])})"
 
 
 def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
-    """The folder of a split: its rows and labels as parquet, and its card.
+    """Write the folder of a split: its rows and labels as parquet, and its card.
 
-    InputError for data without a place on the Hub that others could take the images from, or that are long-tailed
-    already.
+    InputError for data that are not on the Hub, from which others take the images, or are long-tailed already.
     """
     from datasets import Dataset
 
@@ -113,7 +112,7 @@ def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
 
 
 def read_split(repo: str, cache_dir: str | None = None, token: str | bool | None = None) -> dict[str, np.ndarray]:
-    """{"index", "label"} of a published split, int64 [n], in its order."""
+    """Read a published split: {"index", "label"}, int64 [n], in its order."""
     from datasets import load_dataset
 
     rows = load_dataset(repo, split="train", cache_dir=cache_dir, token=token)
@@ -121,10 +120,10 @@ def read_split(repo: str, cache_dir: str | None = None, token: str | bool | None
 
 
 def check_split(found: dict[str, np.ndarray], train: ImageSet, where: str) -> None:
-    """RunError where the rows or labels that were read back are not those of the split."""
+    """Raise RunError if the rows or labels that were read back differ from those of the split."""
     for name, expected in (("index", train.rows), ("label", train.labels)):
         if not np.array_equal(found[name], expected):
-            raise RunError(f"{where}: column {name!r} is not what was published.")
+            raise RunError(f"{where}: column {name!r} differs from the published one.")
 
 
 def publish_split(recipe: Recipe, repo: str, push: bool, root: Path = SPLITS) -> None:
@@ -144,7 +143,7 @@ def main(argv: list[str] | None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("dataset", metavar="NAME|HUB-ID", help="cifar10, cifar100, or a data set of the Hub")
     parser.add_argument("--namespace", metavar="N", help=f"owner (default: RIDE_TIMM_HUB, or {NAMESPACE})")
-    parser.add_argument("--push", action="store_true", help="really send it")
+    parser.add_argument("--push", action="store_true", help="upload it")
     parser.add_argument("--output", type=Path, default=SPLITS, metavar="DIR", help="folder of the splits")
     add_flags(parser, KEYS)
     args: Any = parser.parse_args(argv)

@@ -185,7 +185,7 @@ def _read_run(path: Path, *files: str) -> tuple[dict[str, Any], Recipe]:
     results, recipe = read_json(path / RESULTS, _DAMAGED), read_recipe(path / RECIPE, _DAMAGED)
     if (results["commit"] or "").endswith("+dirty"):
         raise InputError(
-            f"{path} was trained with uncommitted changes (commit {results['commit']}), so nobody else can repeat it: "
+            f"{path} was trained with uncommitted changes (commit {results['commit']}), so it cannot be reproduced: "
             "commit them and train again."
         )
     return results, recipe

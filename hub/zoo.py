@@ -2,9 +2,9 @@
 
 python hub/zoo.py FILE … [--tag NAME.TAG]
 
-Which release a file becomes follows from its network and, where two fit, from the name of its folder in the zoo; --tag
-says it otherwise. The published figures go along as claimed, not measured; so do the licence and its notice.
-hub/zoo.yaml lists the checkpoints and where they lie.
+The release of a file follows from its network and, where two fit, from the name of its folder in the zoo; --tag
+overrides it. The published metrics are recorded as claimed, not measured; the licence and its notice are copied.
+hub/zoo.yaml lists the checkpoints and their URLs.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ DOWNLOAD = "https://drive.google.com/file/d/{}/view"
 
 
 def read_zoo() -> dict[str, Any]:
-    """hub/zoo.yaml: {"url", "copyright", "data": by start of the tag, "checkpoints": by name.tag}."""
+    """Read hub/zoo.yaml: {"url", "copyright", "data": by start of the tag, "checkpoints": by name.tag}."""
     return yaml.safe_load((HERE / "zoo.yaml").read_text(encoding="utf-8"))
 
 
 def experts_of(tag: str) -> int:
-    """3, unless the tag says otherwise."""
+    """Number of experts of a tag: that in its name, or 3."""
     return next((number for number in (4, 6) if tag.endswith(f"_{number}experts")), 3)
 
 
 def recognise(path: Path) -> str:
-    """The tag of a checkpoint; InputError where none or several fit."""
+    """Find the tag of a checkpoint; InputError if none or several fit."""
     network, args = infer_architecture(read_state_dict(path))
     fitting = [
         tag
@@ -57,15 +57,15 @@ def recognise(path: Path) -> str:
         )
     named = [tag for tag in fitting if read_zoo()["checkpoints"][tag]["folder"] in str(path.absolute())]
     if len(named or fitting) > 1:
-        raise InputError(f"{path} may be {' or '.join(fitting)}: say which by --tag.")
+        raise InputError(f"{path} may be {' or '.join(fitting)}: choose one by --tag.")
     return (named or fitting)[0]
 
 
 def claim(tag: str) -> dict[str, Any]:
-    """Further entries of results.json for a checkpoint of the zoo: data, and the figures its authors claim."""
+    """Further entries of results.json for a checkpoint of the zoo: data, and the metrics that its authors claim."""
     zoo = read_zoo()
     if tag not in zoo["checkpoints"]:
-        raise InputError(f"{tag} is no checkpoint of the zoo; there are {', '.join(zoo['checkpoints'])}.")
+        raise InputError(f"{tag} is no checkpoint of the zoo; expected one of {', '.join(zoo['checkpoints'])}.")
     row = zoo["checkpoints"][tag]
     data = next(facts for start, facts in zoo["data"].items() if tag.partition(".")[2].startswith(start))
     epochs = "100 epochs by the zoo, 200 by its configuration" if data["dataset"] == "cifar100" else "100 epochs"
@@ -82,7 +82,7 @@ def notice() -> str:
 
 
 def convert(path: Path, tag: str | None = None, root: Path = HERE, **data: Any) -> Staged:
-    """Stage one checkpoint; InputError where it is none of the zoo's, or does not fit its tag."""
+    """Stage one checkpoint; InputError if it is none of the zoo's, or does not fit its tag."""
     tag = tag or recognise(path)
     facts, network, args = claim(tag), *infer_architecture(read_state_dict(path))
     if not tag.startswith(f"{network}.") or args["num_experts"] != experts_of(tag):
@@ -93,13 +93,13 @@ def convert(path: Path, tag: str | None = None, root: Path = HERE, **data: Any) 
 def main(argv: list[str] | None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="downloaded .pth files")
-    parser.add_argument("--tag", metavar="NAME.TAG", help="what the one file is")
+    parser.add_argument("--tag", metavar="NAME.TAG", help="the release of the one file")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="measure on the data of this recipe as well")
     parser.add_argument("--data-dir", metavar="DIR", help="read the data from this folder instead of the Hub")
     parser.add_argument("--root", type=Path, default=HERE, metavar="DIR", help="folder of the staged releases")
     args = parser.parse_args(argv)
     if args.tag and len(args.files) > 1:
-        raise InputError("--tag names one file.")
+        raise InputError("--tag takes one file: convert the others separately.")
     set_threads(None)
     recipe = load_recipe(args.recipe) if args.recipe else None
     tags = [args.tag or recognise(path) for path in args.files]  # all of them, before the first is converted

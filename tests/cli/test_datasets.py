@@ -15,7 +15,7 @@ def test_datasets_show(capsys):
 
 
 def test_an_installation_is_checked(capsys, tmp_path):
-    """An excerpt in the form of ImageNet-LT: every line's image is there, and the list says what it lacks itself."""
+    """An excerpt in the form of ImageNet-LT: every listed image exists, and the list reports what it lacks itself."""
     lines = {"train": 4, "val": 2, "test": 2}
     for split, n in lines.items():
         names = [f"{split}/n01440764/{split}_{i}.JPEG" for i in range(n)]

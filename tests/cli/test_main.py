@@ -1,4 +1,4 @@
-"""What the commands have in common: models and data that cannot be used, and light imports."""
+"""All commands: refusals of unusable models and data, and light imports."""
 
 import json
 import shutil

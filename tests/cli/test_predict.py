@@ -62,7 +62,7 @@ def test_predictions_are_the_models(capsys, run, photos):
 
 
 def rows_of(capsys, code, *argv):
-    """Run predict with this exit code -> its rows, and what it wrote to stderr."""
+    """Run predict with this exit code -> its rows, and its stderr."""
     assert exit_code(main, ["predict", *map(str, argv), "--json"]) == code
     captured = capsys.readouterr()
     return json.loads(captured.out), captured.err

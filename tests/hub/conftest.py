@@ -1,4 +1,4 @@
-"""What the tests of hub/ share: its modules, which lie beside the package, and the double of the Hub."""
+"""Fixtures of the tests of hub/: its modules, which are outside the package, and the double of the Hub."""
 
 import os
 import shutil

@@ -69,7 +69,7 @@ class Hub:
     """The state, and the server on a free port.
 
     faults: dicts with `match` (a pattern of paths), `method`, `times` and what is to happen: `status`, or `do`, one of
-    "corrupt" (a wrong byte), "cut" (the connection ends early), "short" (a whole answer that lacks its end).
+    "corrupt" (a wrong byte), "cut" (the connection ends early), "short" (a complete response that lacks its end).
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Hub:
 
     @property
     def storage(self) -> str:
-        """Where large files lie: another host, as on the Hub; clients take a redirect to the same one otherwise."""
+        """URL of large files: another host, as on the Hub; clients treat redirects to the same host otherwise."""
         return f"http://localhost:{self.port}"
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The card of a release says what its data say, and keeps what is written by hand."""
+"""Cards of releases against their data."""
 
 import json
 import os

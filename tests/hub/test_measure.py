@@ -1,4 +1,4 @@
-"""The figures of a release by shot group: the recipe's thresholds decide in all that is measured, drawn and said."""
+"""Metrics of a release by shot group: measured, plotted and written by the recipe's thresholds."""
 
 import pytest
 import stage as staging
@@ -30,7 +30,7 @@ def recipe(colours):
 
 @pytest.fixture(scope="module")
 def measured_run(recipe, tmp_path_factory):
-    """A run of an untrained network, whose figures are measured; its model."""
+    """A run of an untrained network, with measured metrics; its model."""
     torch.manual_seed(0)
     model = timm.create_model("test_ride_resnet", num_classes=3, router=True, top_choices_num=3).eval()
     folder = RunFolder(tmp_path_factory.mktemp("measured"))
@@ -84,7 +84,7 @@ def test_a_group_that_is_stated_otherwise_is_a_difference(measured_run, recipe, 
 
 
 def test_a_group_without_images_is_a_difference_to_a_stated_one(measured_run, recipe):
-    """The thresholds decide which groups there are: others measure other figures."""
+    """Other thresholds give other groups, and so other metrics."""
     other = recipe.override(dict(many_shot=100, few_shot=20))
     with pytest.raises(InputError, match=r"experts, many: measured – %, results\.json states \d"):
         check_accuracy(measured_run[1], other, RunFolder(measured_run[0]).results())

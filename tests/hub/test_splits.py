@@ -1,4 +1,4 @@
-"""Names and cards of published splits; the push itself stands in loopback/."""
+"""Names and cards of published splits; the push itself is tested in loopback/."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The tables of tags and of results, and what is committed beside them."""
+"""The tables of tags and of results, and the committed files that they render."""
 
 import json
 import re

@@ -47,7 +47,7 @@ def test_a_checkpoint_of_the_zoo_becomes_a_release(tmp_path):
 
 def test_which_checkpoint_is_which(tmp_path):
     path = authors_checkpoint(tmp_path / "x.pth", "ride_resnet32", router=True, top_choices_num=30)
-    with pytest.raises(InputError, match=r"may be ride_resnet32\.cifar100_lt100_zoo or .*_distill: say which by --tag"):
+    with pytest.raises(InputError, match=r"may be ride_resnet32\.cifar100_lt100_zoo or .*: choose one by --tag"):
         zoo.recognise(path)
     named = tmp_path / "cifar_standard_distill_003240.pth"
     shutil.copyfile(path, named)

@@ -49,7 +49,7 @@ def hub():
 
 @pytest.fixture(autouse=True)
 def quiet_hub(hub, monkeypatch):
-    """No faults, no login, and the namespace `org`, unless a test says otherwise."""
+    """No faults, no login, and the namespace `org`, unless a test sets others."""
     hub.faults.clear()
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("RIDE_TIMM_HUB", "org")
@@ -57,7 +57,7 @@ def quiet_hub(hub, monkeypatch):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run folder of a small network with a router, as training leaves it, its figures measured."""
+    """A run folder of a small network with a router, as training leaves it, with measured metrics."""
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "small")
     recipe = load_recipe("fashion_lt").override(dict(SMALL, mixed_precision="no", epochs=1))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Pushing a release and a split to a Hub with the real clients, and what must be refused before anything is sent."""
+"""Push a release and a split to a Hub with the real clients; refusals come before anything is sent."""
 
 import json
 import shutil
