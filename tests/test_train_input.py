@@ -13,6 +13,8 @@ from ride_timm.training.run_folder import RunFolder
 
 SMALL = ["--model", "test_ride_resnet"]  # its last feature map is one pixel
 
+ADAPTED = ["--model", "ride", "--adapter", "lora", "--backbone"]
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -41,6 +43,15 @@ SMALL = ["--model", "test_ride_resnet"]  # its last feature map is one pixel
         (["--stage", "router", "--num-experts", "1"], r"num_experts=1"),
         (["--from", "/no/such/run"], r"no such folder or file"),
         (["--distillation"], r"--teacher"),
+        (
+            [*ADAPTED, "test_vit"],
+            r"adapter=lora needs pretrained weights: pass --backbone-pretrained, --backbone-",
+        ),
+        (
+            [*ADAPTED, "test_resnet"],
+            r"test_resnet has no layers that take a low-rank update; families that have: ",
+        ),
+        (["--adapter", "lora"], r"model ride_resnet32: it does not take .*'adapter'"),
         (["--threads", "0"], r"threads=0"),
         (["--select", "best"], r"--holdout"),
         (["--loss", "hope"], r"loss='hope': expected one of balpoe, .*sade"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,7 +28,7 @@ from ..models.load import create_ride_model, load_model, load_teacher
 from ..priors import inverse_root_weights
 from .options import Options
 from .recipe import Recipe, StageSettings
-from .state import TrainingState
+from .state import TrainingState, frozen_sha256, load_trained, weights_sha256
 
 
 def build_accelerator(recipe: Recipe, options: Options) -> Accelerator:
@@ -136,20 +135,26 @@ def load_data(recipe: Recipe, accelerator: Accelerator) -> RunData:
 def build_model(recipe: Recipe, data: RunData, options: Options, state: TrainingState | None) -> Ride:
     """The recipe's network: from its seed, from `--from`, or from the state of the resumed run."""
     source = options.source
+    complete = state is not None and state.model and recipe.adapter is None  # a state lacks what adapters leave frozen
     if state is not None:  # a run that was killed before its first epoch ended begins from its source again
-        source = None if state.model else options.source or state.source
-    if source is not None or (state is not None and state.model):
+        source = None if complete else options.source or state.source
+    if source is not None or complete:
         recipe = replace(recipe, backbone_pretrained=False, backbone_weights=None)  # other weights follow
     model = create_model(recipe, data.num_classes, source, data.size)
     if recipe.fused_norm and data.accelerator.device.type == "cpu":
         fuse(model)
     if state is None or not state.model:
         return model
+    if state.frozen != (found := frozen_sha256(model)):
+        raise InputError(
+            f"the frozen weights of the backbone have SHA-256 {found}, those that the run in {options.output} began "
+            f"with {state.frozen}: restore the backbone's weights, or choose another --output."
+        )
     weights = _without_router(state.model)
     if any(".fc.affine." in name for name in weights):
         model.add_class_affine()
     try:
-        model.load_state_dict(weights)
+        load_trained(model, weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -192,7 +197,7 @@ class Teacher:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Path or name, and SHA-256 of the weights."""
-        return dict(spec=self.spec, sha256=weights_sha256(self.model))
+        return dict(spec=self.spec, sha256=weights_sha256(self.model.state_dict()))
 
 
 def build_teacher(recipe: Recipe, data: RunData, options: Options, state: TrainingState | None) -> Teacher | None:
@@ -236,12 +241,3 @@ def build_class_weights(
         name = data.longtail.class_names[weights.index(0)]
         raise InputError(f"class_weights={recipe.class_weights}: class {name!r} has weight 0, expected one above 0.")
     return weights
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names and bytes of a state dict, in the order of its names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

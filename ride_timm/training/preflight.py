@@ -91,7 +91,7 @@ def check_source(recipe: Recipe, options: Options, state: TrainingState | None) 
     if state is None and options.source is None and recipe.decouple != "none" and "experts" in options.stages:
         raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
     if state is None and options.source is None and not recipe.pretrained:
-        for key, default in (("freeze", "none"), ("head_init", "random")):
+        for key, default in (("freeze", "none"), ("head_init", "random"), ("adapter", None)):
             if (value := getattr(recipe, key)) != default:
                 raise InputError(
                     f"{key}={value} needs pretrained weights: pass --backbone-pretrained, --backbone-weights or --from."

@@ -75,7 +75,8 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
     def _check_frozen(self) -> None:
         """InputError for keys that have no effect on frozen weights."""
         if self.freeze == "backbone":
-            idle = [name for name in ("layer_decay", "drop_path_rate", "grad_checkpointing") if getattr(self, name)]
+            names = ("layer_decay", "drop_path_rate", "grad_checkpointing", "adapter")
+            idle = [name for name in names if getattr(self, name)]
         else:
             idle = []
         if self.freeze == "backbone" or self.freeze_norm:
@@ -101,6 +102,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         optional = ["backbone", "split", "layer2_output_dim", "layer3_output_dim"]
         optional += ["layer4_output_dim", "share_layer3", "drop_path_rate"]
         args = {name: getattr(self, name) for name in ("num_experts", "use_norm", "drop_rate")}
+        optional += ["adapter", "adapter_rank"] if self.adapter else []
         args |= {name: value for name in optional if (value := getattr(self, name))}
         args |= dict(backbone_pretrained=self.backbone_weights or True) if self.pretrained else {}
         return args if self.reduce_dimension else args | dict(reduce_dimension=False)

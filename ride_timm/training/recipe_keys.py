@@ -8,6 +8,7 @@ from ..data.loaders.orders import SAMPLERS
 from ..data.longtail import IMB_FACTOR, IMBALANCE_TYPES
 from ..keys import key
 from ..losses import LOSSES, loss_keys
+from ..models.adapters import ADAPTERS
 from .schedules import SCHEDULES
 
 DECOUPLINGS = ("none", "crt", "lws", "tau_norm", "logit_adjustment")
@@ -64,6 +65,10 @@ class ModelKeys:
     backbone_pretrained: bool = key(False, "start from timm's weights of the backbone (model: ride)")
     backbone_weights: str | None = key(None, "read the backbone's weights from this file instead of the Hub")
     grad_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
+    adapter: str | None = key(
+        None, "experts as low-rank updates (LoRA) of one frozen backbone (model: ride, needs peft)", choices=ADAPTERS
+    )
+    adapter_rank: int = key(8, "rank of the adapters' updates", low=1)
     num_experts: int = key(3, "number of experts; 1 is a plain network", low=1)
     reduce_dimension: bool = key(True, "narrow the experts' stages to 3/4 of their width")
     use_norm: bool = key(True, "cosine classifiers")

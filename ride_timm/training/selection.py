@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 
 class Selection:
@@ -17,11 +17,11 @@ class Selection:
         self.patience, self.eval_every = patience, eval_every
         self.best: dict[str, Any] = dict(accuracy=None, epoch=0, model={})
 
-    def update(self, accuracy: float, epoch: int, model: nn.Module) -> None:
-        """Record the accuracy after an epoch, counted from 1; ties keep the earlier one."""
+    def update(self, accuracy: float, epoch: int, weights: dict[str, Tensor]) -> None:
+        """Record the accuracy of weights after an epoch, counted from 1; ties keep the earlier one."""
         if self.best["accuracy"] is None or accuracy > self.best["accuracy"]:
-            weights = {name: value.clone() for name, value in model.state_dict().items()}
-            self.best = dict(accuracy=accuracy, epoch=epoch, model=weights)
+            copies = {name: value.clone() for name, value in weights.items()}
+            self.best = dict(accuracy=accuracy, epoch=epoch, model=copies)
 
     def exhausted(self, epochs: int) -> bool:
         """Patience has run out after so many epochs."""

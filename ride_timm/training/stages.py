@@ -28,7 +28,7 @@ from .rebalance import align_experts, decouple
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .selection import Selection
-from .state import TrainingState
+from .state import TrainingState, load_trained, trained_tensors
 from .watch import Watch
 
 
@@ -119,7 +119,7 @@ class Stage:
         row |= {name: self.metrics[name] for name in GROUPS}
         if self.held_out_loader is not None:
             row["held_out"] = accuracy = self.measure(model, self.held_out_loader, watch)["class_mean"]
-            self.selection.update(accuracy, epochs, model)
+            self.selection.update(accuracy, epochs, trained_tensors(model))
         return row
 
     def measure(self, model: Ride, loader: Any, watch: Watch) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Stage:
             self.model.load_state_dict(self.ema.module.state_dict())
         if self.recipe.select == "best" and self.selection.best["model"]:
             epochs, self.metrics = self.selection.best["epoch"], None
-            self.model.load_state_dict(self.selection.best["model"])
+            load_trained(self.model, self.selection.best["model"])
         self.settle()
         metrics = self.metrics or self.measure(self.model, self.test_loader, watch)
         return metrics | dict(epochs=epochs)
@@ -145,7 +145,7 @@ class Stage:
         """Write the stage's weights, results and plots, and the state from which the next stage begins."""
         metrics, shape = self.conclude(epochs, watch), (self.model.in_chans, self.data.size, self.data.size)
         state.results[self.name] = with_macs(metrics, self.model, shape)
-        state.advance(self.next_stage, self.model.state_dict())
+        state.advance(self.next_stage, trained_tensors(self.model))
         if self.accelerator.is_main_process:
             run.export(self.model, self.data.policy.data_config(self.data.size), self.data.longtail.class_names)
             facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from ..errors import InputError
+from ..models import Ride
+
+
+def trained_tensors(model: Ride) -> dict[str, Tensor]:
+    """The state dict without what no stage trains: the frozen backbone under adapters."""
+    frozen = model.frozen_names()
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: Ride, tensors: dict[str, Any]) -> None:
+    """Load trained tensors; the frozen ones stay."""
+    frozen = model.frozen_names()
+    model.load_state_dict({name: value for name, value in model.state_dict().items() if name in frozen} | tensors)
+
+
+def frozen_sha256(model: Ride) -> str | None:
+    """SHA-256 of the tensors that no stage trains; None where there are none."""
+    frozen = model.frozen_names()
+    return weights_sha256({k: v for k, v in model.state_dict().items() if k in frozen}) if frozen else None
+
+
+def weights_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Resumable(Protocol):
@@ -24,6 +56,7 @@ class TrainingState:
     """A run after its last finished epoch; plain tensors, numbers and strings, so that it loads without code.
 
     stage, epoch: the stage in progress ("done" after the last) and how many of its epochs are finished.
+    model, ema: their trained tensors; frozen: SHA-256 of the others, None where all are trained.
     source, teacher: `--from`, and the teacher as {"spec", "sha256"} of its weights.
     class_weights: of the loss, [C], where the recipe has them: a resumed run reads no file again.
     scaler: fp16's, which one stage passes to the next. history: one row of metrics.csv per epoch, over all stages.
@@ -33,6 +66,7 @@ class TrainingState:
     stage: str = "experts"
     epoch: int = 0
     model: dict[str, Any] = field(default_factory=dict)
+    frozen: str | None = None
     source: str | None = None
     teacher: dict[str, str] | None = None
     class_weights: list[float] | None = None
@@ -53,10 +87,11 @@ class TrainingState:
         """Take over what a stage has reached after `epoch` epochs, by reference."""
         scaler = stage.accelerator.scaler
         self.stage, self.epoch = stage.name, epoch
-        self.model = stage.model.state_dict()
+        self.model = trained_tensors(stage.model)
+        self.frozen = self.frozen or frozen_sha256(stage.model)
         self.optimizer = stage.optimizer.state_dict()
         self.scaler = None if scaler is None else scaler.state_dict()
-        self.ema = None if stage.ema is None else stage.ema.module.state_dict()
+        self.ema = None if stage.ema is None else trained_tensors(stage.ema.module)
         self.best = stage.selection.best
 
     def restore(self, stage: Resumable) -> int:
@@ -65,13 +100,13 @@ class TrainingState:
             stage.accelerator.scaler.load_state_dict(self.scaler)
         if self.stage != stage.name or self.epoch == 0:
             return 0
-        stage.model.load_state_dict(self.model)
+        load_trained(stage.model, self.model)
         try:
             stage.optimizer.load_state_dict(self.optimizer)
         except ValueError as error:
             raise InputError(f"the state of the optimizer does not fit ({error}): choose another --output.") from error
-        if stage.ema is not None:
-            stage.ema.module.load_state_dict(self.ema)
+        if stage.ema is not None and self.ema is not None:
+            load_trained(stage.ema.module, self.ema)
         stage.selection.best = self.best
         return self.epoch
 

@@ -55,6 +55,9 @@ class Part(dict):
         self.clear()
         self.update(state)
 
+    def frozen_names(self):
+        return set()
+
 
 class HalfPrecision(Stage):
     """A stage in fp16 whose optimizer skips the steps named."""
