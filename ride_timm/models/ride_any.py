@@ -14,7 +14,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ from timm.models._input import get_model_args
 from torch import Tensor, nn
 
 from .adapters import add_updates, check_adapter, copy_sharing_parameters, freeze, is_update, merge_updates
+from .backbone_weights import load_backbone
 from .create import Parts, create_ride, ride_cfg
 from .cuts import (
     Cut,
@@ -332,23 +332,6 @@ def _backbone_cfg(backbone: str) -> PretrainedCfg:
         raise ValueError(f"backbone={backbone!r}: {error}") from error
 
 
-def _load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | str | Path) -> nn.Module:
-    """Create the backbone with its published weights or those of a file.
-
-    Raises ValueError if they cannot be loaded.
-    """
-    overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
-    if overlay and not Path(str(source)).is_file():
-        raise ValueError(f"backbone_pretrained={str(source)!r}: no such file.")
-    try:
-        return make(pretrained=True, **overlay)
-    except (RuntimeError, OSError, KeyError, ValueError, EOFError, safetensors.SafetensorError) as error:
-        where = "published weights" if source is True else f"weights in {source}"
-        lines = [" ".join(line.split()) for line in str(error).splitlines()]
-        reason = "; ".join([line for line in lines if "size mismatch" in line] or lines)[:300]
-        raise ValueError(f"backbone={backbone!r}: its {where} could not be loaded or do not fit: {reason}") from error
-
-
 def timm_parts(
     backbone: str,
     num_classes: int,
@@ -374,7 +357,7 @@ def timm_parts(
     def make(**kwargs: Any) -> nn.Module:
         return timm.create_model(backbone, num_classes=num_classes, in_chans=in_chans, **backbone_args, **kwargs)
 
-    net = _load_backbone(make, backbone, backbone_pretrained) if backbone_pretrained else make()
+    net = load_backbone(make, backbone, backbone_pretrained) if backbone_pretrained else make()
     cut = find_cut(net, backbone)
     check_positions(net, backbone)
     source: nn.Module | None = None

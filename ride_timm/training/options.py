@@ -6,11 +6,17 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..data.datasets import EMBEDDED, KNOWN
+from ..data.first_image import first_image_size
 from ..errors import InputError
 from .arguments import Parser, add_flags, flags_given
 from .recipe import DEFAULT_RECIPE, Recipe, listing, load_recipe
 from .run_folder import RunFolder
+
+FINETUNE = "finetune"
+_SMALL = 32  # pixels of the longer edge
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         raise SystemExit(0)
     flags = flags_given(args)
     rebalanced = _run_to_rebalance(args, flags)
-    chosen, notices = args.recipe or DEFAULT_RECIPE, ()
+    chosen, notices = (args.recipe, ()) if args.recipe else recipe_for(flags)
     name = Path(chosen).stem
     if rebalanced is not None:
         name = flags.setdefault("name", f"{rebalanced.path.resolve().name}_{flags['decouple']}")
@@ -85,6 +91,26 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         notices=notices if own is None else (),
     )
     return options, recipe
+
+
+def recipe_for(flags: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The recipe of a data set for which none is named, and a notice that says so.
+
+    A known data set has its own; a user's photographs get `finetune`, unless another network than `ride` is asked for,
+    and small images, no larger than CIFAR's, the default. Raises `InputError` where there are no images.
+    """
+    dataset = str(flags.get("dataset", EMBEDDED[0]))
+    known = KNOWN.get(dataset)
+    if known is not None:
+        name = known.recipe or (FINETUNE if known.lists else DEFAULT_RECIPE)
+        return name, () if name == DEFAULT_RECIPE else (f"dataset={dataset}: recipe {name}; --recipe names another",)
+    if flags.get("model", "ride") != "ride":
+        return DEFAULT_RECIPE, ()
+    places = ("data_dir", "annotations", "image_column")
+    size = first_image_size(dataset, **{key: flags[key] for key in places if key in flags})
+    if size is not None and max(size) <= _SMALL:
+        return DEFAULT_RECIPE, ()
+    return FINETUNE, (f"dataset={dataset}: recipe {FINETUNE}, from a pretrained backbone; --recipe names another",)
 
 
 def _parser() -> Parser:

@@ -1,0 +1,131 @@
+"""Weights of a backbone: load all of them, and warn of those of another network."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
+
+
+def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | str | Path) -> nn.Module:
+    """Create a backbone with its published weights (True) or those of a file.
+
+    make: creates it, from arguments of `timm.create_model`. Raises ValueError if weights cannot be loaded, do not fit,
+    or leave layers other than the classifier as they were; warns as `warn_of_twin` does.
+    """
+    overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
+    where = "published weights" if source is True else f"weights in {source}"
+    if overlay and not Path(str(source)).is_file():
+        raise ValueError(f"backbone_pretrained={str(source)!r}: no such file.")
+    try:
+        with _missing_tensors() as missing:
+            net = make(pretrained=True, **overlay)
+    except (RuntimeError, OSError, KeyError, ValueError, EOFError, safetensors.SafetensorError) as error:
+        lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        reason = "; ".join([line for line in lines if "size mismatch" in line] or lines)[:300]
+        way = "" if overlay else " (or name a file of them: backbone_pretrained=FILE, --backbone-weights FILE)"
+        raise ValueError(
+            f"backbone={backbone!r}: its {where} could not be loaded or do not fit{way}: {reason}"
+        ) from error
+    classifier = net.pretrained_cfg["classifier"] or ()
+    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    tensors = net.state_dict()
+    lacking = [name for name in missing if not name.startswith(classifier) and tensors[name].ndim > 1]
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ValueError(
+            f"backbone={backbone!r}: its {where} lack {', '.join(lacking[:3])}{more}: not of this network."
+        )
+    if overlay:
+        warn_of_twin(backbone, Path(str(source)))
+    return net
+
+
+@contextmanager
+def _missing_tensors() -> Iterator[list[str]]:
+    """Collect the names of tensors that timm finds no weights for: with other classes, it only logs them."""
+    missing: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found = re.match(r"Missing keys \((.*)\) discovered", record.getMessage())
+            missing.extend(found[1].split(", ") if found else [])
+
+    logger, handler = logging.getLogger("timm.models._builder"), Collect()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield missing
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def stated_network(file: Path) -> str | None:
+    """The timm network that a file of weights is of, by timm's config.json beside it or by its name, if they say."""
+    try:
+        name = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = re.split(r"\W", file.name)[0]
+    return name if isinstance(name, str) and timm.is_model(name) else None
+
+
+def differences(name: str, other: str) -> list[str]:
+    """Layers, their settings and input in which two networks with the same tensors differ, "A for B" each."""
+    with torch.device("meta"):
+        ours, theirs = timm.create_model(name), timm.create_model(other)
+    shapes = [{key: value.shape for key, value in net.state_dict().items()} for net in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        return []
+    found = []
+    others = dict(theirs.named_modules())
+    for module, a in ours.named_modules():
+        b = others.get(module)
+        if b is None:
+            continue
+        if type(a) is not type(b):
+            found.append(f"{type(a).__name__} for {type(b).__name__}")
+        elif getattr(a, "eps", None) != getattr(b, "eps", None):
+            found.append(f"{type(a).__name__} with eps {a.eps:g} for {b.eps:g}")
+        elif getattr(a, "padding", None) != getattr(b, "padding", None):
+            found.append(f"{type(a).__name__} with padding {a.padding} for {b.padding}")
+    cfgs = [get_pretrained_cfg(net) for net in (name, other)]
+    for key in _INPUT:
+        values = [getattr(cfg, key) for cfg in cfgs]
+        if values[0] != values[1]:
+            found.append(f"{key} {values[0]} for {values[1]}")
+    return list(dict.fromkeys(found))
+
+
+def warn_of_twin(backbone: str, file: Path) -> None:
+    """Warn where weights fit the backbone, and may be of another network that computes something else.
+
+    The networks that timm ported from TensorFlow, `tf_…`, pad and normalise unlike those of the same name without the
+    prefix, and hold the same tensors.
+    """
+    architecture = backbone.partition(".")[0]
+    other = stated_network(file)
+    if other is None:
+        other = architecture.removeprefix("tf_") if architecture.startswith("tf_") else f"tf_{architecture}"
+    if other == architecture or not timm.is_model(other):
+        return
+    found = differences(other, architecture)
+    if found:
+        warnings.warn(
+            f"backbone={backbone!r}: the weights in {file} fit {other} as well, which has {'; '.join(found)}. If they "
+            "are of that network, name it: here their logits would be wrong.",
+            stacklevel=2,
+        )

@@ -1,0 +1,94 @@
+"""Weights of a backbone: complete, of this network, and who is warned."""
+
+import json
+import warnings
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import ride_timm  # noqa: F401  (registers the models)
+from ride_timm.models.backbone_weights import differences, stated_network, warn_of_twin
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "found"),
+    [
+        (
+            "tf_efficientnet_lite0",
+            "efficientnet_lite0",
+            [
+                "Conv2dSame for Conv2d",
+                "BatchNormAct2d with eps 0.001 for 1e-05",
+                "mean (0.5, 0.5, 0.5) for (0.485, 0.456, 0.406)",
+                "std (0.5, 0.5, 0.5) for (0.229, 0.224, 0.225)",
+            ],
+        ),
+        ("resnet18", "resnet18", []),
+        ("resnet50", "resnet50d", []),  # other tensors: loading itself fails
+    ],
+)
+def test_differences_of_networks_with_the_same_tensors(name, other, found):
+    assert differences(name, other) == found
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "name"),
+    [
+        ("tf_efficientnet_lite0-0aa007d2.pth", None, "tf_efficientnet_lite0"),
+        ("resnet18.a1_in1k.safetensors", None, "resnet18"),
+        ("model.safetensors", "efficientnet_lite0", "efficientnet_lite0"),
+        ("resnet18.pth", "resnet34", "resnet34"),
+        ("weights.pth", None, None),
+        ("weights.pth", ["a list"], None),
+    ],
+)
+def test_the_network_that_a_file_states(file, config, name, tmp_path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(dict(architecture=config)))
+    assert stated_network(tmp_path / file) == name
+
+
+@pytest.mark.parametrize(
+    ("backbone", "file", "warned"),
+    [
+        ("efficientnet_lite0", "tf_efficientnet_lite0.safetensors", True),
+        ("efficientnet_lite0", "weights.safetensors", True),
+        ("tf_efficientnet_lite0", "weights.safetensors", True),
+        ("tf_efficientnet_lite0.in1k", "tf_efficientnet_lite0.safetensors", False),
+        ("resnet18", "weights.safetensors", False),
+    ],
+)
+def test_only_weights_that_may_be_of_another_network_are_warned_of(backbone, file, warned, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_twin(backbone, tmp_path / file)
+    assert [("Conv2dSame" in str(w.message), backbone in str(w.message)) for w in caught] == [(True, True)] * warned
+
+
+def test_loading_such_weights_warns(tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), file)
+    with pytest.warns(UserWarning, match="fit tf_efficientnet_lite0 as well"):
+        timm.create_model("ride", backbone="efficientnet_lite0", backbone_pretrained=file, num_classes=2, num_experts=1)
+
+
+@pytest.mark.parametrize("num_classes", [7, 1000])
+@pytest.mark.parametrize(
+    ("of", "words"), [("test_convnext", "lack|Missing|size mismatch"), ("test_vit2", "lack|Missing|size")]
+)
+def test_weights_of_another_network_are_refused_with_any_number_of_classes(of, words, num_classes, tmp_path):
+    """With other classes than its own, timm loads what fits and logs the rest: the backbone would stay at random."""
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model(of).state_dict(), file)
+    with pytest.raises(ValueError, match=r"backbone='test_vit': its weights in .*weights.safetensors (lack|could not)"):
+        timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=num_classes)
+
+
+def test_weights_with_the_classifier_left_out_are_taken(tmp_path):
+    file, net = tmp_path / "weights.safetensors", timm.create_model("test_vit")
+    save_file({name: value for name, value in net.state_dict().items() if not name.startswith("head.")}, file)
+    model = timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=3)
+    assert torch.equal(model.trunk.net.patch_embed.proj.weight, net.patch_embed.proj.weight)

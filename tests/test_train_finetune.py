@@ -1,0 +1,140 @@
+"""Fine-tuning of a pretrained backbone by the training script, on image files."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from journeys import rows_of, stop_after_epoch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ride_timm.cli.main import main
+from ride_timm.training.options import parse_arguments, recipe_for
+
+BACKBONE = "test_convnext"
+SMALL = ["--backbone", BACKBONE, "--input-size", "64", "--batch-size", "8", "--router-epochs", "1", "--workers", "0"]
+SMALL += ["--threads", "1", "--mixed-precision", "no", "--split", "stages.3"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Photographs of 60 x 80 pixels by split and class, with a tail."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (16, 8, 4)), ("test", (4, 4, 4))):
+        for label, count in enumerate(counts):
+            folder = root / split / f"flower{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (60, 80, 3))
+                pixels[..., label] += 100
+                Image.fromarray(pixels.astype("uint8")).save(folder / f"{i:03d}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of the backbone, as timm saves them, with its 1000 classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / f"{BACKBONE}.safetensors"
+    save_file(timm.create_model(BACKBONE).state_dict(), path)
+    return path
+
+
+def flags_of(photos, weights, output, *more):
+    return ["--dataset", photos, "--backbone-weights", weights, "--output", output, *SMALL, *more]
+
+
+def test_the_obvious_command_fine_tunes_and_says_so(train, photos, weights, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(flags_of(photos, weights, output, "--epochs", "2", "--eval-every", "1")) == 0
+    noise = capsys.readouterr().err
+    assert noise.count(f"notice: dataset={photos}: recipe finetune") == 1
+    results = json.loads((output / "results.json").read_text())
+    assert results["class_counts"] == [16, 8, 4] and set(results["stages"]) == {"experts", "router"}
+    config = json.loads((output / "config.json").read_text())["pretrained_cfg"]
+    theirs = timm.get_pretrained_cfg(BACKBONE)
+    assert (config["mean"], config["std"]) == (list(theirs.mean), list(theirs.std))
+    assert (config["interpolation"], config["crop_pct"]) == (theirs.interpolation, theirs.crop_pct)
+    assert config["input_size"] == [3, 64, 64]
+    assert [row["all"] != "" for row in rows_of(output)] == [True] * 3
+    main(["evaluate", "--model", f"local-dir:{output}", "--json", "--threads", "1"])
+    assert json.loads(capsys.readouterr().out)["all"] == results["stages"]["experts"]["all"]
+
+
+def test_a_resumed_run_is_bit_equal_without_the_weights_file(train, photos, weights, tmp_path, monkeypatch):
+    whole, cut, copied = tmp_path / "whole", tmp_path / "cut", tmp_path / f"{BACKBONE}.safetensors"
+    copied.write_bytes(weights.read_bytes())
+    more = ("--epochs", "2", "--stage", "experts", "--ema-decay", "0.9", "--mixup-alpha", "0.2")
+    assert train(flags_of(photos, weights, whole, *more)) == 0
+    with monkeypatch.context() as patched:
+        stop_after_epoch(patched)
+        assert train(flags_of(photos, copied, cut, *more)) == 143
+    copied.unlink()
+    assert train(["--output", cut, "--resume", "--stage", "experts", "--workers", "0", "--threads", "1"]) == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, cut))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("freeze", "kept"), [("trunk", ("trunk.",)), ("backbone", ("trunk.", ".stages."))])
+def test_frozen_weights_are_the_pretrained_ones(train, photos, weights, tmp_path, freeze, kept):
+    more = ["--epochs", "1", "--freeze", freeze, "--stage", "experts", "--recipe", "finetune"]
+    if freeze == "backbone":
+        more += ["--layer-decay", "none"]
+    assert train(flags_of(photos, weights, tmp_path / "run", *more)) == 0
+    tensors, theirs = load_file(tmp_path / "run" / "model.safetensors"), load_file(weights)
+    for name, value in tensors.items():
+        native = name.split(".net.")[-1]
+        frozen = any(part in name for part in kept)
+        assert torch.equal(value, theirs[native]) == frozen if native in theirs else ".fc." in name
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--backbone-weights", "nothing.safetensors"], "nothing.safetensors': no such file"),
+        (["--input-size", "8"], "does not take images of 8 x 8 pixels"),
+        (["--backbone", "test_vit", "--split", "none"], "lack"),
+        (["--backbone-weights", "none", "--no-backbone-pretrained"], "head_init=class_means needs pretrained weights"),
+        (["--freeze", "backbone"], "freeze=backbone leaves layer_decay=0.75 without effect"),
+        (["--backbone", "resnt50"], "backbone='resnt50'"),
+        (["--model", "ride", "--recipe", "finetune", "--backbone-weights", "none"], "--backbone-weights FILE"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(train, photos, weights, tmp_path, capsys, flags, words):
+    output = tmp_path / "run"
+    assert train([*flags_of(photos, weights, output, "--epochs", "1"), *flags]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [
+        (dict(), "fashion_lt"),
+        (dict(dataset="fashion_lt"), "fashion_lt"),
+        (dict(dataset="cifar100"), "cifar100_lt"),
+        (dict(dataset="cifar10"), "cifar10_lt"),
+        (dict(dataset="imagenet_lt"), "imagenet_lt_resnet50"),
+        (dict(dataset="inat18"), "inat18_resnet50"),
+        (dict(dataset="places_lt"), "finetune"),
+        (dict(dataset="PHOTOS"), "finetune"),
+        (dict(dataset="PHOTOS", model="ride"), "finetune"),
+        (dict(dataset="PHOTOS", model="ride_resnet50"), "fashion_lt"),
+        (dict(dataset="COLOURS"), "fashion_lt"),  # of 32 pixels
+    ],
+)
+def test_the_recipe_of_a_data_set(flags, recipe, photos, colours):
+    folders = dict(PHOTOS=str(photos), COLOURS=str(colours))
+    flags = {key: folders.get(value, value) for key, value in flags.items()}
+    chosen, notices = recipe_for(flags)
+    assert chosen == recipe
+    assert [f"recipe {recipe}" in notice for notice in notices] == [True] * (recipe != "fashion_lt")
+
+
+def test_a_named_recipe_is_kept(photos):
+    _, recipe = parse_arguments(["--dataset", str(photos), "--recipe", "fashion_lt"])
+    assert recipe.name == "fashion_lt"
