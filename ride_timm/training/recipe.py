@@ -196,8 +196,8 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
     def override(self, values: dict[str, Any]) -> "Recipe":
         """Replace keys; `epochs` alone scales the epochs of decay and re-weighting."""
         values = dict(values)
-        if "epochs" in values and self.epochs:
-            scale = dataclasses.replace(self, epochs=values["epochs"]).epochs / self.epochs
+        if self.epochs and (epochs := dataclasses.replace(self, epochs=values.get("epochs", self.epochs)).epochs):
+            scale = epochs / self.epochs
             for item in dataclasses.fields(self):
                 if item.metadata["in_epochs"]:
                     values.setdefault(item.name, _scaled(getattr(self, item.name), scale))

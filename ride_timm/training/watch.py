@@ -35,6 +35,7 @@ class Watch:
     def __init__(self, accelerator: Accelerator, signals: Signals, mixed_precision: str) -> None:
         self.accelerator, self.signals = accelerator, signals
         self.stage: str | None = None
+        self.first_look: tuple[float, int] | None = None  # at the losses of the stage: time, and steps until then
         self.advice = "a lower --lr" + ("" if mixed_precision == "no" else " or --mixed-precision no")
 
     def begin_epoch(self, stage: str, epoch: int, num_steps: int, epochs: int) -> None:

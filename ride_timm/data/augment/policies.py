@@ -76,7 +76,7 @@ class Policy:
 
     def data_config(self, input_size: int) -> dict[str, Any]:
         """The test transform as timm's data config, for a model's config.json."""
-        shape = dict(input_size=(3, input_size, input_size), mean=self.mean, std=self.std)
+        shape: dict[str, Any] = dict(input_size=(3, input_size, input_size), mean=self.mean, std=self.std)
         shape |= dict(crop_mode="squash") if self.squash else {}
         return shape | dict(crop_pct=self.crop_pct, interpolation=self.interpolation)
 
