@@ -48,7 +48,7 @@ from ride_timm import InputError, RunError, load_legacy
 from ride_timm.cli.process import exit_code
 from ride_timm.data.datasets import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
-from ride_timm.evaluation.plots import plot_classes, plot_routing
+from ride_timm.evaluation.plots import plot_long_tail, plot_routing
 from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES
 from ride_timm.files import write_atomically
 from ride_timm.hardware import device_name, set_threads
@@ -136,7 +136,7 @@ def build(
     if "per_class" in results["stages"].get("experts", {}):
         names = config.get("label_names") or list(map(str, range(model.num_classes)))
         rows = {STAGE_NAMES[stage]: metrics for stage, metrics in results["stages"].items()}
-        plot_classes(new / CLASSES, rows, results["class_counts"], names, shots_of(results, recipe))
+        plot_long_tail(new / CLASSES, rows, results["class_counts"], names, shots_of(results, recipe))
     if "routing" in results:
         plot_routing(new / ROUTING, **results["routing"], chosen=results["stages"]["router"])
     staged = Staged(name, new)

@@ -144,7 +144,9 @@ def test_annotation_lists_with_a_validation_split(train, colours, tmp_path, caps
     experts = found["stages"]["experts"]
     assert [experts["many"], experts["medium"], experts["few"]] == experts["per_class"]
     assert len(experts["experts"]["accuracy"]["all"]) == 2
-    assert {"curves.png", "classes.png", "reliability.png", "experts.png"} <= {path.name for path in output.iterdir()}
+    pictures = {path.name for path in output.glob("*.png")}
+    assert {"curves.png", "long_tail.png", "reliability.png", "experts.png"} <= pictures
+    assert ("confusions.png" in pictures) == bool(experts["confusions"])
     (colours.parent / "gone").mkdir(exist_ok=True)
     gone = ["--annotations", lists, "--data-dir", colours.parent / "gone"]
     assert train(flags_of("colours", tmp_path / "no", *gone)) == 2

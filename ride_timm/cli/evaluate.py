@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
 from ..errors import InputError
+from ..evaluation.confusion_plots import write_confusions
 from ..evaluation.counts import CountAccumulator
 from ..evaluation.evaluate import collect, evaluate, evaluation_batch, metrics_of
 from ..evaluation.macs import Macs, count_macs
@@ -65,7 +66,10 @@ def add_parser(commands: Any) -> None:
         help="with --routed: choose the threshold for at most this many MACs per image, on the run's held-out training "
         "images, or on training images that the model has seen if there are none",
     )  # fmt: skip
-    parser.add_argument("--plots", metavar="DIR", help="draw classes.png, reliability.png and experts.png there")
+    parser.add_argument("--plots", metavar="DIR", help="draw long_tail.png, reliability.png and experts.png there")
+    parser.add_argument(
+        "--confusions", metavar="DIR", help="write confusion_matrix.csv there, and with matplotlib confusion_matrix.png"
+    )
     parser.add_argument("--curve", metavar="FILE", help="write accuracy against MACs of all thresholds, .png or .csv")
     parser.add_argument("--time", action="store_true", help="report images per second of the forward passes")
     parser.add_argument(
@@ -119,11 +123,13 @@ def run(args: argparse.Namespace) -> None:
     prepared = prepare(model, inference, args.routed, threshold, size, experts if one_by_one else None)
     predict = Timed(averaged_crops(prepared) if args.five_crop else prepared)
     num_members = len(experts) if one_by_one else None
+    sizes = (model.num_classes, model.num_experts if args.routed else None, num_members)
     if args.test_prior is None and not args.shifted:
-        metrics = evaluate(model, test, data.class_counts, args.routed, threshold, predict, num_members, recipe.shots)
+        counts = CountAccumulator(*sizes, device)
+        metrics = evaluate(model, test, data.class_counts, predict=predict, counts=counts, shots=recipe.shots)
     else:
-        sizes = (model.num_classes, model.num_experts if args.routed else None, num_members)
-        metrics = _evaluate_priors(args, collect(predict, test), sizes, data, recipe.shots)
+        counts = CountAccumulator(*sizes)
+        metrics = _evaluate_priors(args, collect(predict, test), counts, data, recipe.shots)
 
     used = metrics.get("experts_used")
     cost = macs.expected(used) if used else macs.trunk + sum(macs.experts[i] for i in experts)
@@ -139,6 +145,9 @@ def run(args: argparse.Namespace) -> None:
         rows = {name: metrics | bare, f"{name}, prior {args.test_prior}": metrics}
     if args.plots is not None:
         plot_metrics(Path(args.plots), rows, data.class_counts, data.class_names, recipe.shots)
+    if args.confusions is not None:
+        classes = (data.class_counts, data.class_names, recipe.shots)
+        write_confusions(Path(args.confusions), counts.reduce(), *classes)
     if args.routed:
         metrics["threshold"] = threshold
     if chosen:
@@ -156,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
         metrics |= dict(curve=curve, prefixes=prefixes)
         rows |= {f"{i + 1} expert{'s' * (i > 0)} always": point for i, point in enumerate(prefixes)}
     if args.json:
-        print_json(metrics)
+        print_json(metrics | dict(class_names=data.class_names))
     else:
         _print(args, rows, metrics, data.class_names, device)
 
@@ -182,11 +191,12 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("the curve is of the bare logits: leave --test-prior or --curve out.")
     check_threshold(threshold_given, args.routed)
     check_experts(args, args.routed or args.curve is not None)
-    if args.plots is not None:
-        if not Path(args.plots).is_dir():
-            raise InputError(f"plots={args.plots}: no such folder.")
-        if find_spec("matplotlib") is None:
-            raise InputError("plots needs matplotlib: pip install matplotlib.")
+    for name in ("plots", "confusions"):
+        folder = getattr(args, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise InputError(f"{name}={folder}: no such folder.")
+    if args.plots is not None and find_spec("matplotlib") is None:
+        raise InputError("plots needs matplotlib: pip install matplotlib.")
     if args.curve is not None:
         path = Path(args.curve)
         if path.suffix not in (".png", ".csv"):
@@ -198,11 +208,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate_priors(
-    args: argparse.Namespace, predictions: list[Any], sizes: tuple[Any, ...], data: Any, shots: tuple[int, int]
+    args: argparse.Namespace, predictions: list[Any], counts: CountAccumulator, data: Any, shots: tuple[int, int]
 ) -> dict[str, Any]:
     """The metrics moved to the test prior, if one is given, and the accuracies on the shifted test sets.
 
-    sizes: arguments of `CountAccumulator`.
+    counts: a new accumulator for the predictions of the metrics.
     """
     logits = torch.cat([logits if logits.ndim == 2 else logits.mean(1) for logits, _, _ in predictions])
     model_prior = model_log_prior(args.model_prior, args.model, data.class_counts, data.class_names)
@@ -212,7 +222,8 @@ def _evaluate_priors(
         targets = torch.cat([targets for _, _, targets in predictions])
         found["shifted"] = shifted_accuracies(logits, targets, data.class_counts, model_prior)
     if args.test_prior is not None:
-        bare = metrics_of(predictions, CountAccumulator(*sizes), data.class_counts, shots)
+        as_predicted = CountAccumulator(counts.num_classes, counts.num_experts, counts.num_members)
+        bare = metrics_of(predictions, as_predicted, data.class_counts, shots)
         found["without_test_prior"] = {key: bare[key] for key in (*GROUPS, "top5")}
         if args.test_prior == "estimate":
             prior = estimate_log_prior(logits, model_prior)
@@ -220,7 +231,7 @@ def _evaluate_priors(
             prior = log_prior_of(args.test_prior, data.class_counts, data.class_names)
         shift, found["test_prior"] = prior - model_prior, prior.exp().tolist()
     moved = ((logits + shift, used, targets) for logits, used, targets in predictions)
-    return metrics_of(moved, CountAccumulator(*sizes), data.class_counts, shots) | found
+    return metrics_of(moved, counts, data.class_counts, shots) | found
 
 
 def _choose_threshold(

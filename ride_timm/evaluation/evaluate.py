@@ -46,20 +46,19 @@ def evaluate(
     routed: bool = False,
     threshold: float = 0.5,
     predict: Predict | None = None,
-    num_members: int | None = None,
+    counts: CountAccumulator | None = None,
     shots: tuple[int, int] = (100, 20),
 ) -> dict[str, Any]:
     """The metrics of `compute_metrics`, over the samples of all processes.
 
     batches: images [b, 3, H, W] and targets [b] of this process; class_counts [C]: training images of each class;
-    predict: a prediction function to use in place of the model's, such as one of `inference.options`, and num_members,
-    the number of experts if it returns their logits one by one; shots: see `priors.shot_groups`.
+    predict: a prediction function to use in place of the model's, such as one of `inference.options`, and counts, a new
+    accumulator for what it returns; shots: see `priors.shot_groups`.
     """
-    if predict is None:
-        num_members = None if routed else model.num_experts
+    if predict is None or counts is None:
+        num_used, num_members = (model.num_experts, None) if routed else (None, model.num_experts)
         predict = predictor(model, routed, threshold, None if routed else range(model.num_experts))
-    device = next(model.parameters()).device
-    counts = CountAccumulator(model.num_classes, model.num_experts if routed else None, num_members, device)
+        counts = CountAccumulator(model.num_classes, num_used, num_members, next(model.parameters()).device)
     was_training = model.training
     model.eval()
     predictions = ((*predict(images), targets) for images, targets in batches)

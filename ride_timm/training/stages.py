@@ -154,8 +154,7 @@ class Stage:
             facts |= {key: value for key in ("source", "teacher", "class_weights") if (value := getattr(state, key))}
             run.write_results(self.recipe, self.accelerator.device, state.results, **facts)
             run.save(state)
-            names, shots = self.data.longtail.class_names, self.recipe.shots
-            plot_run(run.path, state.history, run.results(), names, shots)
+            plot_run(run.path, state.history, run.results(), self.data.longtail, self.recipe.shots)
         self.accelerator.wait_for_everyone()
 
     def settle(self) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import io
 import json
 import shutil
@@ -76,9 +77,25 @@ def test_metrics_by_group_and_expert(capsys, run, evaluated, tmp_path):
     assert sum(n > 500 for n in counts) == groups["many"] and sum(n < 50 for n in counts) == groups["few"]
     assert chosen["many"] == pytest.approx(sum(chosen["per_class"][:2]) / 2)
     assert chosen["few"] == pytest.approx(sum(chosen["per_class"][6:]) / 4)
-    assert {path.name for path in tmp_path.iterdir()} == {"classes.png", "reliability.png", "experts.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"long_tail.png", "reliability.png", "experts.png"}
     text = output(capsys, "evaluate", "--model", run, "--experts", "2")
     assert "experts 2" in text and "expert 2" in text and "expert 1" not in text and "harmonic mean" in text
+
+
+def test_confusions(capsys, run, evaluated, tmp_path):
+    text = output(capsys, "evaluate", "--model", run, "--confusions", tmp_path)
+    with (tmp_path / "confusion_matrix.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    matrix = [list(map(int, row[1:])) for row in rows]
+    found = evaluated["plain"]
+    assert header[1:] == [row[0] for row in rows] == found["class_names"]
+    assert [row[c] for c, row in enumerate(matrix)] == pytest.approx(found["per_class"])  # of 100 images each
+    largest = found["confusions"][0]
+    names = [found["class_names"][largest[key]] for key in ("true", "predicted")]
+    assert matrix[largest["true"]][largest["predicted"]] == largest["images"] == largest["percent"]
+    assert f"{names[0]} → {names[1]} " in text and "precision  recall" in text
+    assert (tmp_path / "confusion_matrix.png").is_file() and len(found["f1"]["per_class"]) == 10
+    assert "nowhere: no such folder" in refusal(capsys, "evaluate", "--model", run, "--confusions", "nowhere")
 
 
 def test_a_test_prior_moves_the_predictions(capsys, run, evaluated, tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ride_timm.evaluation import plots
+from ride_timm.data.image_set import LongTailData
+from ride_timm.evaluation import figures, plots
 from ride_timm.evaluation.counts import CountAccumulator
 from ride_timm.evaluation.metrics import compute_metrics
 from ride_timm.evaluation.plots import COLOURS
@@ -28,31 +29,32 @@ def measured(routed):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures by file name."""
-    figures, save = {}, plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({path.name: figure}) or save(figure, path))
-    return figures
+    saved, save = {}, figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: saved.update({path.name: figure}) or save(figure, path))
+    return saved
 
 
 def heights(axes):
     return [[bar.get_height() for bar in bars] for bars in axes.containers]
 
 
-def colours(axes):
+def colours(axes, k=0):
     from matplotlib.colors import to_hex
 
-    return [to_hex(bar.get_facecolor()) for bar in axes.containers[0]]
+    return [to_hex(bar.get_facecolor()) for bar in axes.containers[k]]
 
 
 def test_experts_alone_their_differences_and_how_many_are_used(drawn, tmp_path):
     plots.plot_experts(tmp_path / "experts.png", {"ensemble": measured(False), "routed": measured(True)})
-    alone, differing, diversity, routed, used, empty = drawn["experts.png"].axes
-    assert heights(alone) == [[100] * 4, pytest.approx([100 * 4 / 6, 100, 100, 0]), [100] * 4]
-    assert [bars.get_label() for bars in alone.containers] == ["ensemble", "expert 1", "expert 2"]
+    alone, used, differing, diversity = drawn["experts.png"].axes
+    assert heights(alone) == [[100] * 4, [100] * 4, pytest.approx([100 * 4 / 6, 100, 100, 0]), [100] * 4]
+    assert [bars.get_label() for bars in alone.containers] == ["ensemble", "routed", "expert 1", "expert 2"]
+    assert len({colours(alone, k)[0] for k in range(4)}) == 4
     assert heights(differing)[0] == pytest.approx([100 / 3, 0, 0, 100])
     assert colours(differing) == colours(diversity) == list(COLOURS.values())
     assert heights(diversity)[0][3] > 0
-    assert heights(routed) == [[100] * 4] and not empty.axison
     assert heights(used) == [pytest.approx([50, 100, 50, 0]), pytest.approx([50, 0, 50, 100])]  # all, many, medium, few
+    assert [bars.get_label() for bars in used.containers] == ["1 expert", "2 experts"]
     tops = [bar.get_y() + bar.get_height() for bar in used.containers[1]]
     assert tops == pytest.approx([100] * 4)
 
@@ -64,19 +66,20 @@ def test_the_chosen_experts_are_named_by_their_numbers(drawn, tmp_path):
 
 
 def test_classes_from_head_to_tail(drawn, tmp_path):
-    plots.plot_classes(tmp_path / "classes.png", {"ensemble": measured(False)}, COUNTS, NAMES, SHOTS)
-    images, accuracy = drawn["classes.png"].axes
+    plots.plot_long_tail(tmp_path / "long_tail.png", {"ensemble": measured(False)}, COUNTS, NAMES, SHOTS)
+    images, accuracy = drawn["long_tail.png"].axes
     assert heights(images)[0] == [200, 50, 5] and heights(accuracy) == [[100, 100, 100]]
     assert colours(images) == colours(accuracy) == [COLOURS[group] for group in ("many", "medium", "few")]
     assert [label.get_text() for label in accuracy.get_xticklabels()] == ["common", "medium", "rare"]
     assert "few 100.0" in accuracy.get_title()
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[100, 100]] * 3  # means of the groups
 
 
 def test_many_classes_are_averaged_within_their_group(drawn, tmp_path):
     counts = [1000] * 399 + [5] * 1
     metrics = dict(measured(False), per_class=[50.0] * 398 + [None, 10.0])
-    plots.plot_classes(tmp_path / "classes.png", {"ensemble": metrics}, counts, list(map(str, range(400))), SHOTS)
-    bars = drawn["classes.png"].axes[1].containers[0]
+    plots.plot_long_tail(tmp_path / "long_tail.png", {"ensemble": metrics}, counts, list(map(str, range(400))), SHOTS)
+    bars = drawn["long_tail.png"].axes[1].containers[0]
     assert [bar.get_height() for bar in bars] == [50.0] * 100 + [10.0]
     assert sum(round(bar.get_width()) for bar in bars) == 400
 
@@ -86,8 +89,8 @@ def test_one_axis_a_panel_and_all_files(drawn, tmp_path):
     history += [dict(stage="experts", epoch=2, loss=1.0, all=50.0, many=50.0, medium=50.0, few=None)]
     history += [dict(stage="router", epoch=1, loss=0.5, all=50.0, many=50.0, medium=50.0, few=None)]
     results = dict(stages=dict(experts=measured(False), router=measured(True)), class_counts=COUNTS)
-    plots.plot_run(tmp_path, history, results, NAMES, SHOTS)
-    names = {"curves.png", "classes.png", "reliability.png", "experts.png"}
+    plots.plot_run(tmp_path, history, results, LongTailData(object(), object(), NAMES, "a stream"), SHOTS)
+    names = {"curves.png", "long_tail.png", "reliability.png", "experts.png"}
     assert {path.name for path in tmp_path.iterdir()} == set(drawn) == names
     for figure in drawn.values():
         assert all(not axes._twinned_axes.get_siblings(axes)[1:] for axes in figure.axes)
@@ -101,7 +104,8 @@ def test_what_was_not_measured_is_left_out(drawn, tmp_path):
     metrics = measured(False)
     del metrics["experts"]  # as for an ONNX graph, which returns the mean alone
     plots.plot_experts(tmp_path / "experts.png", {"ensemble": metrics})
-    assert not drawn["experts.png"].axes[1].axison
+    (accuracy,) = drawn["experts.png"].axes
+    assert heights(accuracy) == [[100] * 4]
 
 
 def test_routing_with_the_chosen_threshold(drawn, tmp_path):
@@ -111,7 +115,7 @@ def test_routing_with_the_chosen_threshold(drawn, tmp_path):
     curve, prefixes = [point(50e6, 40.0), point(80e6, 45.0)], [point(50e6, 40.0), point(100e6, 45.0)]
     plots.plot_routing(tmp_path / "routing.png", curve, prefixes, point(70e6, 44.0))
     panels = drawn["routing.png"].axes
-    assert [axes.get_title() for axes in panels] == ["all", "many", "few"]
+    assert [axes.get_title() for axes in panels] == ["all classes", "many-shot classes", "few-shot classes"]
     assert [list(line.get_xdata()) for line in panels[0].lines] == [[50, 100], [50, 80], [70]]
     assert panels[2].lines[1].get_color() == COLOURS["few"]
     assert [text.get_text() for text in panels[0].texts] == ["1", "2"]

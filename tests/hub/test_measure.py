@@ -14,7 +14,7 @@ from verify import main as verify_main
 
 from ride_timm import InputError
 from ride_timm.cli.process import exit_code
-from ride_timm.evaluation.plots import plot_classes
+from ride_timm.evaluation.plots import plot_long_tail
 from ride_timm.training.recipe import Recipe
 from ride_timm.training.run_folder import RunFolder
 from ride_timm.training.state import TrainingState
@@ -50,7 +50,7 @@ def test_every_figure_is_by_the_thresholds_of_the_recipe(measured_run, recipe):
 
 def test_a_release_of_other_thresholds_says_so_and_is_verified(measured_run, recipe, colours, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(staging, "plot_classes", lambda *args: drawn.append(args[-1]) or plot_classes(*args))
+    monkeypatch.setattr(staging, "plot_long_tail", lambda *args: drawn.append(args[-1]) or plot_long_tail(*args))
     staged = stage(measured_run[0], TAG, tmp_path, data_dir=str(colours))
     assert drawn == [(20, 10)]
     text = (staged.path / "README.md").read_text(encoding="utf-8")
