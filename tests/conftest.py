@@ -1,9 +1,11 @@
 """Fixtures common to all tests."""
 
 import importlib.util
+import io
 import os
 import signal
 import sys
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -35,24 +37,32 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(fused_norm, "_COMPILED", {})
 
 
-@pytest.fixture
-def train(script, monkeypatch):
+@contextmanager
+def _training(script):
     """Run the training script in this process and restore its global state."""
     import torch
     from accelerate.state import AcceleratorState
 
     from ride_timm.cli.process import exit_code
 
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    # half the time of a tiny run; `run_script` plots
-    monkeypatch.setattr("ride_timm.training.stages.plot_run", lambda *_: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
-    yield lambda argv: exit_code(script.train, [str(part) for part in argv])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        # half the time of a tiny run; `run_script` plots
+        patched.setattr("ride_timm.training.stages.plot_run", lambda *_: None)
+        yield lambda argv: exit_code(script.train, [str(part) for part in argv])
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def train(script):
+    """The training script in this process: arguments -> exit code."""
+    with _training(script) as train:
+        yield train
 
 
 @pytest.fixture(scope="session")
@@ -75,11 +85,11 @@ def colours(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(colours, tmp_path_factory):
-    """Uninterrupted run of both stages -> run folder, completed process."""
-    from journeys import flags_of, run_script
+def finished(script, colours, tmp_path_factory):
+    """Uninterrupted run of both stages -> run folder, what it printed."""
+    from journeys import flags_of
 
-    output = tmp_path_factory.mktemp("runs") / "finished"
-    done = run_script(*flags_of(colours, output))
-    assert done.returncode == 0, done.stderr
-    return output, done
+    output, printed = tmp_path_factory.mktemp("runs") / "finished", io.StringIO()
+    with _training(script) as train, redirect_stdout(printed):
+        assert train(flags_of(colours, output)) == 0
+    return output, printed.getvalue()
