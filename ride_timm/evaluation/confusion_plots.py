@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ImageOps
 
 from ..data.image_set import ImageSet
 from ..errors import RunError
@@ -140,11 +141,11 @@ def plot_confusion_gallery(
 
 def _show(axes: Any, images: ImageSet, position: int) -> None:
     try:
-        image = images[position][0].copy()
+        image = images[position][0]
     except RunError:  # a picture is no reason to end a run
         return
-    image.thumbnail((160, 160))
-    axes.imshow(image)
+    size = min(160, *image.size)
+    axes.imshow(ImageOps.fit(image, (size, size)))
 
 
 def _groups_of(class_counts: Sequence[int], shots: tuple[int, int]) -> list[str]:

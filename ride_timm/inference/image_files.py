@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..data.augment.images import open_image, upright
-from ..errors import InputError, first_line
+from ..errors import InputError, RunError, first_line
 
 SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif")  # of images in folders; a file given by name may have any
 Batch = tuple[Tensor | None, list[str | None]]
@@ -92,20 +92,23 @@ class ImageFiles(Dataset):
         except Exception as error:  # decoders have no common error: OSError, ValueError, SyntaxError, struct.error, ...
             return first_line(error)
 
-    def batches(
-        self, batch_size: int, workers: int, pin_memory: bool
-    ) -> Iterator[tuple[Tensor | None, list[str | None]]]:
-        """Batches in order: the readable images [b, C, H, W], None if b = 0, and for each path its error or None."""
-        return iter(
-            DataLoader(
-                self,
-                batch_size,
-                num_workers=workers,
-                collate_fn=_collate,
-                pin_memory=pin_memory,
-                generator=torch.Generator(),  # its own: DataLoader draws a base seed from the global one
-            )
+    def batches(self, batch_size: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
+        """Batches in order: the readable images [b, C, H, W], None if b = 0, and for each path its error or None.
+
+        RunError where a worker dies.
+        """
+        loader = DataLoader(
+            self,
+            batch_size,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # its own: DataLoader draws a base seed from the global one
         )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            raise RunError(f"a loader process died; try fewer --workers or a smaller --batch-size ({error})") from error
 
 
 def _collate(items: list[Any]) -> Batch:

@@ -53,13 +53,13 @@ def test_neighbouring_classes_share_a_cell(drawn, tmp_path):
 
 
 def test_a_row_of_the_gallery_shows_test_images_and_training_images(drawn, tmp_path):
-    test = image_set(*[encoded(smooth(10 + i, 10), "PNG") for i in range(6)])
-    train = image_set(*[encoded(smooth(20 + i, 20), "PNG") for i in range(4)])  # of classes 0, 1, 0, 1
+    test = image_set(*[encoded(smooth(10 + i, 30), "PNG") for i in range(6)])
+    train = image_set(*[encoded(smooth(40, 20 + i), "PNG") for i in range(4)])  # of classes 0, 1, 0, 1
     metrics = compute_metrics(counted(), COUNTS, SHOTS)
     plot_confusion_gallery(tmp_path / "c.png", metrics, COUNTS, NAMES, SHOTS, test, train)
     axes = np.reshape(drawn["c.png"].axes, (3, 10))
-    shown = [[a.images[0].get_array().shape[1] if a.images else None for a in line[1:]] for line in axes]
-    first = [10, 11, None, None, None, 21, 23, None, None]  # widths: test images 0 and 1, training images of class 1
+    shown = [[a.images[0].get_array().shape[0] if a.images else None for a in line[1:]] for line in axes]
+    first = [10, 11, None, None, None, 21, 23, None, None]  # sizes: test images 0 and 1, training images of class 1
     assert shown == [first, [12] + [None] * 8, [15] + [None] * 4 + [20, 22, None, None]]
     assert [text.get_text() for text in axes[0, 0].texts][:2] == [r"\$rare\$", "→ common"]
     assert axes[0, 1].get_title() == "100 %"
