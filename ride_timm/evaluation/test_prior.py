@@ -37,13 +37,19 @@ def log_prior_of(text: str, class_counts: Sequence[int] | None, class_names: Seq
 
 
 def estimate_log_prior(
-    logits: Tensor, log_model_prior: Tensor, max_iterations: int = 1000, tolerance: float = 1e-6
+    logits: Tensor,
+    log_model_prior: Tensor,
+    shrinkage: float = 0.5,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-6,
 ) -> Tensor:
     """The log-prior of a test set by expectation maximisation, without labels, [C].
 
     logits [N, C] of the test images; log_model_prior [C], which they suit. Each iteration re-weighs the posteriors by
-    the estimate over the model's prior and takes their mean, until no more than `tolerance` of probability moves. It
-    maximises the likelihood of the images, so it is as good as the model is calibrated. Saerens et al. 2002, eq. 2.9.
+    the estimate over the model's prior, takes their mean, and shrinks it towards the uniform prior, until no more than
+    `tolerance` of probability moves. shrinkage 0 is the maximum of the likelihood, which empties classes that the
+    network tends to miss; 0.5 has the weight of as many images again, equally many of each class. Saerens et al. 2002,
+    equation 2.9; shrinkage: Ye et al. 2024, "Label shift estimation for class-imbalance problem" (MAPLS).
     """
     posteriors = logits.softmax(1)
     model_prior = log_model_prior.to(logits).softmax(0)
@@ -51,8 +57,8 @@ def estimate_log_prior(
     for _ in range(max_iterations):
         ratio = torch.where(model_prior > 0, prior / model_prior, 0.0)
         evidence = (posteriors @ ratio).clamp_min(torch.finfo(logits.dtype).tiny)  # [N]
-        updated = ratio * (posteriors.T @ evidence.reciprocal()) / len(logits)
-        updated = updated / updated.sum()
+        mean = ratio * (posteriors.T @ evidence.reciprocal())
+        updated = (1 - shrinkage) * mean / mean.sum() + shrinkage / len(mean)
         moved = (updated - prior).abs().sum() / 2
         prior = updated
         if moved <= tolerance:
