@@ -48,7 +48,7 @@ class DataKeys:
         "cifar", "augmentation and normalisation: cifar, fashion, imagenet, inat, or backbone: as its weights expect"
     )
     auto_augment: str | None = key(
-        None, "timm's AutoAugment, RandAugment or AugMix on top, such as rand-m9-mstd0.5 or original"
+        None, "AutoAugment and its kind on top: cifar10, trivial, or timm's rand-m9-mstd0.5, original, augmix-m3-w3"
     )
     input_size: int | None = key(None, "image size in pixels (default: the augmentation's)", low=8)
     reduced_decode: bool = key(False, "decode large JPEGs at reduced size: faster, with slightly different pixels")

@@ -13,7 +13,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torchvision import transforms as T
 
-from .policies import Policy, TimmAugment, get_policy
+from .auto_augment import AutoAugment
+from .policies import Policy, get_policy
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -189,7 +190,7 @@ def build_augment(policy: str | Policy, train: bool, input_size: int | None = No
     if train:
         size, changes = policy.input_size(input_size), []
         if policy.auto_augment is not None:
-            changes = [TimmAugment(policy.auto_augment, size, policy.mean)]
+            changes = [AutoAugment(policy.auto_augment, size, policy.mean)]
         if policy.padding is not None:
             steps += [*changes, T.RandomCrop(size, padding=policy.padding), T.RandomHorizontalFlip()]
         else:

@@ -1,27 +1,16 @@
-"""Augmentation policies by family of data sets, and timm's AutoAugment."""
+"""Augmentation policies by family of data sets, and by backbone."""
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from timm.data.auto_augment import (
-    AugmentOp,
-    augment_and_mix_transform,
-    auto_augment_transform,
-    rand_augment_transform,
-)
 from timm.models import get_pretrained_cfg
-from torch import Tensor
 
 from ...errors import InputError
+from .auto_augment import AutoAugment
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 
@@ -37,7 +26,7 @@ class Policy:
     padding, degrees: padded crop and rotation of small images; without padding, a random resized crop instead.
     jitter: strength of the brightness, contrast and saturation changes; AutoAugment takes their place, as in timm.
     in_memory: decode the set once, hold it in memory and augment it batch by batch.
-    auto_augment: timm's name of a policy, see `TimmAugment`; applied before the padded crop, or after the random
+    auto_augment: name of a policy, see `AutoAugment`; applied before the padded crop, or after the random
         resized crop and its flip.
     """
 
@@ -56,7 +45,7 @@ class Policy:
 
     def with_auto_augment(self, description: str) -> Policy:
         """The policy with AutoAugment; `InputError` for an unknown description."""
-        TimmAugment(description, self.size, self.mean)
+        AutoAugment(description, self.size, self.mean)
         return replace(self, auto_augment=description)
 
     def input_size(self, input_size: int | None = None) -> int:
@@ -148,65 +137,3 @@ def backbone_policy(model: str) -> Policy:
         squash=cfg.crop_mode == "squash",
         jitter=0.4,
     )
-
-
-def _operations(transform: Any) -> list[AugmentOp]:
-    """All operations of a policy of timm's: in a list, or in a list of sub-policies."""
-    nested = transform.policy if hasattr(transform, "policy") else transform.ops
-    return [op for item in nested for op in (item if isinstance(item, list) else [item])]
-
-
-def _at_least_one_bit(level_fn: Callable[..., tuple[int]]) -> Callable[..., tuple[int]]:
-    """Keep a bit: Pillow refuses to posterize to none, which timm's strongest levels ask for."""
-    return lambda level, hparams: (max(1, level_fn(level, hparams)[0]),)
-
-
-class TimmAugment:
-    """timm's AutoAugment, RandAugment or AugMix: RGB PIL image -> RGB PIL image.
-
-    description: timm's name of a policy, such as "rand-m9-mstd0.5" or "original"; mean: colour per channel, for pixels
-    in [0, 1], that fills uncovered pixels. timm draws from Python's and NumPy's global generators: they are seeded from
-    torch's for each image and restored afterwards, so every random choice follows from torch's generator.
-
-    Raises `InputError` for an unknown description. Cubuk et al. 2020, arXiv:1909.13719; 2019, arXiv:1805.09501;
-    Hendrycks et al. 2020, arXiv:1912.02781.
-    """
-
-    def __init__(self, description: str, size: int, mean: tuple[float, float, float]) -> None:
-        fill = tuple(min(255, round(255 * value)) for value in mean)
-        params = dict(translate_const=int(size * 0.45), img_mean=fill)  # the values of timm's own transforms
-        kind = description.split("-")[0]
-        make = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(kind, auto_augment_transform)
-        if kind == "augmix":
-            params["translate_pct"] = 0.3
-        try:
-            self.transform = make(description, params)
-        except (AssertionError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"auto_augment={description!r}: expected timm's name of a policy, such as rand-m9-mstd0.5, original, "
-                f"v0 or augmix-m3-w3 ({str(error) or type(error).__name__})"
-            ) from error
-        for op in _operations(self.transform):
-            if op.name.startswith("Posterize"):
-                op.level_fn = _at_least_one_bit(op.level_fn)
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return self.each([image], torch.randint(2**32, (1,)))[0]
-
-    def each(self, images: Iterable[Image.Image], seeds: Tensor) -> list[Image.Image]:
-        """Augment each image with a seed of its own, in [0, 2**32)."""
-        state, numpy_state, changed = random.getstate(), np.random.get_state(), []
-        try:
-            for image, seed in zip(images, seeds.tolist(), strict=True):
-                random.seed(seed)
-                np.random.seed(seed)
-                changed.append(self.transform(image))
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
-        return changed
-
-    def batch(self, images: Tensor, seeds: Tensor) -> Tensor:
-        """Augment images uint8 [B, S, S, 3] with a seed each, on the CPU."""
-        changed = self.each(map(Image.fromarray, images.numpy()), seeds)
-        return torch.from_numpy(np.stack([np.asarray(image) for image in changed]))

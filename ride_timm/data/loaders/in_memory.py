@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ...errors import InputError
+from ..augment.auto_augment import AutoAugment
 from ..augment.batches import BatchAugment
 from ..augment.images import Fit
-from ..augment.policies import Policy, TimmAugment, get_policy
+from ..augment.policies import Policy, get_policy
 from ..image_set import ImageSet
 from .orders import BATCH, STRONG, Batches, Order, RankSlices, Slice, torch_seed
 
@@ -76,7 +77,7 @@ class TensorBatches(Batches):
         self.order = order
         self.auto_augment = None
         if slices.train and policy.auto_augment is not None:
-            self.auto_augment = TimmAugment(policy.auto_augment, size, policy.mean)
+            self.auto_augment = AutoAugment(policy.auto_augment, size, policy.mean)
         self.streams = (BATCH, STRONG) if views == 2 else (STRONG if self.auto_augment else BATCH,)
         self.pixels = pixels.cpu() if self.auto_augment else pixels.to(self.device)
         self.labels = torch.from_numpy(labels).to(self.device)

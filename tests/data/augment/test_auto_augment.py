@@ -1,4 +1,4 @@
-"""timm's augmentations of single images: their generator, their position in the transform, their names."""
+"""AutoAugment and its kind: their generator, their position in the transform, their names."""
 
 import random
 
@@ -6,16 +6,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as T
 
 from ride_timm import InputError
+from ride_timm.data.augment.auto_augment import AutoAugment, _operations
 from ride_timm.data.augment.batches import Draws
 from ride_timm.data.augment.images import build_augment
-from ride_timm.data.augment.policies import TimmAugment, _operations, get_policy
+from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.load import load_longtail
 from ride_timm.data.loaders import make_loader
 from ride_timm.data.loaders.in_memory import decode
 
-DESCRIPTIONS = ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1", "original", "v0", "augmix-m3-w3", "3a"]
+DESCRIPTIONS = [
+    "rand-m9-mstd0.5",
+    "rand-m9-n3-mstd0.5-inc1",
+    "original",
+    "v0",
+    "augmix-m3-w3",
+    "3a",
+    "cifar10",
+    "trivial",
+]
 MEAN = (0.5, 0.4, 0.3)
 
 
@@ -26,7 +37,7 @@ def picture(size=32):
 
 @pytest.mark.parametrize("description", DESCRIPTIONS)
 def test_choices_follow_from_torchs_generator_alone(description):
-    augment = TimmAugment(description, 32, MEAN)
+    augment = AutoAugment(description, 32, MEAN)
 
     def draw(seed):
         torch.manual_seed(seed)
@@ -46,7 +57,7 @@ def test_other_generators_are_left_where_they_were():
     expected = (random.random(), np.random.rand())
     random.seed(5)
     np.random.seed(5)
-    TimmAugment("rand-m9-mstd0.5", 32, MEAN)(picture())
+    AutoAugment("rand-m9-mstd0.5", 32, MEAN)(picture())
     assert (random.random(), np.random.rand()) == expected
 
 
@@ -59,7 +70,7 @@ def test_it_precedes_a_padded_crop_or_follows_the_flip_in_training_only(name, af
     steps = [type(step).__name__ for step in build_augment(policy, True).transforms]
     without = [type(step).__name__ for step in build_augment(plain, True).transforms]
     without = [step for step in without if step != "ColorJitter"]  # AutoAugment takes its place
-    position = steps.index("TimmAugment")
+    position = steps.index("AutoAugment")
     assert [None, *steps][position] == after and steps[:position] + steps[position + 1 :] == without
     image = picture(size)
     assert build_augment(policy, True)(image).shape == (3, size, size)
@@ -68,7 +79,7 @@ def test_it_precedes_a_padded_crop_or_follows_the_flip_in_training_only(name, af
 
 @pytest.mark.parametrize("description", DESCRIPTIONS)
 def test_a_batch_is_its_images_one_by_one(description):
-    augment, seeds = TimmAugment(description, 32, MEAN), torch.tensor([3, 2**32 - 1, 3, 0])
+    augment, seeds = AutoAugment(description, 32, MEAN), torch.tensor([3, 2**32 - 1, 3, 0])
     images = torch.from_numpy(np.stack([np.asarray(picture())] * 4))
     together = augment.batch(images, seeds)
     assert together.dtype == torch.uint8 and np.array_equal(images[0], picture())
@@ -100,7 +111,7 @@ def test_a_batch_of_small_images_is_changed_before_its_crop(colours, monkeypatch
 
 @pytest.mark.parametrize("description", ["hope", "rand-q9", "augmix-x1", ""])
 def test_a_description_that_timm_does_not_know_is_named(description):
-    with pytest.raises(InputError, match=f"auto_augment='{description}': expected timm's name"):
+    with pytest.raises(InputError, match=f"auto_augment='{description}': expected cifar10, trivial, or timm's name"):
         get_policy("cifar").with_auto_augment(description)
 
 
@@ -116,10 +127,25 @@ def test_unknown_policies_and_sizes_are_refused():
 @pytest.mark.parametrize("name", ["rand-m10-inc1", "rand-m10", "original", "originalr", "v0", "augmix-m10-w3"])
 def test_no_operation_posterizes_to_zero_bits(name):
     """Pillow refuses that, so a run would end at the first such draw."""
-    operations = [op for op in _operations(TimmAugment(name, 32, MEAN).transform) if op.name.startswith("Posterize")]
+    operations = [op for op in _operations(AutoAugment(name, 32, MEAN).transform) if op.name.startswith("Posterize")]
     assert operations
     for op in operations:
         for level in range(11):
             (bits,) = op.level_fn(level, op.hparams)
             assert 1 <= bits <= 8
             op.aug_fn(picture(), bits)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("cifar10", T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=[128, 102, 76])),
+        ("trivial", T.TrivialAugmentWide(fill=[128, 102, 76])),
+    ],
+)
+def test_torchvisions_policies_are_theirs_bit_for_bit(name, theirs):
+    ours = AutoAugment(name, 32, MEAN)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        expected = theirs(picture())
+        assert np.array_equal(np.asarray(ours.each([picture()], torch.tensor([seed]))[0]), np.asarray(expected))
