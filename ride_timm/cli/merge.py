@@ -1,0 +1,65 @@
+"""Merge the adapters of a run into its experts' weights, as a new folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, RunError
+from ..evaluation.evaluate import with_macs
+from ..files import write_text
+from ..inference.load import SPEC, load_ride
+from ..models.ride_any import AnyRide
+from ..training.run_folder import RunFolder
+from .process import print_json
+
+_DATA_CONFIG = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("merge", help=__doc__, description=__doc__)
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", required=True, metavar="SPEC", help=SPEC)
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    folder, source = Path(args.output), Path(args.model.removeprefix("local-dir:"))
+    if folder.exists():
+        raise InputError(f"output {folder} exists: name a new folder.")
+    model = load_ride(args.model, routed=False)
+    if not isinstance(model, AnyRide) or not model.has_adapters:
+        raise InputError(f"model {args.model!r} has no adapters: it needs no merging.")
+    model.merge_adapters()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            partial = Path(scratch) / folder.name
+            partial.mkdir()
+            _write(model, partial, source)
+            os.replace(partial, folder)
+    except OSError as error:
+        raise RunError(f"{folder} could not be written ({error}); nothing was left there.") from error
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    if args.json:
+        return print_json(dict(folder=str(folder), files=files))
+    for name, num_bytes in files.items():
+        print(f"{folder / name}  {num_bytes:,} bytes")
+
+
+def _write(model: AnyRide, folder: Path, source: Path) -> None:
+    """Write the weights, and the run's recipe and results with the MACs of the merged network."""
+    cfg = model.pretrained_cfg
+    RunFolder(folder).export(model, {key: cfg[key] for key in _DATA_CONFIG}, tuple(cfg.get("label_names") or ()))
+    for file in ("recipe.yaml", "metrics.csv"):
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    if (source / "results.json").is_file():
+        results = RunFolder(source).results()
+        stages = {name: with_macs(row, model, tuple(cfg["input_size"])) for name, row in results["stages"].items()}
+        write_text(folder / "results.json", json.dumps(results | dict(stages=stages), indent=2) + "\n")
