@@ -1,8 +1,9 @@
-"""Time to build splits: long-tailed selection by label, and published lists.
+"""Time to build splits: long-tailed selection by label, published lists, and a folder of images by class.
 
 The lists are synthetic, of the published length and format (`path label` per line), unless `--annotations` names a
 folder that holds the real ones. A build reads the training and test lists, checks the classes and the first image of
-each class, and creates the image sets; importing `datasets` is not timed.
+each class, and creates the image sets; importing `datasets` is not timed. The folder holds empty files in the classes
+of iNaturalist 2018.
 """
 
 from __future__ import annotations
@@ -37,6 +38,23 @@ def seconds_to_build(name: str, root: Path, lists: Path) -> float:
     seconds = time.perf_counter() - started
     assert len(data.train) == KNOWN[name].lists.splits["train"].images
     return seconds
+
+
+def seconds_to_scan(root: Path, num_files: int) -> float:
+    started = time.perf_counter()
+    data = load_longtail(str(root))
+    seconds = time.perf_counter() - started
+    assert len(data.train) + len(data.test) == num_files
+    return seconds
+
+
+def make_folder(root: Path, num_files: int) -> None:
+    """Create empty files by class, as many in each class as the number allows."""
+    num_classes = KNOWN["inat18"].lists.num_classes
+    for i in range(num_files):
+        path = root / f"{i % num_classes:05d}_Plantae" / f"{i:032x}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def make_list(path: Path, published: Lists, split: str, rng: np.random.Generator) -> None:
@@ -75,6 +93,7 @@ def prepare(name: str, root: Path, real: Path | None) -> Path:
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
     flags.add_argument("--annotations", type=Path, help="folder of the real lists; missing ones are synthetic")
+    flags.add_argument("--files", type=int, default=SIZES["iNaturalist 2018"][0], help="images in the folder by class")
     args = parse(flags, argv)
     rng = np.random.default_rng(0)
     variants = {}
@@ -89,6 +108,9 @@ def main(argv: list[str] | None = None) -> None:
             made = "made" if lists == root else "real"
             lines = KNOWN[name].lists.splits["train"].images
             variants[f"{title}, {made} lists, {lines:,} lines"] = partial(seconds_to_build, name, root, lists)
+        make_folder(Path(temporary) / "folder", args.files)
+        scan = partial(seconds_to_scan, Path(temporary) / "folder", args.files)
+        variants[f"folder by class, {args.files:,} files"] = scan
         figures = {name: summary(values) for name, values in alternate(variants, args.rounds).items()}
     show(figures)
     slowest = max(figure["median"] for figure in figures.values())

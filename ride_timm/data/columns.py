@@ -29,7 +29,10 @@ def sets_of_columns(
     for name, split in splits.items():
         for column in (image_column, label_column):
             if column not in split.column_names:
-                raise InputError(f"split {name!r} has no column {column!r}; it has {listed(split.column_names)}")
+                raise InputError(
+                    f"split {name!r} has no column {column!r}; it has {listed(split.column_names)}: give it the "
+                    f"columns (or class folders) of split {train_split!r}, or name another by --test-split"
+                )
         choose_image_column(split, image_column)
         names = getattr(split.features[label_column], "names", None)
         if train_names and names and train_names != names:

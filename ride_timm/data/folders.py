@@ -1,12 +1,22 @@
-"""Folders of images: their splits by the names of top folders, their files in order."""
+"""Scan folders of images by class, without opening an image."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # the words by which `datasets` recognises the folder of a split, and the separators around them
 SPLIT_WORDS = {
@@ -15,6 +25,7 @@ SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _BETWEEN_WORDS = r"[-._ 0-9]+"
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def split_of(name: str) -> str | None:
@@ -24,20 +35,85 @@ def split_of(name: str) -> str | None:
 
 
 def split_folders(root: Path) -> dict[str, list[Path]]:
-    """The folders of each split under a root, by name; empty if its top folders are classes.
+    """The folders of each split: those of the topmost level that has some; empty if there are only classes.
 
-    They are classes if one has no name of a split, unless the training images are in folders of their own.
+    A class may be called like a split: on a level with other names, the training images are in folders of their own.
     """
-    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not _is_hidden(entry)]
-    filled = [folder for folder in folders if split_of(folder.name) and next(files_below(folder), None)]
-    by_split = {split: [folder for folder in filled if split_of(folder.name) == split] for split in SPLIT_WORDS}
-    found = {split: named for split, named in by_split.items() if named}
-    if all(split_of(folder.name) for folder in folders):
-        return found
-    by_class = [
-        folder for folder in found.get("train", []) if not any(is_image(path.name) for path in folder.iterdir())
-    ]
-    return found if by_class else {}
+    level = [root]
+    while level:
+        folders = [child for folder in level for child in sorted(folder.iterdir()) if _is_folder(child)]
+        by_class = [folder for folder in folders if not any(is_image(name) for name in os.listdir(folder))]
+        named = {split: [folder for folder in folders if split_of(folder.name) == split] for split in SPLIT_WORDS}
+        found = {split: filled for split, some in named.items() if (filled := [f for f in some if any(files_below(f))])}
+        if all(split_of(folder.name) for folder in folders) or set(found.get("train", [])) & set(by_class):
+            return found
+        level = by_class
+    return {}
+
+
+def scan_classes(root: Path) -> dict[str, Dataset] | None:
+    """The splits of a folder of images by class, columns "image" and "label"; None for a folder of another form.
+
+    No image is opened. Rows are in the order of the paths. A class is the folder of its images; where images are at
+    different depths, the topmost one, with all below it. `datasets` reads other forms: without images, or with metadata
+    files. Raises `InputError` for training images outside of class folders, or of one class.
+    """
+    folders = split_folders(root) or {"train": [root]}
+    files: dict[str, list[str]] = {}  # images by split
+    parents: dict[str, list[str]] = {}  # their folders, relative to that of the split
+    for split, some in folders.items():
+        files[split], parents[split] = [], []
+        for folder in map(str, some):
+            for path in files_below(folder):
+                parent, _, name = path.rpartition("/")
+                if is_image(name):
+                    files[split].append(path)
+                    parents[split].append(sys.intern(parent[len(folder) + 1 :]))  # one string for all images there
+                elif name in _METADATA:
+                    return None
+    if not any(files.values()):
+        return None
+    by_class = {split: found for split, found in parents.items() if "" not in found}
+    if "train" in folders and "train" not in by_class:
+        stray = files["train"][parents["train"].index("")]
+        raise InputError(
+            f"the image {stray} is in no class folder: expected train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg "
+            f"alone, under {root}, or a metadata.csv with the columns file_name and label"
+        )
+    depths = {folder.count("/") for found in by_class.values() for folder in set(found)}
+    part = -1 if len(depths) == 1 else 0  # the folder of the images, else the topmost
+    class_of = {folder: folder.split("/")[part] for found in by_class.values() for folder in set(found)}
+    names = sorted(set(class_of.values()))
+    if len(names) == 1:
+        raise InputError(f"the images under {root} are of one class, {names[0]!r}: expected a folder for each class")
+    number = {name: i for i, name in enumerate(names)}
+    label_of = {folder: number[name] for folder, name in class_of.items()}
+    labels = {
+        split: np.fromiter((label_of[folder] for folder in found), np.int64, len(found))
+        for split, found in by_class.items()
+    }
+    return {split: files_as_dataset(paths, labels.get(split), names) for split, paths in files.items() if paths}
+
+
+def files_as_dataset(paths: Any, labels: np.ndarray | None = None, names: list[str] | None = None) -> Dataset:
+    """Image files as a data set with the column "image", and "label" if given; none is opened.
+
+    paths: strings, or an array of pyarrow; labels: int64 [N], their classes; names: of the classes.
+    """
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
+
+    paths = pa.array(paths, pa.string())
+    columns: dict[str, Any] = {
+        "image": pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+    }
+    features = Features(image=Image())
+    if labels is not None:
+        columns["label"], features["label"] = pa.array(labels), ClassLabel(names=names)
+    # by default, `datasets` hashes a copy of the table
+    buffers = [buffer for column in columns.values() for buffer in column.buffers() if buffer]
+    fingerprint = hashlib.sha256(b"".join(buffers)).hexdigest()[:16]
+    return Dataset(pa.table(columns), info=DatasetInfo(features=features), fingerprint=fingerprint)
 
 
 def files_below(folder: str | Path) -> Iterator[str]:
@@ -56,11 +132,6 @@ def files_below(folder: str | Path) -> Iterator[str]:
             yield path
 
 
-def _is_hidden(entry: os.DirEntry[str] | Path) -> bool:
-    """True for what `datasets` skips: hidden files, hidden folders and those such as __MACOSX."""
-    return entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir())
-
-
 def is_image(name: str) -> bool:
     """True for a name with the extension of a format that Pillow reads."""
     return os.path.splitext(name)[1].lower() in _image_extensions()
@@ -76,3 +147,12 @@ def _image_extensions() -> frozenset[str]:
 def _leads_back(link: str) -> bool:
     """True for a link to a folder that it is in."""
     return Path(link).parent.resolve().is_relative_to(Path(link).resolve())
+
+
+def _is_hidden(entry: os.DirEntry[str] | Path) -> bool:
+    """True for what `datasets` skips: hidden files, hidden folders and those such as __MACOSX."""
+    return entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir())
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not _is_hidden(path) and not (path.is_symlink() and _leads_back(str(path)))

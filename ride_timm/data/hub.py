@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
 from .datasets import EMBEDDED, KNOWN
-from .folders import split_folders
+from .folders import files_below, scan_classes, split_folders, split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from datasets.data_files import DataFilesList
 
 SELECTION = "selection.json"  # of a folder of `save_longtail`: the data set, and how its images were selected
+_ROWS = ("*.parquet", "data/*.parquet")
 
 
 def read_splits(dataset: str, data_dir: str | Path | None) -> dict[str, Dataset]:
@@ -80,7 +82,9 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
         raise InputError(f"data set folder {str(path)!r} does not exist")
     if path.is_file() and path.suffix != ".parquet":
         raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, or a .parquet file")
-    saved = is_saved_to_disk(path)
+    saved, by_card = is_saved_to_disk(path), _has_card(path)
+    if not (streaming or by_card or holds_rows(path)) and (scanned := scan_classes(path)) is not None:
+        return dict(scanned)
     if saved and streaming:
         raise InputError(f"{str(path)!r} was written by save_to_disk, which needs no streaming: leave --streaming out")
     how = dict(streaming=True) if streaming else {}
@@ -89,9 +93,11 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
             if saved:
                 splits = datasets.load_from_disk(str(path))
             elif path.is_file():
-                splits = datasets.load_dataset("parquet", data_files=str(path), **how)
+                splits = datasets.load_dataset("parquet", data_files=_data_files({"train": [path]}), **how)
+            elif by_card or (files := _files_by_split(path)) is None:
+                splits = datasets.load_dataset(str(path), **how)
             else:
-                splits = datasets.load_dataset(str(path), **how | _split_folders(path))
+                splits = datasets.load_dataset(str(path), data_files=_data_files(files), **how)
         except Exception as error:  # empty or mixed folders, broken parquet: `datasets` has no common error
             raise InputError(
                 f"cannot read a data set from {str(path)!r}: {first_line(error)}; expected parquet files, "
@@ -100,19 +106,43 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
     return dict(splits) if isinstance(splits, dict) else {"train": splits}
 
 
-def _split_folders(path: Path) -> dict[str, dict[str, list[str]]]:
-    """`data_files` of a folder with folders of splits, by its top folders' names.
+def _files_by_split(path: Path) -> dict[str, list[Path]] | None:
+    """The files of a folder by split, if its folders name the splits or its path reads as a glob; else None.
 
     By default, `datasets` looks for split names in all folders, and adds the test images of a class named "train" or
-    "train station" to the training set. Empty if rows or the card define the splits.
+    "train station" to the training set; and it takes the path for a pattern.
     """
-    cards = (path / "README.md", path / ".huggingface.yaml")
-    if holds_rows(path) or any(re.search(r"^configs:", c.read_text("utf-8"), re.M) for c in cards if c.is_file()):
-        return {}
-    data_files = {
-        split: [f"{escape(folder.name)}/**" for folder in folders] for split, folders in split_folders(path).items()
+    rows = holds_rows(path)
+    if not rows and (folders := split_folders(path)):
+        return {split: [Path(f) for folder in some for f in files_below(folder)] for split, some in folders.items()}
+    if escape(str(path.resolve())) == str(path.resolve()):
+        return None
+    files = [Path(file) for file in files_below(path)]
+    if rows:
+        files = [file for pattern in _ROWS for file in sorted(path.glob(pattern))]
+    named: dict[str, list[Path]] = {}
+    for file in files:
+        shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", file.stem)
+        if split := split_of(file.stem) or (shard and shard[1]):
+            named.setdefault(split, []).append(file)
+    return named or {"train": files}
+
+
+def _data_files(files: dict[str, list[Path]]) -> dict[str, DataFilesList]:
+    """`data_files` of these paths, taken literally; `datasets` prepares them anew when one was modified."""
+    from datasets.data_files import DataFilesList
+
+    found = {split: [path.resolve() for path in some] for split, some in files.items()}
+    return {
+        split: DataFilesList(list(map(str, some)), [(str(path.stat().st_mtime),) for path in some])
+        for split, some in found.items()
     }
-    return dict(data_files=data_files) if data_files else {}
+
+
+def _has_card(path: Path) -> bool:
+    """True if a card in the folder defines its configurations."""
+    cards = (path / "README.md", path / ".huggingface.yaml")
+    return any(re.search(r"^configs:", card.read_text("utf-8"), re.M) for card in cards if card.is_file())
 
 
 @contextmanager
@@ -137,7 +167,7 @@ def holds_rows(path: Path) -> bool:
     """True if a local path holds rows (parquet, or `save_to_disk`), not image files."""
     if path.is_file() or is_saved_to_disk(path):
         return True
-    return any(next(path.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet"))
+    return any(next(path.glob(pattern), None) for pattern in _ROWS)
 
 
 def is_saved_to_disk(path: Path) -> bool:

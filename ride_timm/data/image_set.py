@@ -65,12 +65,17 @@ class ImageSet:
         where = f"the image in row {row} of split {self.split!r}"
         if self.annotations is not None:
             where = f"the image of line {row + 1} of {self.annotations}"
+        stored = None
         try:
-            opened = self._open(row)
+            stored = self._stored[row][self.image_column]
+            opened = None if stored is None else self._open(row, stored)
             if opened is not None:
                 with opened:
                     return load(opened), int(self.labels[i])
         except Exception as error:  # decoders have no common error: OSError, SyntaxError, struct.error, ...
+            path = stored["path"] if stored else None
+            if self.annotations is None and path and path not in str(error):
+                where += f", {path},"
             raise RunError(f"{where} cannot be read ({first_line(error)})") from error
         raise RunError(f"{where} is missing: the row holds none")
 
@@ -81,11 +86,8 @@ class ImageSet:
 
         return self.images.cast_column(self.image_column, Image(decode=False))
 
-    def _open(self, row: int) -> Image | None:
+    def _open(self, row: int, stored: dict[str, Any]) -> Image | None:
         """The image in a row of the split, undecoded if local; None if missing."""
-        stored = self._stored[row][self.image_column]
-        if stored is None:
-            return None
         if self.images.features[self.image_column].mode is None:
             opened = open_stored(stored)
             if opened is not None:

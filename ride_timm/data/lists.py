@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import InputError, listed
 from .datasets import LISTED, lists_of
+from .folders import files_as_dataset
 from .longtail import check_labels
 
 if TYPE_CHECKING:
@@ -166,18 +167,15 @@ def check_first_images(annotations: AnnotationList, root: Path) -> None:
             )
 
 
-def files_as_dataset(annotations: AnnotationList, root: Path) -> Dataset:
+def listed_files(annotations: AnnotationList, root: Path) -> Dataset:
     """The listed files as a data set with one column "image"; none is opened."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    from datasets import Dataset, DatasetInfo, Features, Image
 
     # as root / file would: absolute paths stay as they are
     paths = pa.array(annotations.files)
     relative = pc.invert(pc.starts_with(paths, "/"))
-    paths = pc.if_else(relative, pc.binary_join_element_wise(str(root), paths, "/"), paths)
-    stored = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
-    return Dataset(pa.table({"image": stored}), info=DatasetInfo(features=Features(image=Image())))
+    return files_as_dataset(pc.if_else(relative, pc.binary_join_element_wise(str(root), paths, "/"), paths))
 
 
 class NameKeys:

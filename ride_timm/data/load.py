@@ -22,10 +22,10 @@ from .image_set import ImageSet, LongTailData
 from .lists import (
     check_classes,
     check_first_images,
-    files_as_dataset,
     find_lists,
     hub_split,
     image_root,
+    listed_files,
     read_list,
     rows_of,
 )
@@ -245,7 +245,7 @@ def _from_lists(
 def _listed_files(annotations: AnnotationList, root: Path, split: str) -> ImageSet:
     check_first_images(annotations, root)
     rows = np.arange(len(annotations))
-    images = files_as_dataset(annotations, root)
+    images = listed_files(annotations, root)
     return ImageSet(images, rows, annotations.labels, "image", split, annotations.path)
 
 

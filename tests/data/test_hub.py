@@ -81,3 +81,51 @@ def test_metadata_and_cards_of_image_folders_are_kept(tmp_path):
     )
     (root / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
     assert read_local(root)["test"][0]["image"].getpixel((0, 0)) == 1
+
+
+@pytest.mark.parametrize("form", ["images", "classes", "metadata", "parquet", "one file", "data/*.parquet", "saved"])
+def test_a_path_may_hold_what_a_glob_reads(tmp_path, form):
+    root = tmp_path / "a[1]*?" / "what? [b]"
+    root.mkdir(parents=True)
+    (tmp_path / "a[1]*?" / "what! [b]").mkdir()
+    parts = {name: split(labels) for name, labels in dict(train=[0, 1, 0, 1, 1, 0], test=[1, 0]).items()}
+    if form == "images":
+        write_folders(root, "train", "test", classes=("[x]", "y*"))
+    elif form == "classes":
+        for name in "a?c":
+            (root / name).mkdir()
+            for i in range(3):
+                (root / name / f"[{i}].png").write_bytes(png())
+    elif form == "metadata":
+        for part in ("train", "test"):
+            write_folders(root, part)
+            (root / part / "metadata.csv").write_text("file_name,label\nant/a.png,1\nbee/a.png,0\n")
+    elif form == "saved":
+        datasets.DatasetDict(parts).save_to_disk(root)
+    else:
+        for name, part in parts.items():
+            path = root / ("data" if form == "data/*.parquet" else "") / f"{name}-00000-of-00001.parquet"
+            path.parent.mkdir(exist_ok=True)
+            part.to_parquet(path)
+    path = root / "train-00000-of-00001.parquet" if form == "one file" else root
+    data = load_longtail(str(path))
+    if form == "images":
+        assert data.class_names == ("[x]", "y*") and data.test[0][0].getpixel((0, 0)) == (3, 3, 3)
+    elif form == "classes":
+        assert data.class_counts == [2, 2, 2] and data.test[2][0].size == (4, 4)
+    elif form == "metadata":
+        assert data.train.labels.tolist() == [1, 0] and data.test[1][0].getpixel((0, 0)) == (2, 2, 2)
+    else:
+        assert data.class_counts == ([2, 2] if form == "one file" else [3, 3])
+        assert sorted(data.test.labels) == [0, 1] and (data.test_held_out is not None) == (form == "one file")
+
+
+def test_shards_and_splits_of_other_names(tmp_path):
+    root = tmp_path / "[x]"
+    (root / "data").mkdir(parents=True)
+    for i in range(2):
+        split([i]).to_parquet(root / "data" / f"full-0000{i}-of-00002.parquet")
+    assert list(read_local(root)["full"]["label"]) == [0, 1]
+    for file in (root / "data").iterdir():
+        file.rename(root / f"{file.stem[9]}.parquet")
+    assert list(read_local(root)["train"]["label"]) == [0, 1]
