@@ -16,7 +16,7 @@ FASHION = dict(input_size=(3, 28, 28), mean=(0.286,) * 3, std=(0.353,) * 3, crop
 def run_folder(path, num_classes=10, router=True):
     """Write a run folder with untrained weights."""
     torch.manual_seed(0)
-    model = timm.create_model("ride_resnet32", num_classes=num_classes, router=router, top_choices_num=3)
+    model = timm.create_model("test_ride_resnet", num_classes=num_classes, router=router, top_choices_num=3)
     folder = RunFolder(path)
     folder.begin(load_recipe("fashion_lt"), TrainingState())
     folder.export(model.eval(), FASHION, CLASSES[:num_classes])
