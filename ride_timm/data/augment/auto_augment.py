@@ -40,7 +40,7 @@ def _at_least_one_bit(level_fn: Callable[..., tuple[int]]) -> Callable[..., tupl
 class AutoAugment:
     """AutoAugment, RandAugment, AugMix or TrivialAugment: RGB PIL image -> RGB PIL image.
 
-    description: torchvision's "cifar10", the policy that AutoAugment found for CIFAR-10, or "trivial"; or timm's name of
+    description: torchvision's "cifar10", which AutoAugment found for CIFAR-10, or "trivial"; or timm's name of
     a policy, such as "rand-m9-mstd0.5" or "original". mean: colour per channel, for pixels in [0, 1], that fills
     uncovered pixels. timm draws from Python's and NumPy's global generators: they are seeded from torch's for each
     image, and all are restored afterwards, so every random choice follows from torch's generator.
