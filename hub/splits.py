@@ -32,7 +32,8 @@ from ride_timm.training.recipe import Recipe
 
 TEMPLATE = HERE / "split_card.md.jinja"
 SPLITS = HERE / "splits"
-KEYS = ("data_dir", "imb_type", "imb_factor", "split_seed", "image_column", "label_column", "test_split")
+KEYS = ("data_dir", "dataset_config", "dataset_revision", "imb_type", "imb_factor", "split_seed", "image_column")
+KEYS += ("label_column", "test_split")
 
 
 def split_name(recipe: Recipe) -> str:
@@ -52,7 +53,8 @@ def _factor(recipe: Recipe) -> str:
 def _call(recipe: Recipe) -> str:
     """The Python call that computes the same rows from the data set on the Hub."""
     args = dict(imb_type=recipe.profile, imb_factor=recipe.imb_factor, seed=recipe.split_seed)
-    given = {name: getattr(recipe, name) for name in ("image_column", "label_column", "test_split")}
+    names = ("image_column", "label_column", "test_split", "dataset_config", "dataset_revision")
+    given = {name: getattr(recipe, name) for name in names}
     args |= {name: value for name, value in given.items() if value is not None}
     stated = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in args.items())
     return f"load_longtail({', '.join([json.dumps(recipe.dataset, ensure_ascii=False), *stated])})"

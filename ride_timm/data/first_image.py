@@ -30,6 +30,8 @@ def first_image_size(
     image_column: str | None = None,
     train_split: str = "train",
     annotations: str | Path | None = None,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
 ) -> tuple[int, int] | None:
     """(width, height) of the first training image; None if it cannot be known cheaply.
 
@@ -38,7 +40,8 @@ def first_image_size(
     set cannot be read; `load_longtail` says why.
     """
     try:
-        image = _first_image(str(dataset), _expanded(data_dir), image_column, train_split, _expanded(annotations))
+        paths, hub = (_expanded(data_dir), _expanded(annotations)), (dataset_config, dataset_revision)
+        image = _first_image(str(dataset), *paths, image_column, train_split, *hub)
         if image is None:
             return None
         with image:
@@ -50,7 +53,13 @@ def first_image_size(
 
 
 def _first_image(
-    dataset: str, data_dir: Path | None, image_column: str | None, train_split: str, annotations: Path | None
+    dataset: str,
+    data_dir: Path | None,
+    annotations: Path | None,
+    image_column: str | None,
+    train_split: str,
+    config: str | None,
+    revision: str | None,
 ) -> Image | None:
     path = data_dir
     if path is None and dataset and dataset not in KNOWN and (own := Path(dataset).expanduser()).exists():
@@ -63,15 +72,17 @@ def _first_image(
         file = next((file for folder in folders for file in files_below(folder) if is_image(file)), None)
         if file is not None:
             return open_image(file)
-    return _first_of_rows(_rows(dataset, path), image_column, train_split)
+    return _first_of_rows(_rows(dataset, path, config, revision), image_column, train_split)
 
 
-def _rows(dataset: str, path: Path | None) -> Mapping[str, Dataset | IterableDataset]:
+def _rows(
+    dataset: str, path: Path | None, config: str | None, revision: str | None
+) -> Mapping[str, Dataset | IterableDataset]:
     """Splits whose first row is read without the others."""
-    from datasets import config
+    import datasets
 
     if path is not None:
-        return read_local(path, streaming=not is_saved_to_disk(path))
+        return read_local(path, streaming=not is_saved_to_disk(path), config=config)
     if dataset in EMBEDDED:
         return read_splits(dataset, None)
     hub_id = KNOWN[dataset].hub_id if dataset in KNOWN else dataset
@@ -79,7 +90,7 @@ def _rows(dataset: str, path: Path | None) -> Mapping[str, Dataset | IterableDat
     return (
         {}
         if hub_id is None or not is_hub_id(hub_id)
-        else read_hub(hub_id, dataset, streaming=not config.HF_HUB_OFFLINE)
+        else read_hub(hub_id, dataset, not datasets.config.HF_HUB_OFFLINE, config, revision)
     )
 
 

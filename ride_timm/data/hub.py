@@ -12,7 +12,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, listed
 from .datasets import EMBEDDED, KNOWN
 from .folders import files_below, scan_classes, split_folders, split_of
 
@@ -24,22 +24,28 @@ SELECTION = "selection.json"  # of a folder of `save_longtail`: the data set, an
 _ROWS = ("*.parquet", "data/*.parquet")
 
 
-def read_splits(dataset: str, data_dir: str | Path | None) -> dict[str, Dataset]:
+def read_splits(
+    dataset: str, data_dir: str | Path | None, config: str | None = None, revision: str | None = None
+) -> dict[str, Dataset]:
     """The splits by name.
 
-    They come from `data_dir`, the package, a local path or the Hub, the first that applies.
+    They come from `data_dir`, the package, a local path or the Hub, the first that applies. config, revision: of a Hub
+    data set; a local folder may have configurations, too.
     """
-    if data_dir is not None:
-        return read_local(Path(data_dir).expanduser())
+    path = Path(dataset if data_dir is None else data_dir).expanduser()
+    hub_id = KNOWN[dataset].hub_id if dataset in KNOWN else dataset
+    if data_dir is not None or (dataset and dataset not in KNOWN and path.exists()):
+        if revision is not None:
+            raise InputError(
+                f"dataset_revision={revision!r} is of a Hub data set, {str(path)!r} is local: leave it out"
+            )
+        return read_local(path, config=config)
     if dataset in EMBEDDED:
+        if config or revision:
+            raise InputError(f"data set {dataset!r} is embedded: leave dataset_config and dataset_revision out")
         return _read_embedded(dataset)
-    if dataset in KNOWN and (hub_id := KNOWN[dataset].hub_id):
-        return read_hub(hub_id, dataset)
-    path = Path(dataset).expanduser()
-    if dataset and path.exists():
-        return read_local(path)
-    if is_hub_id(dataset):
-        return read_hub(dataset, dataset)
+    if hub_id is not None and is_hub_id(hub_id):
+        return read_hub(hub_id, dataset, config=config, revision=revision)
     raise InputError(
         f"unknown data set {dataset!r}: neither one of {', '.join(KNOWN)}, nor a Hub id owner/name, nor an existing "
         "folder"
@@ -58,23 +64,42 @@ def _read_embedded(dataset: str) -> dict[str, Dataset]:
     return {split: read(split) for split in ("train", "test")}
 
 
-def read_hub(hub_id: str, name: str, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+def read_hub(
+    hub_id: str, name: str, streaming: bool = False, config: str | None = None, revision: str | None = None
+) -> dict[str, Dataset | IterableDataset]:
     """The splits of a Hub data set; `InputError` if they cannot be read."""
     import datasets
 
+    how = {"streaming": streaming or None, "name": config, "revision": revision}
     with _quiet(datasets):
         try:
-            splits = datasets.load_dataset(hub_id, **(dict(streaming=True) if streaming else {}))
+            splits = datasets.load_dataset(hub_id, **{key: value for key, value in how.items() if value is not None})
         except Exception as error:  # no network, no such repository, gated, no images: all have the same way out
+            _check_config(error, f"data set {name!r}", config)
             folder = f" (there is no folder {hub_id!r} here either)" if hub_id == name else ""
+            at = f" at revision {revision!r}" if revision else ""
             raise InputError(
-                f"cannot read data set {name!r} from https://huggingface.co/datasets/{hub_id}{folder}: "
+                f"cannot read data set {name!r} from https://huggingface.co/datasets/{hub_id}{at}{folder}: "
                 f"{first_line(error)}; check the name and the network, or give a local copy with --data-dir"
             ) from error
     return dict(splits)
 
 
-def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+def _check_config(error: Exception, what: str, config: str | None) -> None:
+    """Raise `InputError` for a data set of several configurations, or of a loading script."""
+    text = str(error)
+    if "Config name is missing" in text or ("BuilderConfig" in text and "not found" in text):
+        names = re.findall(r"'([^']*)'", text[text.find("vailable") :].partition("]")[0])
+        problem = "has several configurations" if config is None else f"has no configuration {config!r}"
+        raise InputError(f"{what} {problem}: pass --dataset-config, one of {listed(names)}") from error
+    if "scripts are no longer supported" in text:
+        raise InputError(
+            f"{what} is read by a script, {text.rpartition(' ')[2]}, which `datasets` does not run: pass "
+            "--dataset-revision refs/convert/parquet for the Hub's copy in parquet, or a local copy as --data-dir"
+        ) from error
+
+
+def read_local(path: Path, streaming: bool = False, config: str | None = None) -> dict[str, Dataset | IterableDataset]:
     """The splits of a folder or parquet file; `InputError` if unreadable."""
     import datasets
 
@@ -83,6 +108,8 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
     if path.is_file() and path.suffix != ".parquet":
         raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, or a .parquet file")
     saved, by_card = is_saved_to_disk(path), _has_card(path)
+    if config is not None and not by_card:
+        raise InputError(f"dataset_config={config!r}: {str(path)!r} has no card with configurations; leave it out")
     if not (streaming or by_card or holds_rows(path)) and (scanned := scan_classes(path)) is not None:
         return dict(scanned)
     if saved and streaming:
@@ -95,10 +122,11 @@ def read_local(path: Path, streaming: bool = False) -> dict[str, Dataset | Itera
             elif path.is_file():
                 splits = datasets.load_dataset("parquet", data_files=_data_files({"train": [path]}), **how)
             elif by_card or (files := _files_by_split(path)) is None:
-                splits = datasets.load_dataset(str(path), **how)
+                splits = datasets.load_dataset(str(path), **how, **(dict(name=config) if config else {}))
             else:
                 splits = datasets.load_dataset(str(path), data_files=_data_files(files), **how)
         except Exception as error:  # empty or mixed folders, broken parquet: `datasets` has no common error
+            _check_config(error, f"folder {str(path)!r}", config)
             raise InputError(
                 f"cannot read a data set from {str(path)!r}: {first_line(error)}; expected parquet files, "
                 "folders of images by class under train/ and test/, or a folder of save_to_disk, and no empty split"

@@ -55,6 +55,8 @@ def load_longtail(
     use_val: bool | None = False,
     streaming: bool = False,
     shuffle_buffer: int = 1000,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
 ) -> LongTailData:
     """Read a data set and make its training split long-tailed, from the labels alone.
 
@@ -71,6 +73,7 @@ def load_longtail(
     annotations: folder of annotation lists, from which images and classes are read. The images are files under
         `data_dir`, or the rows of that name in its parquet files or in the Hub data set.
     use_val: read the validation split as well, as `val`; None: if there is one.
+    dataset_config, dataset_revision: configuration, and branch, tag or commit, of a Hub data set.
     streaming, shuffle_buffer: with lists, and rows that have file names: stream the rows, see `streaming`.
 
     Raises `InputError` if the data set is not found, or for unusable splits, columns or labels.
@@ -92,13 +95,14 @@ def load_longtail(
             raise InputError(f"there is no test list of {dataset} next to {paths['train']}")
         make_set = partial(streamed_rows, shuffle_buffer=shuffle_buffer) if streaming else _matched_rows
         lists = {name: read_list(paths[name]) for name in roles.values()}
-        sets, class_names = _from_lists(dataset, data_dir, lists, image_column, streaming, make_set)
+        hub = dict(config=dataset_config, revision=dataset_revision)
+        sets, class_names = _from_lists(dataset, data_dir, lists, image_column, streaming, make_set, hub)
     elif streaming:
         raise InputError(
             "streaming needs annotation lists of the images to expect: pass --annotations, or leave it out"
         )
     else:
-        splits = read_splits(dataset, data_dir)
+        splits = read_splits(dataset, data_dir, dataset_config, dataset_revision)
         roles = _split_roles(splits, train_split, test_split, use_val)
         columns = {name: splits[name] for name in roles.values()}
         sets, class_names = sets_of_columns(columns, image_column, label_column)
@@ -209,6 +213,7 @@ def _from_lists(
     image_column: str | None,
     streaming: bool,
     make_set: Callable[..., Any],
+    hub: dict[str, str | None],
 ) -> tuple[list[Any], tuple[str, ...]]:
     """Complete sets of these lists, training first, and its class names."""
     train, *others = lists.values()
@@ -233,7 +238,7 @@ def _from_lists(
             raise InputError(f"the images of {dataset} are not on the Hub: pass their root as --data-dir")
         if not is_hub_id(hub_id):
             raise InputError(f"no images of {dataset!r}: pass their root as --data-dir, or name a Hub id")
-        splits = read_hub(hub_id, dataset, streaming)
+        splits = read_hub(hub_id, dataset, streaming, **hub)
     sets = []
     for name, part in lists.items():
         split_name = hub_split(part, name, list(splits))

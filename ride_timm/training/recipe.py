@@ -116,7 +116,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
     def data_args(self) -> dict[str, Any]:
         """Arguments for `data.load.load_longtail`."""
         names = ["dataset", "data_dir", "annotations", "imb_factor", "image_column", "label_column"]
-        names += ["test_split", "use_val", "streaming", "shuffle_buffer"]
+        names += ["dataset_config", "dataset_revision", "test_split", "use_val", "streaming", "shuffle_buffer"]
         return {name: getattr(self, name) for name in names} | dict(imb_type=self.profile, seed=self.split_seed)
 
     @property

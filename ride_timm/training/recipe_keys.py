@@ -20,6 +20,8 @@ class DataKeys:
 
     dataset: str = key(EMBEDDED[0], NAMES_HELP)
     data_dir: str | None = key(None, "read the data set from this folder instead of the Hub")
+    dataset_config: str | None = key(None, "configuration of a Hub data set that has several")
+    dataset_revision: str | None = key(None, "branch, tag or commit of a Hub data set")
     annotations: str | None = key(
         None,
         f"folder of annotation lists with lines `path label` (default for {', '.join(LISTED)}: data_dir)",

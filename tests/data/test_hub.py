@@ -8,6 +8,7 @@ from small_splits import png, split
 
 from ride_timm.data.hub import read_local
 from ride_timm.data.load import load_longtail
+from ride_timm.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +130,70 @@ def test_shards_and_splits_of_other_names(tmp_path):
     for file in (root / "data").iterdir():
         file.rename(root / f"{file.stem[9]}.parquet")
     assert list(read_local(root)["train"]["label"]) == [0, 1]
+
+
+CONFIGS = """---
+configs:
+- {config_name: large, data_files: [{split: train, path: large/train.parquet}, {split: test, path: large/test.parquet}]}
+- {config_name: small, data_files: [{split: train, path: small/train.parquet}, {split: test, path: small/test.parquet}]}
+---
+"""
+
+
+@pytest.fixture
+def two_configs(tmp_path):
+    for name, labels in dict(large=[0, 1, 0], small=[0, 1]).items():
+        (tmp_path / "two" / name).mkdir(parents=True)
+        for part in ("train", "test"):
+            split(labels).to_parquet(tmp_path / "two" / name / f"{part}.parquet")
+    (tmp_path / "two" / "README.md").write_text(CONFIGS)
+    return tmp_path / "two"
+
+
+@pytest.fixture
+def served(two_configs, monkeypatch):
+    """The Hub data set me/two, of two configurations; what its clients asked for."""
+    asked, load_dataset = [], datasets.load_dataset
+
+    def serve(hub_id, **how):
+        assert hub_id == "me/two"
+        asked.append(how)
+        return load_dataset(str(two_configs), name=how.get("name"))
+
+    monkeypatch.setattr(datasets, "load_dataset", serve)
+    return asked
+
+
+def test_a_configuration_and_a_revision_of_a_hub_set(served):
+    data = load_longtail("me/two", dataset_config="large", dataset_revision="v1.0")
+    assert data.class_counts == [2, 1] and served == [dict(name="large", revision="v1.0")]
+
+
+@pytest.mark.parametrize("of_hub", [True, False])
+@pytest.mark.parametrize(
+    ("config", "message"), [(None, "has several configurations"), ("tiny", "has no configuration 'tiny'")]
+)
+def test_configurations_are_named(served, two_configs, monkeypatch, of_hub, config, message):
+    if not of_hub:
+        monkeypatch.undo()
+    with pytest.raises(InputError, match=message + ": pass --dataset-config, one of large, small$"):
+        load_longtail("me/two" if of_hub else str(two_configs), dataset_config=config)
+
+
+def test_a_configuration_of_a_local_folder(two_configs):
+    assert load_longtail(str(two_configs), dataset_config="small").class_counts == [1, 1]
+    with pytest.raises(InputError, match=r"dataset_revision='v1': .* is local, not a Hub data set"):
+        load_longtail(str(two_configs), dataset_revision="v1")
+    with pytest.raises(InputError, match="has no card with configurations; leave it out"):
+        load_longtail(str(two_configs / "small"), dataset_config="small")
+    with pytest.raises(InputError, match="is embedded"):
+        load_longtail("fashion_lt", dataset_config="small")
+
+
+def test_a_loading_script_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "old.py").write_text("raise SystemExit('never run')")
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: load_dataset(str(tmp_path / "old" / "old.py")))
+    with pytest.raises(InputError, match=r"by a script, old\.py, .* --dataset-revision refs/convert/parquet"):
+        load_longtail("me/old")
