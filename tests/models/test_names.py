@@ -161,7 +161,7 @@ if NAMES is FULL:
 def test_onnx(name, kind, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, x = build(name, router=kind == "masked"), images(name, B=5)
+    model, x = build(name, num_experts=2, router=kind == "masked"), images(name, B=5)
     inputs = dict(images=x.numpy())
     if kind == "masked":
         for hidden in model.router.hidden:
