@@ -11,6 +11,7 @@ from .image_set import ImageSet
 from .longtail import check_labels
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 IMAGE_COLUMNS = ("img", "image")
@@ -20,7 +21,10 @@ LABEL_COLUMNS = ("fine_label", "label", "labels")
 def sets_of_columns(
     splits: dict[str, Dataset], image_column: str | None, label_column: str | None
 ) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Complete sets of these splits, training first, and its class names."""
+    """Complete sets of these splits, training first, and its class names.
+
+    Labels that are text, or true and false, become classes in sorted order, named as they are.
+    """
     (train_split, train), *_ = splits.items()
     image_column = choose_image_column(train, image_column)
     label_column = _choose_label_column(train, label_column)
@@ -39,7 +43,13 @@ def sets_of_columns(
             raise InputError(
                 f"splits {train_split!r} and {name!r} number their classes differently in {label_column!r}"
             )
-        labels = _read_labels(split, label_column, name, names)
+        values = _label_values(split, label_column, name)
+        if train_names is None and not sets and _is_text(values):
+            train_names = sorted(values.unique().to_pylist())
+        if _is_text(values):
+            labels = _numbered(values, train_names, f"split {name!r}")
+        else:
+            labels = _checked(values, label_column, name, names)
         if not sets:
             try:
                 labels, num_classes = check_labels(labels, len(train_names) if train_names else None)
@@ -91,24 +101,71 @@ def _choose_label_column(split: Dataset, column: str | None) -> str:
     return column
 
 
-def _read_labels(split: Dataset, column: str, name: str, class_names: list[str] | None) -> np.ndarray:
-    """Labels [N] of a split as int64, read from their column alone."""
+def _label_values(split: Dataset, column: str, name: str) -> pa.ChunkedArray:
+    """The values of a label column, read alone: integers, or text, as which true and false are taken.
+
+    `InputError` for values of other kinds, and for rows without one.
+    """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if split.num_rows == 0:
         raise InputError(f"split {name!r} has zero images")
     values = split.select_columns([column]).with_format("arrow")[:].column(column)
-    if not pa.types.is_integer(values.type) and values.null_count < len(values):
-        raise InputError(
-            f"label column {column!r} of split {name!r} holds {values.type}, not class numbers; "
-            f"encode it with dataset.class_encode_column({column!r})"
-        )
+    where = f"label column {column!r} of split {name!r}"
     if values.null_count:
         row = int(np.argmax(values.is_null().to_numpy()))
         raise InputError(
-            f"label column {column!r} of split {name!r} has no value in row {row} ({values.null_count} rows in all); "
-            f"drop those rows, or encode them with dataset.class_encode_column({column!r}, include_nulls=True)"
+            f"{where} has no value in row {row} ({values.null_count} rows in all): name another column by "
+            "--label-column, or remove those rows from the data set's files"
         )
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        values = values.cast(kind.value_type)
+    if pa.types.is_boolean(values.type):
+        return pc.if_else(values, "true", "false")
+    if pa.types.is_floating(values.type):
+        numbers = values.to_numpy()
+        wrong = ~((np.abs(numbers) < 2**53) & (numbers == np.rint(numbers)))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise InputError(
+                f"{where} holds {numbers[row]} in row {row}, not a class: name the column of the classes by "
+                "--label-column"
+            )
+        return values.cast(pa.int64())
+    if pa.types.is_integer(values.type) or _is_text(values):
+        return values
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        others = [other for other in split.column_names if other != column]
+        raise InputError(
+            f"{where} holds lists of labels, and an image has one class here: name a column with one label per image "
+            f"by --label-column (there are {listed(others)}), or list one class per image in `path label` lines "
+            "(--annotations)"
+        )
+    raise InputError(f"{where} holds {kind}, not classes: name the column of the classes by --label-column")
+
+
+def _is_text(values: pa.ChunkedArray) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+
+
+def _numbered(values: pa.ChunkedArray, names: list[str] | None, what: str) -> np.ndarray:
+    """Text labels as classes, int64 [N]; `InputError` for those without a training image."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    labels = pc.index_in(values, value_set=pa.array(names or [], values.type))
+    if labels.null_count:
+        unseen = sorted(values.filter(labels.is_null()).unique().to_pylist())
+        raise InputError(f"{what} has classes without a training image: {listed(map(repr, unseen))}")
+    return labels.to_numpy().astype(np.int64)
+
+
+def _checked(values: pa.ChunkedArray, column: str, name: str, class_names: list[str] | None) -> np.ndarray:
+    """Integer labels as int64 [N]; `InputError` for those that are no class."""
     labels = values.to_numpy()
     num_classes = len(class_names) if class_names else np.iinfo(np.int64).max
     wrong = (labels < 0) | (labels >= num_classes)

@@ -36,9 +36,7 @@ def read_splits(
     hub_id = KNOWN[dataset].hub_id if dataset in KNOWN else dataset
     if data_dir is not None or (dataset and dataset not in KNOWN and path.exists()):
         if revision is not None:
-            raise InputError(
-                f"dataset_revision={revision!r} is of a Hub data set, {str(path)!r} is local: leave it out"
-            )
+            raise InputError(f"dataset_revision={revision!r}: {str(path)!r} is local, not a Hub data set; leave it out")
         return read_local(path, config=config)
     if dataset in EMBEDDED:
         if config or revision:

@@ -233,14 +233,12 @@ TWO = ClassLabel(names=["a", "b"])
 @pytest.mark.parametrize(
     "train, feature, message",
     [
-        (
-            ["a", "b"],
-            Value("string"),
-            r"split 'train' holds string, not class numbers; .*class_encode_column\('label'\)",
-        ),
-        ([0.0, 1.0], Value("float32"), "holds float, not class numbers"),
-        ([True, False], Value("bool"), "holds bool, not class numbers"),
-        ([[0], [1]], [Value("int64")], "holds list"),
+        ([0.0, 1.5], Value("float32"), r"holds 1\.5 in row 1, not a class"),
+        ([0.0, 1e300], Value("float64"), r"holds 1e\+300 in row 1, not a class"),
+        ([0.0, float("nan")], Value("float64"), "holds nan in row 1, not a class"),
+        ([[0], [1]], [Value("int64")], r"lists of labels, .* by --label-column \(there are image\), .*--annotations"),
+        ([b"a", b"b"], Value("binary"), "holds binary, not classes: .* --label-column"),
+        (["a", None], Value("string"), r"no value in row 1 .* --label-column"),
         ([0, None, 1], Value("int64"), r"no value in row 1 \(1 rows in all\)"),
         ([0, None, 1], TWO, "no value in row 1"),
         ([None, None], Value("null"), r"no value in row 0 \(2 rows in all\)"),
@@ -258,6 +256,30 @@ def test_hostile_training_labels_are_refused(tmp_path, train, feature, message):
     )
     with pytest.raises(InputError, match=message):
         load_longtail(path, imb_type="none")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "feature", "names", "expected"),
+    [
+        (["dog", "cat", "dog", "Ant"], ["cat", "dog"], "string", ("Ant", "cat", "dog"), [2, 1, 2, 0]),
+        (["10", "9", "10"], ["9", "10"], "large_string", ("10", "9"), [0, 1, 0]),
+        ([True, False, True], [False, True], "bool", ("false", "true"), [1, 0, 1]),
+        ([2.0, 0.0, 1.0], [1.0, 2.0], "float32", ("0", "1", "2"), [2, 0, 1]),
+        ([1.0, 0.0], [1.0, 0.0], "float64", ("0", "1"), [1, 0]),
+    ],
+)
+def test_labels_of_other_kinds_become_classes(tmp_path, train, test, feature, names, expected):
+    parts = {name: split(labels, feature=Value(feature)) for name, labels in dict(train=train, test=test).items()}
+    data = load_longtail(saved(tmp_path, **parts))
+    assert data.class_names == names and data.train.labels.tolist() == expected
+    assert data.test.labels.tolist() == [expected[train.index(value)] for value in test]
+
+
+def test_text_labels_of_a_test_split_are_those_of_training(tmp_path):
+    train = split(["a", "b"], feature=Value("string"))
+    test = split(["b", "z", "a", "y"], feature=Value("string"))
+    with pytest.raises(InputError, match="split 'test' has classes without a training image: 'y', 'z'"):
+        load_longtail(saved(tmp_path, train=train, test=test))
 
 
 @pytest.mark.parametrize(
