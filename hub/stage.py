@@ -270,13 +270,16 @@ def _finish_config(path: Path, network: str, tag: str) -> dict[str, Any]:
 
 
 def _public(recipe: Recipe) -> Recipe:
-    """The recipe without local paths; a folder of images or a file of class weights becomes its name."""
+    """The recipe without local paths.
+
+    A folder of images or a file of class weights becomes its name, a file of backbone weights the published ones.
+    """
     dataset = recipe.dataset
     if "dataset" in recipe.on_disk or os.path.isdir(dataset):
         dataset = re.sub(r"[^\w.-]+", "_", Path(dataset).name).strip("._-") or "local_images"
     class_weights = recipe.class_weights and Path(recipe.class_weights).name  # the weights are in results.json
-    paths = dict(data_dir=None, annotations=None, class_weights=class_weights)
-    return dataclasses.replace(recipe, dataset=dataset, **paths)
+    paths = dict(data_dir=None, annotations=None, class_weights=class_weights, backbone_weights=None)
+    return dataclasses.replace(recipe, dataset=dataset, backbone_pretrained=recipe.pretrained, **paths)
 
 
 def _check_same(stated: dict[str, Any], measured: dict[str, Any]) -> None:

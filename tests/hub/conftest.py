@@ -33,6 +33,7 @@ def make_run(tmp_path_factory):
         model = timm.create_model("test_ride_resnet", num_classes=4, **kwargs).eval()
         args = dict(model="test_ride_resnet", dataset="/home/somebody/beetles", imb_type="none", seed=seed, epochs=3)
         places = dict(data_dir="/home/somebody/data", annotations="/home/somebody/lists")
+        places |= dict(backbone_weights="/home/somebody/backbone.pth")
         recipe = Recipe(**args, **places, name="beetles", num_experts=model.num_experts)
         folder = RunFolder(path)
         folder.begin(recipe, TrainingState())

@@ -125,6 +125,13 @@ def test_the_card_names_the_teacher(run, tmp_path, spec):
         verify(staged)
 
 
+def test_the_usage_of_adapters_installs_peft(staged):
+    assert "\npip install .  # in a clone" in render(staged)
+    config = staged.json("config.json")
+    set_json(staged.path / "config.json", model_args=config["model_args"] | dict(adapter="lora"))
+    assert '\npip install ".[adapters]"  # in a clone' in render(staged)
+
+
 @pytest.mark.parametrize("stages", [("experts", "router"), ("experts",), ("router",)])
 @pytest.mark.parametrize(
     ("source", "public"),
