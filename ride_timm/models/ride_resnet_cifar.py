@@ -77,8 +77,9 @@ def resnet_cifar_parts(
     use_norm: bool = True,
     layer2_output_dim: int | None = None,
     layer3_output_dim: int | None = None,
+    share_layer2: bool = False,
 ) -> Parts:
-    """Share the 3x3 stem and layer1 (16 channels), layer2 and layer3 per expert.
+    """Share the 3x3 stem and layer1 (16 channels), with `share_layer2` layer2 as well; the rest per expert.
 
     Channels of layer2 and layer3: 24 and 48 reduced, 32 and 64 full. The other arguments are those of `resnet_parts`.
     """
@@ -106,10 +107,12 @@ def resnet_cifar_parts(
         "act1": nn.ReLU(inplace=True),
     }
 
-    def make_expert() -> Expert:
-        return Expert(stages({}, range(2, 4)), channels[3], num_classes, use_norm, global_pool, drop_rate)
+    first_own = 3 if share_layer2 else 2
 
-    return stages(stem, range(1, 2)), make_expert
+    def make_expert() -> Expert:
+        return Expert(stages({}, range(first_own, 4)), channels[3], num_classes, use_norm, global_pool, drop_rate)
+
+    return stages(stem, range(1, first_own)), make_expert
 
 
 _CIFAR_STATS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))

@@ -100,7 +100,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
     def model_args(self) -> dict[str, Any]:
         """Arguments for `timm.create_model`, without those left at None or off."""
         optional = ["backbone", "split", "layer2_output_dim", "layer3_output_dim"]
-        optional += ["layer4_output_dim", "share_layer3", "drop_path_rate"]
+        optional += ["layer4_output_dim", "share_layer2", "share_layer3", "drop_path_rate"]
         args = {name: getattr(self, name) for name in ("num_experts", "use_norm", "drop_rate")}
         optional += ["adapter", "adapter_rank"] if self.adapter else []
         args |= {name: value for name in optional if (value := getattr(self, name))}

@@ -77,6 +77,7 @@ class ModelKeys:
     layer2_output_dim: int | None = key(None, "channels of layer2 (CIFAR networks)", low=1)
     layer3_output_dim: int | None = key(None, "channels of layer3", low=1)
     layer4_output_dim: int | None = key(None, "channels of layer4 (ImageNet networks)", low=1)
+    share_layer2: bool = key(False, "layer2 in the shared trunk, not in each expert (CIFAR networks)")
     share_layer3: bool = key(False, "layer3 in the shared trunk, not in each expert (ImageNet networks)")
     drop_rate: float = key(0.0, "dropout before the classifiers", low=0, high=0.99)
     drop_path_rate: float = key(0.0, "stochastic depth (networks that have it)", low=0, high=0.99)

@@ -152,3 +152,17 @@ def check_against_torch(model, x):
     found = counter.get_flop_counts()["Global"]
     theirs = sum(found.get(op, 0) for op in (aten.convolution, aten.addmm, aten.mm)) / 2
     assert 0.9999 * theirs <= count_macs(model, x.shape[1:]).ensemble <= 1.05 * theirs
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "mmacs"),
+    [
+        (dict(), 102.2),
+        (dict(share_layer2=True, layer3_output_dim=56), 99.8),
+        (dict(share_layer2=True, num_experts=4, layer3_output_dim=48), 99.3),
+        (dict(share_layer2=True, num_experts=5, layer3_output_dim=44), 102.3),
+    ],
+)
+def test_experts_of_full_width_on_a_shared_layer2_cost_what_three_narrow_ones_do(kwargs, mmacs):
+    model = timm.create_model("ride_resnet32", **(dict(reduce_dimension="share_layer2" not in kwargs) | kwargs))
+    assert round(count_macs(model.eval(), (3, 32, 32)).ensemble / 1e6, 1) == mmacs

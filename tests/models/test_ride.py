@@ -120,15 +120,17 @@ def test_authors_widths():
     assert block.conv2.groups == 32 and block.conv2.out_channels == 384
 
 
-def test_layer3_can_be_shared():
-    own, shared = build("ride_resnet10"), build("ride_resnet10", share_layer3=True)
-    assert [name for name, _ in shared.trunk.named_children()][-1] == "layer3"
-    assert [name for name, _ in shared.experts[0].stages.named_children()] == ["layer4"]
-    count = {key: sum(p.numel() for p in m.parameters()) for key, m in (("own", own), ("shared", shared))}
-    layer3 = sum(p.numel() for p in own.experts[0].stages.layer3.parameters())
-    assert count["own"] - count["shared"] == 2 * layer3
-    assert shared(images(size=64)).shape == (4, 11)
-    assert [info["module"] for info in shared.feature_info][3:] == ["trunk.layer3", "experts.0.stages.layer4"]
+@pytest.mark.parametrize(("name", "layer", "own"), [("ride_resnet10", 3, [4]), ("ride_resnet32", 2, [3])])
+def test_a_further_layer_can_be_shared(name, layer, own):
+    alone, shared = build(name), build(name, **{f"share_layer{layer}": True})
+    assert [child for child, _ in shared.trunk.named_children()][-1] == f"layer{layer}"
+    assert [child for child, _ in shared.experts[0].stages.named_children()] == [f"layer{i}" for i in own]
+    count = [sum(p.numel() for p in m.parameters()) for m in (alone, shared)]
+    saved = sum(p.numel() for p in alone.experts[0].stages.get_submodule(f"layer{layer}").parameters())
+    assert count[0] - count[1] == 2 * saved
+    assert shared(images(name)).shape == (4, 11)
+    modules = [info["module"] for info in shared.feature_info]
+    assert modules[-2:] == [f"trunk.layer{layer}", f"experts.0.stages.layer{own[0]}"]
 
 
 # The ensemble

@@ -163,6 +163,7 @@ def test_checkpointing_gives_the_same_gradients(name):
         ("test_ride_resnet", dict(share_layer3=True, layer4_output_dim=40)),
         ("ride_resnet32", dict(num_experts=4, reduce_dimension=False, router=True, top_choices_num=7)),
         ("ride_resnet32", dict(num_experts=2, layer2_output_dim=20, layer3_output_dim=40)),
+        ("ride_resnet32", dict(num_experts=2, share_layer2=True)),
     ],
 )
 def test_a_saved_model_loads_through_timm(tmp_path, name, kwargs):
