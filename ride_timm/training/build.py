@@ -70,8 +70,8 @@ class RunData:
     def of(cls, longtail: LongTailData, recipe: Recipe, accelerator: Accelerator) -> RunData:
         """Augmentation, image size, held-out images and epochs as the recipe says."""
         policy = train_policy = recipe.policy
-        if recipe.auto_augment is not None and recipe.decouple == "none":
-            train_policy = policy.with_auto_augment(recipe.auto_augment)
+        if recipe.decouple == "none":
+            train_policy = policy.strong(recipe.auto_augment, recipe.cutout)
         train, held_out = longtail.train, longtail.val
         if recipe.holdout:
             train, held_out = hold_out(longtail.train, recipe.holdout, recipe.split_seed)
@@ -95,7 +95,7 @@ class RunData:
 
     @property
     def num_views(self) -> int:
-        """Views of each image in a training batch: two only where AutoAugment makes them differ."""
+        """Views of each image in a training batch: two only where AutoAugment or Cutout make them differ."""
         return self.recipe.num_views if self.train_policy != self.policy else 1
 
     def train_loader(self, settings: StageSettings, policy: Policy, num_views: int = 1) -> Any:

@@ -52,6 +52,7 @@ class DataKeys:
     auto_augment: str | None = key(
         None, "AutoAugment and its kind on top: cifar10, trivial, or timm's rand-m9-mstd0.5, original, augmix-m3-w3"
     )
+    cutout: int = key(0, "edge in pixels of Cutout's black square (of two views, in the strong one)", low=0)
     input_size: int | None = key(None, "image size in pixels (default: the augmentation's)", low=8)
     reduced_decode: bool = key(False, "decode large JPEGs at reduced size: faster, with slightly different pixels")
     holdout: float = key(0.0, "fraction of each training class held out for selection", low=0, high=0.5)

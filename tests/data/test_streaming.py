@@ -136,7 +136,7 @@ def test_all_processes_take_the_same_steps_in_training(data, num_processes):
 
 
 def test_two_views_of_a_stream_are_those_of_two_loaders(data):
-    plain, strong = get_policy("imagenet"), get_policy("imagenet").with_auto_augment("rand-m5-mstd0.5")
+    plain, strong = get_policy("imagenet"), get_policy("imagenet").strong("rand-m5-mstd0.5")
     settings = dict(train=True, batch_size=6, seed=0, input_size=8, rank=1, num_processes=2)
     both = make_loader(data.train, strong, views=2, **settings)
     alone = [make_loader(data.train, one, **settings) for one in (plain, strong)]

@@ -13,20 +13,24 @@ from .policies import Policy, get_policy
 
 
 class Draws(NamedTuple):
-    """Random choices of a batch: crop corner, flip, degrees; each [B], on the CPU."""
+    """Random choices of a batch: crop corner, flip, degrees; each [B], on the CPU.
+
+    hole: row and column of the centre of Cutout's square, [B, 2], where the policy has one.
+    """
 
     top: Tensor
     left: Tensor
     flip: Tensor
     angle: Tensor
+    hole: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Draws:
         """The draws of images start ... stop-1."""
-        return Draws(*(value[start:stop] for value in self))
+        return Draws(*(None if value is None else value[start:stop] for value in self))
 
 
 class BatchAugment:
-    """Padded crop, flip, rotation and normalisation of a batch of small images.
+    """Padded crop, flip, rotation, Cutout and normalisation of a batch of small images.
 
     Gives the pixels of `build_transform` for the same draws: the rotation is Pillow's fixed-point nearest neighbour
     around the centre, black outside. The three transforms are composed, so each output pixel is read once.
@@ -49,7 +53,8 @@ class BatchAugment:
             torch.randint(num_corners, (num_images,), generator=generator),
             torch.randint(num_corners, (num_images,), generator=generator),
             torch.rand(num_images, generator=generator) < 0.5,
-            (2 * torch.rand(num_images, generator=generator) - 1) * self.policy.degrees,
+            (2 * torch.rand(num_images, generator=generator) - 1) * self.policy.rotation,
+            torch.randint(self.size, (num_images, 2), generator=generator) if self.policy.cutout else None,
         )
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
@@ -57,7 +62,17 @@ class BatchAugment:
 
         images uint8 [B, S, S, 3] and their draws -> float32 [B, 3, S, S], channels last
         """
-        return self.normalize(self.warp(images, draws))
+        images = self.warp(images, draws)
+        if draws.hole is not None:
+            images = self.cut(images, draws.hole)
+        return self.normalize(images)
+
+    def cut(self, images: Tensor, hole: Tensor) -> Tensor:
+        """Cutout: uint8 [B, S, S, 3], centres [B, 2] -> the images with a black square around each centre."""
+        start = hole.to(images.device)[..., None] - self.policy.cutout // 2  # [B, 2, 1]
+        steps = torch.arange(self.size, device=images.device)
+        inside = (steps >= start) & (steps < start + self.policy.cutout)  # [B, 2, S]
+        return images.masked_fill((inside[:, 0, :, None] & inside[:, 1, None, :])[..., None], 0)
 
     def warp(self, images: Tensor, draws: Draws) -> Tensor:
         """Crop, flip and rotate: uint8 [B, S, S, 3] -> uint8 [B, S, S, 3]."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 from torchvision import transforms as T
 
 from .auto_augment import AutoAugment
@@ -170,6 +171,21 @@ class RandomResizedCrop(T.RandomResizedCrop):
         return Planned((left, top, left + w, top + h), (self.size[1], self.size[0]), self.resampling)
 
 
+class Cutout:
+    """A black square of `length` pixels at a random place, which may reach over the border: [3, S, S] -> [3, S, S].
+
+    DeVries and Taylor 2017, arXiv:1708.04552.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, image: Tensor) -> Tensor:
+        top, left = (int(torch.randint(size, ())) - self.length // 2 for size in image.shape[-2:])
+        image[:, max(0, top) : max(0, top + self.length), max(0, left) : max(0, left + self.length)] = 0
+        return image
+
+
 def build_crop(
     policy: str | Policy, train: bool, input_size: int | None = None, decoder: Decoder = decode_full
 ) -> Fit | RandomResizedCrop:
@@ -195,10 +211,11 @@ def build_augment(policy: str | Policy, train: bool, input_size: int | None = No
             steps += [*changes, T.RandomCrop(size, padding=policy.padding), T.RandomHorizontalFlip()]
         else:
             steps += [T.RandomHorizontalFlip(), *changes]
-        steps += [T.RandomRotation(policy.degrees)] if policy.degrees else []
+        steps += [T.RandomRotation(policy.rotation)] if policy.rotation else []
         if policy.jitter and policy.auto_augment is None:
             steps.append(T.ColorJitter(policy.jitter, policy.jitter, policy.jitter))
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(policy.mean, policy.std)])
+    cut = [Cutout(policy.cutout)] if train and policy.cutout else []
+    return T.Compose([*steps, T.ToTensor(), *cut, T.Normalize(policy.mean, policy.std)])
 
 
 def build_transform(

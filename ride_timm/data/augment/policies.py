@@ -27,7 +27,9 @@ class Policy:
     jitter: strength of the brightness, contrast and saturation changes; AutoAugment takes their place, as in timm.
     in_memory: decode the set once, hold it in memory and augment it batch by batch.
     auto_augment: name of a policy, see `AutoAugment`; applied before the padded crop, or after the random
-        resized crop and its flip.
+        resized crop and its flip. It takes the place of the rotation as well, as in the recipes that use both.
+    cutout: edge in pixels of a black square at a random place, which may reach over the border; after all else. DeVries
+        and Taylor 2017, arXiv:1708.04552.
     """
 
     name: str
@@ -42,11 +44,23 @@ class Policy:
     jitter: float = 0.0
     in_memory: bool = False
     auto_augment: str | None = None
+    cutout: int = 0
 
-    def with_auto_augment(self, description: str) -> Policy:
-        """The policy with AutoAugment; `InputError` for an unknown description."""
-        AutoAugment(description, self.size, self.mean)
-        return replace(self, auto_augment=description)
+    def strong(self, auto_augment: str | None, cutout: int = 0) -> Policy:
+        """The policy with AutoAugment and Cutout; `InputError` for an unknown description."""
+        if auto_augment is not None:
+            AutoAugment(auto_augment, self.size, self.mean)
+        return replace(self, auto_augment=auto_augment, cutout=cutout)
+
+    @property
+    def weak(self) -> Policy:
+        """The policy without AutoAugment and Cutout: the first of two views."""
+        return replace(self, auto_augment=None, cutout=0)
+
+    @property
+    def rotation(self) -> float:
+        """Largest rotation in training, in degrees."""
+        return self.degrees if self.auto_augment is None else 0.0
 
     def input_size(self, input_size: int | None = None) -> int:
         """The given input size, or the policy's default.

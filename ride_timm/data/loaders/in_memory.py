@@ -49,7 +49,7 @@ class TensorBatches(Batches):
     Yields (images float32 [V*b, 3, S, S] channels last, labels int64 [b]) on `device`. Random choices are drawn for the
     global batch and then sliced, so they do not depend on the number of processes. A policy with `auto_augment` has
     draws of its own, and its pixels are held on the CPU, where Pillow augments image by image. Of two views, the first
-    is that of the policy without `auto_augment`.
+    is that of the weak policy.
 
     pixels: uint8 [N, S, S, 3]; labels: [N].
     """
@@ -78,10 +78,11 @@ class TensorBatches(Batches):
         self.auto_augment = None
         if slices.train and policy.auto_augment is not None:
             self.auto_augment = AutoAugment(policy.auto_augment, size, policy.mean)
-        self.streams = (BATCH, STRONG) if views == 2 else (STRONG if self.auto_augment else BATCH,)
+        self.streams = (BATCH, STRONG) if views == 2 else (BATCH if policy == policy.weak else STRONG,)
         self.pixels = pixels.cpu() if self.auto_augment else pixels.to(self.device)
         self.labels = torch.from_numpy(labels).to(self.device)
-        self.augment = BatchAugment(policy, size, self.device)
+        self.augments = {BATCH: BatchAugment(policy.weak, size, self.device)}
+        self.augments[STRONG] = BatchAugment(policy, size, self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.epoch
@@ -94,17 +95,18 @@ class TensorBatches(Batches):
                 views = [self._view(images, stream, epoch, part) for stream in self.streams]
                 images = views[0] if len(views) == 1 else torch.cat(views)
             else:
-                images = self.augment.normalize(images)
+                images = self.augments[BATCH].normalize(images)
             yield images, labels[part.low : part.high]
 
     def _view(self, images: Tensor, stream: int, epoch: int, part: Slice) -> Tensor:
         """Augment a slice, uint8 [b, S, S, 3], with the draws of a stream."""
         generator = torch.Generator().manual_seed(torch_seed(self.seed, stream, epoch, part.step))
         num_images, low, high = part.stop - part.start, part.low - part.start, part.high - part.start
-        draws = self.augment.draw(num_images, generator).part(low, high)
+        augment = self.augments[stream]
+        draws = augment.draw(num_images, generator).part(low, high)
         if stream == STRONG and self.auto_augment:
             seeds = torch.randint(2**32, (num_images,), generator=generator)[low:high]
             images = self.auto_augment.batch(images, seeds)
         if self.device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()  # a copy from pageable memory would block until the GPU is idle
-        return self.augment(images.to(self.device, non_blocking=True), draws)
+        return augment(images.to(self.device, non_blocking=True), draws)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def seeded(*key: int) -> Iterator[None]:
 class ViewTransform:
     """Crop an image once, then augment it in each view from the same random state.
 
-    Of two views, the first is that of the policy without `auto_augment`; their crops and flips are the same.
+    Of two views, the first is that of the weak policy; their crops and flips are the same.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class ViewTransform:
     ) -> None:
         policy = get_policy(policy)
         self.crop: Callable[[Image], Image] = build_crop(policy, train, input_size, decoder)
-        policies = [replace(policy, auto_augment=None), policy][-views:]
+        policies = [policy.weak, policy][-views:]
         self.augments = [build_augment(view, train, input_size) for view in policies]
 
     def augment(self, image: Image) -> Tensor:

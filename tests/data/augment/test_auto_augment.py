@@ -15,7 +15,7 @@ from ride_timm.data.augment.images import build_augment
 from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.load import load_longtail
 from ride_timm.data.loaders import make_loader
-from ride_timm.data.loaders.in_memory import decode
+from ride_timm.data.loaders.in_memory import STRONG, decode
 
 DESCRIPTIONS = [
     "rand-m9-mstd0.5",
@@ -64,12 +64,12 @@ def test_other_generators_are_left_where_they_were():
 @pytest.mark.parametrize(("name", "after"), [("cifar", None), ("imagenet", "RandomHorizontalFlip")])
 def test_it_precedes_a_padded_crop_or_follows_the_flip_in_training_only(name, after):
     plain = get_policy(name)
-    policy = plain.with_auto_augment("rand-m9-mstd0.5")
+    policy = plain.strong("rand-m9-mstd0.5")
     assert policy.in_memory == plain.in_memory and get_policy(name) == plain and plain.auto_augment is None
     size = policy.size
     steps = [type(step).__name__ for step in build_augment(policy, True).transforms]
     without = [type(step).__name__ for step in build_augment(plain, True).transforms]
-    without = [step for step in without if step != "ColorJitter"]  # AutoAugment takes its place
+    without = [step for step in without if step not in ("ColorJitter", "RandomRotation")]  # it takes their place
     position = steps.index("AutoAugment")
     assert [None, *steps][position] == after and steps[:position] + steps[position + 1 :] == without
     image = picture(size)
@@ -91,7 +91,7 @@ def test_a_batch_is_its_images_one_by_one(description):
 
 def test_a_batch_of_small_images_is_changed_before_its_crop(colours, monkeypatch):
     images = load_longtail(str(colours), imb_type="none").train
-    policy = get_policy("cifar").with_auto_augment("rand-m9-mstd0.5")
+    policy = get_policy("cifar").strong("rand-m9-mstd0.5")
     loader = make_loader(images, policy, train=True, batch_size=12, seed=3)
     seen, change = [], loader.auto_augment.batch
 
@@ -101,18 +101,18 @@ def test_a_batch_of_small_images_is_changed_before_its_crop(colours, monkeypatch
 
     still = Draws(*(torch.full((12,), value) for value in (policy.padding, policy.padding, False, 0.0)))
     monkeypatch.setattr(loader.auto_augment, "batch", batch)
-    monkeypatch.setattr(loader.augment, "draw", lambda number, generator: still.part(0, number))
+    monkeypatch.setattr(loader.augments[STRONG], "draw", lambda number, generator: still.part(0, number))
     for (made, _), low in zip(loader, range(0, len(images), 12), strict=True):
         pixels, seeds, changed = seen[-1]
         order = torch.from_numpy(loader.order(0))[low : low + 12]
         assert torch.equal(pixels, decode(images)[order]) and len(seeds.unique()) == len(seeds) == len(pixels)
-        assert not torch.equal(changed, pixels) and torch.equal(made, loader.augment.normalize(changed))
+        assert not torch.equal(changed, pixels) and torch.equal(made, loader.augments[STRONG].normalize(changed))
 
 
 @pytest.mark.parametrize("description", ["hope", "rand-q9", "augmix-x1", ""])
 def test_a_description_that_timm_does_not_know_is_named(description):
     with pytest.raises(InputError, match=f"auto_augment='{description}': expected cifar10, trivial, or timm's name"):
-        get_policy("cifar").with_auto_augment(description)
+        get_policy("cifar").strong(description)
 
 
 def test_unknown_policies_and_sizes_are_refused():

@@ -12,8 +12,10 @@ from timm.models import get_pretrained_cfg
 from torchvision import transforms as T
 
 from ride_timm.data.augment.images import (
+    Cutout,
     Fit,
     RandomResizedCrop,
+    build_augment,
     build_crop,
     build_transform,
     decode_full,
@@ -90,7 +92,7 @@ def test_a_backbone_that_timm_does_not_know_is_named(backbone, words):
 
 @pytest.mark.parametrize("name, jitters", [(None, 1), ("rand-m9-mstd0.5", 0)])
 def test_auto_augment_takes_the_place_of_colour_jitter(name, jitters):
-    policy = POLICIES["imagenet"] if name is None else POLICIES["imagenet"].with_auto_augment(name)
+    policy = POLICIES["imagenet"] if name is None else POLICIES["imagenet"].strong(name)
     assert sum(isinstance(step, T.ColorJitter) for step in build_transform(policy, True).transforms) == jitters
 
 
@@ -229,3 +231,14 @@ def test_a_png_without_all_its_pixels_is_refused():
     png = with_chunk(encoded(smooth(200, 300), "PNG"), b"zTXt", CHUNKS[b"zTXt"], b"IDAT")
     with pytest.raises(OSError, match="truncated"):
         upright(open_image(png[:-1000]))
+
+
+@pytest.mark.parametrize("policy", ["cifar", "imagenet"])
+def test_cutout_is_a_black_square_in_training_only(policy):
+    strong = POLICIES[policy].strong(None, 8)
+    plain, cutting = (build_augment(p, True, 32).transforms for p in (POLICIES[policy], strong))
+    assert [type(step) for step in cutting] == [*map(type, plain[:-1]), Cutout, T.Normalize]
+    assert [type(step) for step in build_augment(strong, False, 32).transforms] == [T.ToTensor, T.Normalize]
+    torch.manual_seed(0)
+    areas = {int((Cutout(8)(torch.ones(3, 32, 32)) == 0).sum()) // 3 for _ in range(200)}
+    assert max(areas) == 64 and min(areas) < 32

@@ -21,7 +21,7 @@ def joined(loader) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [images for images, _ in batches], [labels for _, labels in batches]
 
 
-STRONG = get_policy("cifar").with_auto_augment("rand-m9-mstd0.5")
+STRONG = get_policy("cifar").strong("rand-m9-mstd0.5")
 
 
 @pytest.mark.parametrize("policy", ["cifar", STRONG], ids=["plain", "auto_augment"])

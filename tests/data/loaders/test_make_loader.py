@@ -16,7 +16,7 @@ from ride_timm.errors import InputError
 def test_two_views_are_those_of_two_loaders(policy, num_workers, num_processes):
     """The plain loader's images, then the strong one's: the same images in the same order, bit for bit."""
     data, plain = png_set(11, size=(40, 36)), get_policy(policy)
-    strong = plain.with_auto_augment("rand-m5-mstd0.5")
+    strong = plain.strong("rand-m5-mstd0.5")
     common = dict(train=True, batch_size=4, seed=3, rank=num_processes - 1, num_processes=num_processes, input_size=24)
     both = make_loader(data, strong, views=2, num_workers=num_workers, **common)
     alone = [make_loader(data, one, **common) for one in (plain, strong)]
@@ -35,7 +35,7 @@ def test_two_views_decode_and_hold_a_set_once(decoded):
 
     data = image_set(encoded(smooth(40, 40)), encoded(smooth(41, 41)))
     for policy in ("cifar", "imagenet"):
-        strong = get_policy(policy).with_auto_augment("rand-m5-mstd0.5")
+        strong = get_policy(policy).strong("rand-m5-mstd0.5")
         decoded.clear()
         list(make_loader(data, strong, train=True, batch_size=2, seed=0, views=2, input_size=24))
         assert len(decoded) == 2
