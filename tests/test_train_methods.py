@@ -132,6 +132,7 @@ def test_experts_are_prior_aligned_exactly_once(train, colours, tmp_path, monkey
         ["--loss", "balpoe", "--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--ema-decay", "0.9"],
         ["--loss", "ce", "--label-smoothing", "0.1", "--auto-augment", "rand-m9-mstd0.5", "--random-erasing", "0.5"],
         ["--loss", "mdcs", "--auto-augment", "original", "--random-erasing", "1"],
+        ["--loss", "mutual", "--auto-augment", "cifar10", "--cutout", "8"],
         ["--decouple", "lws", "--decouple-epochs", "2", "--decouple-batch-size", "16"],
     ],
 )

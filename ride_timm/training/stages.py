@@ -18,7 +18,7 @@ from ..data.augment.mixing import MixedTargets, batch_changes
 from ..evaluation.evaluate import evaluate, with_macs
 from ..evaluation.plots import plot_run
 from ..evaluation.tables import GROUPS
-from ..losses import make_loss
+from ..losses import ExpertsLoss, make_loss
 from ..models import Ride, Router
 from .build import RunData, Teacher
 from .class_means import heads_from_class_means
@@ -42,6 +42,7 @@ class Stage:
     name: str
     next_stage = "router"
     routed = False
+    loss: ExpertsLoss | None = None
 
     def __init__(self, recipe: Recipe, data: RunData, accelerator: Accelerator, objective: Objective) -> None:
         self.recipe, self.data, self.accelerator = recipe, data, accelerator
@@ -168,6 +169,7 @@ class ExpertsStage(Stage):
     """
 
     name = "experts"
+    loss: ExpertsLoss
 
     def __init__(
         self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator, teacher: Teacher | None,

@@ -49,6 +49,7 @@ class Resumable(Protocol):
     accelerator: Any
     ema: Any
     selection: Any
+    loss: Any
 
 
 @dataclass
@@ -59,6 +60,7 @@ class TrainingState:
     model, ema: their trained tensors; frozen: SHA-256 of the others, None where all are trained.
     source, teacher: `--from`, and the teacher as {"spec", "sha256"} of its weights.
     class_weights: of the loss, [C], where the recipe has them: a resumed run reads no file again.
+    loss: buffers of a loss that follow from its batches so far.
     scaler: fp16's, which one stage passes to the next. history: one row of metrics.csv per epoch, over all stages.
     results: metrics of the finished stages.
     """
@@ -77,6 +79,7 @@ class TrainingState:
     scaler: dict[str, Any] | None = None
     ema: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
+    loss: dict[str, Any] = field(default_factory=dict)
 
     @property
     def begun(self) -> bool:
@@ -93,6 +96,7 @@ class TrainingState:
         self.scaler = None if scaler is None else scaler.state_dict()
         self.ema = None if stage.ema is None else trained_tensors(stage.ema.module)
         self.best = stage.selection.best
+        self.loss = {} if stage.loss is None else stage.loss.state_dict()
 
     def restore(self, stage: Resumable) -> int:
         """Put a stage where this state left it; returns its finished epochs, 0 where it has not begun."""
@@ -108,9 +112,12 @@ class TrainingState:
         if stage.ema is not None and self.ema is not None:
             load_trained(stage.ema.module, self.ema)
         stage.selection.best = self.best
+        if stage.loss is not None:
+            stage.loss.load_state_dict(self.loss)
         return self.epoch
 
     def advance(self, stage: str, model: dict[str, Any]) -> None:
         """Begin the next stage with these weights."""
         self.stage, self.epoch, self.model = stage, 0, model
         self.optimizer = self.ema = self.best = None
+        self.loss = {}

@@ -57,4 +57,4 @@ def test_class_weights_act_on_each_expert(loss):
 
 def test_losses_with_weights_of_their_own_take_none():
     takers = {name for name, entry in LOSSES.items() if entry.takes_weights}
-    assert takers == {"ce", "focal", "logit_adjustment", "balanced_softmax", "sade", "balpoe", "mdcs"}
+    assert takers == {"ce", "focal", "logit_adjustment", "balanced_softmax", "sade", "balpoe", "mdcs", "mutual"}
