@@ -84,7 +84,10 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         if idle:
             frozen = "freeze=backbone" if self.freeze == "backbone" else "freeze_norm=True"
             given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
-            raise InputError(f"{frozen} leaves {given} without effect: leave {'them' if idle[1:] else 'it'} out.")
+            off = " ".join(_flag_off(name, getattr(self, name)) for name in idle)  # the recipe may have set them
+            raise InputError(
+                f"{frozen} leaves {given} without effect: leave {'them' if idle[1:] else 'it'} out, by {off}."
+            )
 
     @property
     def policy(self) -> Policy:
@@ -220,6 +223,12 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         """All keys as YAML."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _flag_off(name: str, value: Any) -> str:
+    """The flag that turns off a key of this value, whose off is False, 0 or None."""
+    flag = name.replace("_", "-")
+    return f"--no-{flag}" if value is True else f"--{flag} {0 if name == 'drop_path_rate' else 'none'}"
 
 
 def _scaled(epochs: Any, scale: float) -> Any:

@@ -226,7 +226,12 @@ def test_imbalance_factor_without_a_profile_is_rejected():
     ("values", "words"),
     [
         (dict(freeze="backbone", layer_decay=0.7), "freeze=backbone leaves layer_decay=0.7 without effect"),
+        (dict(freeze="backbone", layer_decay=0.7), "leave it out, by --layer-decay none"),
         (dict(freeze="backbone", drop_path_rate=0.1, grad_checkpointing=True), "drop_path_rate=0.1, grad_checkpoint"),
+        (
+            dict(freeze="backbone", drop_path_rate=0.1, grad_checkpointing=True),
+            "leave them out, by --drop-path-rate 0 --no-grad-checkpointing",
+        ),
         (dict(freeze="backbone", ghost_batch=32), "ghost_batch=32"),
         (dict(freeze="backbone", adapter="lora"), "freeze=backbone leaves adapter=lora without effect: leave it out"),
         (dict(freeze_norm=True, sync_bn=True), "freeze_norm=True leaves sync_bn=True without effect: leave it out"),
