@@ -143,6 +143,8 @@ def run(args: argparse.Namespace) -> None:
     rows = {name: metrics}
     if (bare := metrics.get("without_test_prior")) is not None:
         rows = {name: metrics | bare, f"{name}, prior {args.test_prior}": metrics}
+    for folder in filter(None, (args.plots, args.confusions)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     if args.plots is not None:
         plot_metrics(Path(args.plots), rows, data.class_counts, data.class_names, recipe.shots)
     if args.confusions is not None:
@@ -192,9 +194,10 @@ def _check(args: argparse.Namespace) -> None:
     check_threshold(threshold_given, args.routed)
     check_experts(args, args.routed or args.curve is not None)
     for name in ("plots", "confusions"):
-        folder = getattr(args, name)
-        if folder is not None and not Path(folder).is_dir():
-            raise InputError(f"{name}={folder}: no such folder.")
+        if (folder := getattr(args, name)) is not None:
+            found = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+            if not found.is_dir():
+                raise InputError(f"{name}={folder}: {found} is a file, expected a folder.")
     if args.plots is not None and find_spec("matplotlib") is None:
         raise InputError("plots needs matplotlib: pip install matplotlib.")
     if args.curve is not None:

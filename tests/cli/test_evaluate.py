@@ -67,7 +67,7 @@ def test_metrics_by_group_and_expert(capsys, run, evaluated, tmp_path):
         "--few-shot",
         "50",
         "--plots",
-        tmp_path,
+        tmp_path / "new" / "plots",
     )
     chosen = json.loads(output(capsys, *argv, "--json"))
     assert chosen["members"] == [1, 3] and len(chosen["experts"]["accuracy"]["all"]) == 2
@@ -79,14 +79,14 @@ def test_metrics_by_group_and_expert(capsys, run, evaluated, tmp_path):
     assert sum(n > 500 for n in counts) == groups["many"] and sum(n < 50 for n in counts) == groups["few"]
     assert chosen["many"] == pytest.approx(sum(chosen["per_class"][:2]) / 2)
     assert chosen["few"] == pytest.approx(sum(chosen["per_class"][6:]) / 4)
-    assert {path.name for path in tmp_path.iterdir()} == {"long_tail.png", "reliability.png", "experts.png"}
+    assert {path.name for path in argv[-1].iterdir()} == {"long_tail.png", "reliability.png", "experts.png"}
     text = output(capsys, "evaluate", "--model", run, "--experts", "2")
     assert "experts 2" in text and "expert 2" in text and "expert 1" not in text and "harmonic mean" in text
 
 
 def test_confusions(capsys, run, evaluated, tmp_path):
-    text = output(capsys, "evaluate", "--model", run, "--confusions", tmp_path)
-    with (tmp_path / "confusion_matrix.csv").open(newline="") as file:
+    text = output(capsys, "evaluate", "--model", run, "--confusions", folder := tmp_path / "new")
+    with (folder / "confusion_matrix.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     matrix = [list(map(int, row[1:])) for row in rows]
     found = evaluated["plain"]
@@ -96,8 +96,7 @@ def test_confusions(capsys, run, evaluated, tmp_path):
     names = [found["class_names"][largest[key]] for key in ("true", "predicted")]
     assert matrix[largest["true"]][largest["predicted"]] == largest["images"] == largest["percent"]
     assert f"{names[0]} → {names[1]} " in text and "precision  recall" in text
-    assert (tmp_path / "confusion_matrix.png").is_file() and len(found["f1"]["per_class"]) == 10
-    assert "nowhere: no such folder" in refusal(capsys, "evaluate", "--model", run, "--confusions", "nowhere")
+    assert (folder / "confusion_matrix.png").is_file() and len(found["f1"]["per_class"]) == 10
 
 
 def test_a_test_prior_moves_the_predictions(capsys, run, evaluated, tmp_path):
@@ -143,7 +142,8 @@ def test_shifted_test_sets_are_one_table(capsys, run, evaluated):
         (("--experts", "1", "--routed"), "experts=1: the router chooses the experts; leave --experts out"),
         (("--experts", "1", "--curve", "curve.csv"), "experts=1: the router chooses the experts"),
         (("--experts", "1", "--runtime", "onnx"), "experts=1: the ONNX graph averages all experts"),
-        (("--plots", "nowhere"), "plots=nowhere: no such folder"),
+        (("--plots", f"{__file__}/x"), "test_evaluate.py is a file, expected a folder"),
+        (("--confusions", __file__), "test_evaluate.py is a file, expected a folder"),
         (("--many-shot", "10", "--few-shot", "20"), "few_shot=20: expected at most many_shot + 1, 11"),
     ],
 )
