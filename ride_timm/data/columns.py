@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from ..errors import InputError, listed
-from .image_set import ImageSet
+from .folders import files_as_dataset, is_image
+from .image_set import ImageSet, open_stored
 from .longtail import check_labels
 
 if TYPE_CHECKING:
@@ -77,15 +81,58 @@ def choose_image_column(split: Dataset, column: str | None) -> str:
         if column is None:
             raise InputError(
                 f"the data set has no image column; it has {listed(split.column_names)}; "
-                "make one with dataset.cast_column(name, datasets.Image())"
+                "expected one of image files: bytes, {bytes, path}, paths or URLs"
             )
     elif column not in split.column_names:
         raise InputError(f"the data set has no column {column!r}; it has {listed(split.column_names)}")
     if column not in found:
         raise InputError(
-            f"column {column!r} does not hold images; see dataset.cast_column({column!r}, datasets.Image())"
+            f"column {column!r} does not hold images: expected bytes, {{bytes, path}}, paths or URLs of image files"
         )
     return column
+
+
+def with_images(split: Dataset, folders: Sequence[Path] = ()) -> Dataset:
+    """A split whose columns of image bytes, {bytes, path}, file paths or URLs are images, as of pandas' files.
+
+    folders: where relative paths may start; the first that has the first file is chosen. `InputError` if none has it.
+    """
+    from datasets import Image, Value, concatenate_datasets
+
+    for name, feature in split.features.items():
+        if isinstance(feature, Image):
+            continue
+        first = next(iter(split.select_columns([name]).with_format("arrow")[:1].column(name).to_pylist()), None)
+        if feature == Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+            stored = first if isinstance(first, dict) else dict(bytes=first, path=None)
+            if name in IMAGE_COLUMNS or _opens(stored):
+                split = split.cast_column(name, Image())
+        elif feature in (Value("string"), Value("large_string")) and first and is_image(urlsplit(first).path):
+            images = files_as_dataset(
+                _resolved(split.with_format("arrow")[:].column(name).to_pylist(), first, folders, name)
+            )
+            split = concatenate_datasets([split.remove_columns(name), images.rename_column("image", name)], axis=1)
+    return split
+
+
+def _opens(stored: dict[str, Any]) -> bool:
+    try:
+        return open_stored(stored) is not None
+    except Exception:  # decoders have no common error
+        return False
+
+
+def _resolved(paths: list[str | None], first: str, folders: Sequence[Path], column: str) -> list[str | None]:
+    """Paths from the first folder that has the first file; URLs and absolute paths as they are."""
+    if "://" in first or Path(first).is_absolute():
+        return paths
+    root = next((folder for folder in folders if (folder / first).is_file()), None)
+    if root is None:
+        raise InputError(
+            f"column {column!r} holds paths of images, and there is no {first} in {listed(folders) or 'a Hub set'}: "
+            "expected paths from the folder of the file, or absolute ones"
+        )
+    return [path if path is None or "://" in path else str(root / path) for path in paths]
 
 
 def _choose_label_column(split: Dataset, column: str | None) -> str:

@@ -98,13 +98,13 @@ def _check_config(error: Exception, what: str, config: str | None) -> None:
 
 
 def read_local(path: Path, streaming: bool = False, config: str | None = None) -> dict[str, Dataset | IterableDataset]:
-    """The splits of a folder or parquet file; `InputError` if unreadable."""
+    """The splits of a folder, or of a parquet or CSV file; `InputError` if unreadable."""
     import datasets
 
     if not path.exists():
         raise InputError(f"data set folder {str(path)!r} does not exist")
-    if path.is_file() and path.suffix != ".parquet":
-        raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, or a .parquet file")
+    if path.is_file() and path.suffix not in (".parquet", ".csv"):
+        raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, a .parquet or a .csv")
     saved, by_card = is_saved_to_disk(path), _has_card(path)
     if config is not None and not by_card:
         raise InputError(f"dataset_config={config!r}: {str(path)!r} has no card with configurations; leave it out")
@@ -118,7 +118,7 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
             if saved:
                 splits = datasets.load_from_disk(str(path))
             elif path.is_file():
-                splits = datasets.load_dataset("parquet", data_files=_data_files({"train": [path]}), **how)
+                splits = datasets.load_dataset(path.suffix[1:], data_files=_data_files({"train": [path]}), **how)
             elif by_card or (files := _files_by_split(path)) is None:
                 splits = datasets.load_dataset(str(path), **how, **(dict(name=config) if config else {}))
             else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, listed
-from .columns import check_unseen, choose_image_column, sets_of_columns
+from .columns import check_unseen, choose_image_column, sets_of_columns, with_images
 from .datasets import EMBEDDED, KNOWN, default_profile, lists_of
 from .folders import split_of
 from .hub import holds_rows, is_hub_id, is_saved, read_hub, read_local, read_selection, read_splits
@@ -104,7 +104,9 @@ def load_longtail(
     else:
         splits = read_splits(dataset, data_dir, dataset_config, dataset_revision)
         roles = _split_roles(splits, train_split, test_split, use_val)
-        columns = {name: splits[name] for name in roles.values()}
+        path = data_dir or Path(dataset).expanduser()
+        folders = (path.parent,) if path.is_file() else (path, path / "data") if path.is_dir() else ()
+        columns = {name: with_images(splits[name], folders) for name in roles.values()}
         sets, class_names = sets_of_columns(columns, image_column, label_column)
     by_role = dict(zip(roles, sets, strict=True))
     if "test" in roles:

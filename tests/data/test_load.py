@@ -9,8 +9,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from pyarrow import parquet
 from small_splits import png, split
 
 from ride_timm.data.image_set import ImageSet
@@ -218,7 +220,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, arguments, message):
 
 def test_no_usable_column_is_refused(tmp_path):
     plain = Dataset.from_dict({"path": ["a"], "label": [0]})
-    with pytest.raises(InputError, match=r"no image column; it has path, label; .*cast_column"):
+    with pytest.raises(InputError, match=r"no image column; it has path, label; expected one of image files"):
         load_longtail(saved(tmp_path, train=plain, test=plain), imb_type="none")
     other = split([0], label="kind")
     with pytest.raises(InputError, match="no label column fine_label or label or labels; it has image, kind"):
@@ -426,3 +428,29 @@ def test_real_cifar100():
 def test_the_embedded_set_is_not_another_one(settings, message):
     with pytest.raises(InputError, match=message):
         load_longtail("fashion_lt", **settings)
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct", "paths", "csv", "absolute"])
+def test_columns_that_pandas_writes(tmp_path, form):
+    images = [png(10, "L", (5, 4)), png(20, "L", (5, 4)), None]
+    root = tmp_path / "[my] files"
+    (root / "photos").mkdir(parents=True)
+    for i in range(2):
+        (root / "photos" / f"{i}.png").write_bytes(images[i])
+    base = f"{root}/" if form == "absolute" else ""
+    values = {
+        "bytes": images[:2],
+        "struct": [dict(bytes=data, path=None) for data in images[:2]],
+    }.get(form, [f"{base}photos/{i}.png" for i in range(2)])
+    table = pa.table({"picture": values * 3, "label": ["b", "a"] * 3})
+    path = root / f"train.{'csv' if form == 'csv' else 'parquet'}"
+    (pa_csv.write_csv if form == "csv" else parquet.write_table)(table, path)
+    data = load_longtail(str(path))
+    assert data.class_names == ("a", "b") and data.class_counts == [2, 2]
+    assert {(data.train[i][0].getpixel((0, 0))[0], data.train[i][1]) for i in range(4)} == {(10, 1), (20, 0)}
+
+
+def test_paths_without_files_are_refused(tmp_path):
+    parquet.write_table(pa.table({"image": ["x/1.jpg"] * 3, "label": [0] * 3}), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"column 'image' holds paths of images, and there is no x/1\.jpg in"):
+        load_longtail(str(tmp_path))
