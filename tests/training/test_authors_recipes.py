@@ -139,3 +139,34 @@ def compare_teacher(teacher, recipe, num_classes):
     for key in ("num_experts", "reduce_dimension", "use_norm"):
         assert getattr(plain, key) == args.pop(key)
     assert not args
+
+
+# Values read in the code of methods that came after RIDE, on CIFAR100-LT with an imbalance factor of 100.
+_SGD = dict(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, schedule="step", decay_rate=0.1)
+_THREE = dict(_SGD, dataset="cifar100", imb_factor=0.01, model="ride_resnet32", num_experts=3)
+LATER = {
+    "cifar100_lt_sade": dict(
+        _THREE, loss="sade", epochs=200, batch_size=128, decay_epochs=(160, 180), warmup_epochs=5, reduce_dimension=True
+    ),
+    "cifar100_lt_balpoe": dict(
+        _THREE, loss="balpoe", epochs=200, batch_size=128, decay_epochs=(160, 180), warmup_epochs=5, taus=(0, 1, 2),
+        mixup_alpha=0.4, reduce_dimension=False,
+    ),
+    "cifar100_lt_mdcs": dict(
+        _THREE, loss="mdcs", epochs=400, batch_size=64, decay_epochs=(200, 320, 380), warmup_epochs=20,
+        taus=(-0.5, 1, 2.5), consistency=0.6, auto_augment="cifar10", cutout=16, reduce_dimension=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_recipes_of_later_methods_have_the_values_of_their_code(name):
+    recipe = load_recipe(name)
+    assert {key: getattr(recipe, key) for key in LATER[name]} == LATER[name]
+
+
+def test_mdcs_rotates_its_weak_view_alone_and_warms_its_consistency_up_for_20_epochs():
+    recipe = load_recipe("cifar100_lt_mdcs")
+    strong = recipe.policy.strong(recipe.auto_augment, recipe.cutout)
+    assert (strong.rotation, strong.weak.rotation, strong.weak.cutout) == (0, 15, 0)
+    assert recipe.num_views == 2 and recipe.loss_class.warmup_epochs == 20
