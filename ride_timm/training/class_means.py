@@ -14,18 +14,27 @@ from ..errors import InputError
 from ..models import Ride
 
 SCALE = 30.0  # of the logits of a linear classifier, as that of cosine heads
+NOISE = 0.5  # length of the random vector added to a unit mean, for every expert but the first
 
 
 @torch.no_grad()
-def heads_from_class_means(model: Ride, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> None:
+def heads_from_class_means(
+    model: Ride, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator, seed: int
+) -> None:
     """Set each expert's classifier to the normalised mean feature of each class.
 
     batches: this process' (images, labels) of the training set, under the test transform. A cosine head then starts as
     a nearest-mean classifier; a linear one as well, with rows scaled so that its logits have the size of a cosine
-    head's. Raises `InputError` for another kind of classifier. Shi et al. 2024 (LIFT), arXiv:2309.10019, section 4.
+    head's. Copies of one backbone would stay equal under a loss that treats them alike, so each expert but the first
+    adds a random vector, drawn from `seed`, to every mean. Raises `InputError` for another kind of classifier. Shi et
+    al. 2024 (LIFT), arXiv:2309.10019, section 4.
     """
     means, norm = class_means(model, batches, accelerator)
-    for expert, mean in zip(model.experts, F.normalize(means, dim=-1), strict=True):
+    generator = torch.Generator().manual_seed(seed)
+    for i, (expert, mean) in enumerate(zip(model.experts, F.normalize(means, dim=-1), strict=True)):
+        if i > 0:
+            noise = F.normalize(torch.randn(mean.shape, generator=generator), dim=-1)
+            mean = F.normalize(mean + NOISE * noise.to(mean), dim=-1)
         head, weight = expert.fc, getattr(expert.fc, "weight", None)
         if not isinstance(weight, Tensor) or weight.flatten(1).shape != mean.shape:
             raise InputError(

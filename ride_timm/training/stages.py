@@ -177,7 +177,7 @@ class ExpertsStage(Stage):
     ) -> None:  # fmt: skip
         weights = {} if class_weights is None else dict(weights=class_weights)
         self.loss = make_loss(recipe.loss, data.train_counts, **recipe.loss_args, **weights)
-        self.num_views = data.num_views
+        self.num_views, self.from_scratch = data.num_views, from_scratch
         if self.loss.offsets is not None and model.has_class_affine:
             align_experts(model, -self.loss.offsets)  # back to the priors they are trained for
         if recipe.grad_checkpointing:
@@ -200,8 +200,9 @@ class ExpertsStage(Stage):
         return self.data.train_loader(self.settings, self.data.train_policy, self.num_views)
 
     def begin_epoch(self, epoch: int) -> None:
-        if epoch == 0 and self.recipe.head_init == "class_means":
-            heads_from_class_means(self.model, self.data.test_loader(self.data.train), self.accelerator)
+        if epoch == 0 and self.from_scratch and self.recipe.head_init == "class_means":
+            batches = self.data.test_loader(self.data.train)
+            heads_from_class_means(self.model, batches, self.accelerator, self.recipe.seed)
             if self.ema is not None:
                 self.ema.set(self.model)
         super().begin_epoch(epoch)
