@@ -123,7 +123,7 @@ def test_bad_input_is_one_line_before_anything_is_written(train, photos, weights
         (dict(dataset="places_lt"), "finetune"),
         (dict(dataset="PHOTOS"), "finetune"),
         (dict(dataset="PHOTOS", model="ride"), "finetune"),
-        (dict(dataset="PHOTOS", model="ride_resnet50"), "fashion_lt"),
+        (dict(dataset="PHOTOS", model="ride_resnet50"), "imagenet_lt_resnet50"),
         (dict(dataset="COLOURS"), "fashion_lt"),  # of 32 pixels
     ],
 )
@@ -132,7 +132,22 @@ def test_the_recipe_of_a_data_set(flags, recipe, photos, colours):
     flags = {key: folders.get(value, value) for key, value in flags.items()}
     chosen, notices = recipe_for(flags)
     assert chosen == recipe
-    assert [f"recipe {recipe}" in notice for notice in notices] == [True] * (recipe != "fashion_lt")
+    own = "photos" in str(flags) or "colours" in str(flags)
+    assert [f"recipe {recipe}" in notice for notice in notices] == [True] * (own or recipe != "fashion_lt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "augment", "size"),
+    [
+        (["COLOURS"], "cifar", 32),
+        (["PHOTOS", "--model", "ride_resnet50"], "imagenet", 224),
+        (["PHOTOS"], "backbone", 224),
+    ],
+)
+def test_images_of_ones_own_are_all_kept_at_a_mean_that_fits(flags, augment, size, photos, colours):
+    folders = dict(PHOTOS=str(photos), COLOURS=str(colours))
+    _, recipe = parse_arguments(["--dataset", *(folders.get(flag, flag) for flag in flags)])
+    assert (recipe.augment, recipe.policy.input_size(recipe.input_size), recipe.profile) == (augment, size, "none")
 
 
 def test_a_named_recipe_is_kept(photos):

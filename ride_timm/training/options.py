@@ -17,6 +17,7 @@ from .run_folder import RunFolder
 
 FINETUNE = "finetune"
 _SMALL = 32  # pixels of the longer edge
+_PLACES = ("data_dir", "annotations", "image_column", "dataset_config", "dataset_revision")
 
 
 @dataclass(frozen=True)
@@ -94,23 +95,27 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
 
 
 def recipe_for(flags: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The recipe of a data set for which none is named, and a notice that says so.
+    """The recipe of a data set for which none is named, and a notice of it; completes the flags.
 
-    A known data set has its own; a user's photographs get `finetune`, unless another network than `ride` is asked for,
-    and small images, no larger than CIFAR's, the default. Raises `InputError` where there are no images.
+    A known data set has its own. Images of one's own, as small as CIFAR's, train the default with CIFAR's mean;
+    others fine-tune a backbone, or train the network of `--model` from scratch as ImageNet-LT is trained.
     """
     dataset = str(flags.get("dataset", EMBEDDED[0]))
     known = KNOWN.get(dataset)
     if known is not None:
         name = known.recipe or (FINETUNE if known.lists else DEFAULT_RECIPE)
         return name, () if name == DEFAULT_RECIPE else (f"dataset={dataset}: recipe {name}; --recipe names another",)
-    if flags.get("model", "ride") != "ride":
-        return DEFAULT_RECIPE, ()
-    places = ("data_dir", "annotations", "image_column")
-    size = first_image_size(dataset, **{key: flags[key] for key in places if key in flags})
+    size = first_image_size(dataset, **{key: flags[key] for key in _PLACES if key in flags})
     if size is not None and max(size) <= _SMALL:
-        return DEFAULT_RECIPE, ()
-    return FINETUNE, (f"dataset={dataset}: recipe {FINETUNE}, from a pretrained backbone; --recipe names another",)
+        name, chosen = DEFAULT_RECIPE, dict(augment="cifar")
+    elif flags.get("model", "ride") == "ride":
+        name, chosen = FINETUNE, {}
+    else:
+        name, chosen = "imagenet_lt_resnet50", dict(imb_type="none")
+    for key, value in chosen.items():
+        flags.setdefault(key, value)
+    values = "".join(f", {key}={flags[key]}" for key in chosen)
+    return name, (f"dataset={dataset}: recipe {name}{values}; --recipe names another",)
 
 
 def _parser() -> Parser:
