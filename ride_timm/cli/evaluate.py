@@ -35,7 +35,7 @@ from ..evaluation.tables import GROUPS, classes_table, confusions_table, groups_
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..files import write_text
 from ..inference.load import SPEC, data_recipe, load_ride, own_recipe
-from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior
+from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
 from ..inference.options import (
     Timed,
     add_inference_flags,
@@ -218,7 +218,8 @@ def _evaluate_priors(
     counts: a new accumulator for the predictions of the metrics.
     """
     logits = torch.cat([logits if logits.ndim == 2 else logits.mean(1) for logits, _, _ in predictions])
-    model_prior = model_log_prior(args.model_prior, args.model, data.class_counts, data.class_names)
+    trained_on = run_results(args.model).get("class_counts") or data.class_counts
+    model_prior = model_log_prior(args.model_prior, args.model, trained_on, data.class_names)
     shift: Tensor | float = 0.0
     found: dict[str, Any] = {}
     if args.shifted:
@@ -231,7 +232,7 @@ def _evaluate_priors(
         if args.test_prior == "estimate":
             prior = estimate_log_prior(logits, model_prior)
         else:
-            prior = log_prior_of(args.test_prior, data.class_counts, data.class_names)
+            prior = log_prior_of(args.test_prior, trained_on, data.class_names)
         shift, found["test_prior"] = prior - model_prior, prior.exp().tolist()
     moved = ((logits + shift, used, targets) for logits, used, targets in predictions)
     return metrics_of(moved, counts, data.class_counts, shots) | found

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..data.augment.images import open_image, upright
+from ..data.folders import files_below, is_image
 from ..errors import InputError, RunError, first_line
 
-SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif")  # of images in folders; a file given by name may have any
 Batch = tuple[Tensor | None, list[str | None]]
 
 
@@ -36,6 +35,8 @@ def find_images(names: Iterable[str]) -> list[str]:
             listed = data.split(b"\0") if b"\0" in data else data.splitlines()
             for line in filter(None, listed):
                 paths += _images_of(os.fsdecode(line))
+        elif not name:
+            raise InputError("images: an empty name; expected files, folders or patterns.")
         elif os.path.exists(name):
             paths += _images_of(name)
         else:
@@ -46,20 +47,7 @@ def find_images(names: Iterable[str]) -> list[str]:
 
 
 def _images_of(path: str) -> list[str]:
-    return [path] if not os.path.isdir(path) else list(_walk(path)) or [path]
-
-
-def _walk(top: str) -> Iterator[str]:
-    for folder, folders, files in os.walk(top, followlinks=True):
-        real = Path(folder).resolve()
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and not real.is_relative_to((real / name).resolve())  # a link back up
-        )
-        for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                yield os.path.join(folder, name)
+    return [path] if not os.path.isdir(path) else [file for file in files_below(path) if is_image(file)] or [path]
 
 
 def _matches(pattern: str) -> list[str]:
@@ -85,7 +73,7 @@ class ImageFiles(Dataset):
         path = self.paths[i]
         try:
             if os.path.isdir(path):
-                return f"a folder without images ({', '.join(SUFFIXES)})"
+                return "a folder without images"
             with open_image(path) as image:
                 image = upright(image)
             return self.transform(image.convert("L") if self.grey else image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,11 @@ def model_log_prior(
 ) -> Tensor:
     """Log-prior that a SPEC's logits suit, [C]: the one given, the run's, else a uniform one, with a notice."""
     if given is not None:
-        return log_prior_of(given, class_counts, class_names)
+        prior = log_prior_of(given, class_counts, class_names)
+        for name, value in zip(class_names, prior.tolist(), strict=True):
+            if value == -math.inf:
+                raise InputError(f"model-prior={given}: class {name!r} has 0, and no logits suit that.")
+        return prior
     recipe = own_recipe(spec)
     if recipe is not None and class_counts is not None:
         return run_log_prior(recipe, class_counts, run_results(spec).get("class_weights"))

@@ -79,7 +79,9 @@ def stated_network(file: Path) -> str | None:
     try:
         name = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))["architecture"]
     except (OSError, ValueError, KeyError, TypeError):
-        name = re.split(r"\W", file.name)[0]
+        words = re.split(r"\W", file.name)[0].split("_")  # such as efficientnet_lite0_ra-37913777.pth
+        names = ("_".join(words[:n]) for n in range(len(words), 0, -1))
+        name = next(filter(timm.is_model, names), None)
     return name if isinstance(name, str) and timm.is_model(name) else None
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("names", "paths"),
     [
-        (["."], ["./A.JPG", "./b.png", "./x[1].png", "./deep/er/c.webp", "./x[1]/e.png"]),
+        (["."], ["./A.JPG", "./b.png", "./deep/er/c.webp", "./x[1].png", "./x[1]/e.png"]),
         (["deep", "b.png", "b.png"], ["deep/er/c.webp", "b.png", "b.png"]),
         (["*.png"], ["b.png", "x[1].png"]),
         (["**/*.webp"], ["deep/er/c.webp"]),
@@ -108,3 +108,8 @@ def test_grey_images_for_networks_of_one_channel(tmp_path):
     smooth(4, 4).save(tmp_path / "a.png")
     grey = ImageFiles([str(tmp_path / "a.png")], to_tensor, grey=True)[0]
     assert torch.equal(grey, to_tensor(smooth(4, 4).convert("L")))
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(InputError, match="an empty name"):
+        find_images([""])

@@ -38,6 +38,7 @@ def test_differences_of_networks_with_the_same_tensors(name, other, found):
     [
         ("tf_efficientnet_lite0-0aa007d2.pth", None, "tf_efficientnet_lite0"),
         ("resnet18.a1_in1k.safetensors", None, "resnet18"),
+        ("efficientnet_lite0_ra-37913777.pth", None, "efficientnet_lite0"),
         ("model.safetensors", "efficientnet_lite0", "efficientnet_lite0"),
         ("resnet18.pth", "resnet34", "resnet34"),
         ("weights.pth", None, None),
