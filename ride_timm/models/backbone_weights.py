@@ -16,6 +16,8 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from ..errors import first_line
+
 _INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
@@ -23,7 +25,7 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
     """Create a backbone with its published weights (True) or those of a file.
 
     make: creates it, from arguments of `timm.create_model`. Raises ValueError if weights cannot be loaded, do not fit,
-    or leave layers other than the classifier as they were; warns as `warn_of_twin` does.
+    or leave tensors outside of the classifier as they were; warns as `warn_of_twin` does.
     """
     overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
     where = "published weights" if source is True else f"weights in {source}"
@@ -33,7 +35,8 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
         with _missing_tensors() as missing:
             net = make(pretrained=True, **overlay)
     except (RuntimeError, OSError, KeyError, ValueError, EOFError, safetensors.SafetensorError) as error:
-        lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        text = first_line(error) if isinstance(error, KeyError) else str(error)  # of a KeyError, only the key
+        lines = [" ".join(line.split()) for line in text.splitlines()]
         reason = "; ".join([line for line in lines if "size mismatch" in line] or lines)[:300]
         way = "" if overlay else " (or name a file of them: backbone_pretrained=FILE, --backbone-weights FILE)"
         raise ValueError(
@@ -41,8 +44,10 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
         ) from error
     classifier = net.pretrained_cfg["classifier"] or ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    beside = tuple(f"{name.rpartition('.')[0]}." for name in classifier if "." in name)
+    optional = classifier + beside  # a norm in the classifier's module is not pretrained everywhere, such as by FCMAE
     tensors = net.state_dict()
-    lacking = [name for name in missing if not name.startswith(classifier) and tensors[name].ndim > 1]
+    lacking = [name for name in missing if not name.startswith(optional) and tensors[name].ndim]
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         raise ValueError(

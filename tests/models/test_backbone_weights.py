@@ -88,6 +88,30 @@ def test_weights_of_another_network_are_refused_with_any_number_of_classes(of, w
         timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=num_classes)
 
 
+@pytest.mark.parametrize("lost", ["bn1.running_mean", "bn1.weight", "blocks.0.0.bn1.bias"])
+def test_a_tensor_of_one_dimension_is_not_left_at_its_start(tmp_path, lost):
+    weights = timm.create_model("test_efficientnet").state_dict()
+    file = tmp_path / "weights.safetensors"
+    save_file({name: value for name, value in weights.items() if name != lost}, file)
+    with pytest.raises(ValueError, match=f"lack {lost}: not of this network"):
+        timm.create_model("ride", backbone="test_efficientnet", backbone_pretrained=file, num_classes=3)
+
+
+def test_the_norm_beside_a_classifier_may_be_left_out(tmp_path):
+    """Such as from the weights of FCMAE, which timm loads without it."""
+    file, net = tmp_path / "weights.safetensors", timm.create_model("test_convnext")
+    save_file({name: value for name, value in net.state_dict().items() if not name.startswith("head.")}, file)
+    model = timm.create_model("ride", backbone="test_convnext", backbone_pretrained=file, num_classes=3)
+    assert torch.equal(model.trunk.net.stem[0].weight, net.stem[0].weight)
+
+
+def test_a_missing_key_is_called_one(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), file)
+    with pytest.raises(ValueError, match="could not be loaded or do not fit: KeyError: 'blocks"):
+        timm.create_model("ride", backbone="test_convnext", backbone_pretrained=file, num_classes=3)
+
+
 def test_weights_with_the_classifier_left_out_are_taken(tmp_path):
     file, net = tmp_path / "weights.safetensors", timm.create_model("test_vit")
     save_file({name: value for name, value in net.state_dict().items() if not name.startswith("head.")}, file)
