@@ -56,7 +56,7 @@ def sets_of_columns(
             labels = _checked(values, label_column, name, names)
         if not sets:
             try:
-                labels, num_classes = check_labels(labels, len(train_names) if train_names else None)
+                labels, num_classes = check_labels(labels, len(train_names) if train_names else None, train_names)
             except InputError as error:
                 raise InputError(f"split {name!r}, column {label_column!r}: {error}") from error
         check_unseen(labels, num_classes, f"split {name!r}")

@@ -6,6 +6,7 @@ Exponential and step imbalance as in arXiv:1906.07413 (LDAM), whose selection ar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import count, islice
 from numbers import Integral, Real
 
@@ -69,11 +70,13 @@ def class_sizes(num_images: int, num_classes: int, imb_type: str, imb_factor: fl
     return sizes
 
 
-def check_labels(labels: ArrayLike, num_classes: int | None = None) -> tuple[np.ndarray, int]:
+def check_labels(
+    labels: ArrayLike, num_classes: int | None = None, names: Sequence[str] | None = None
+) -> tuple[np.ndarray, int]:
     """Labels [N] as int64, and the number of classes, each with an image.
 
-    `num_classes` defaults to the highest label plus one. Raises `InputError` for no labels, labels that are not
-    integers or outside 0 ... C-1, and classes without an image.
+    `num_classes` defaults to the highest label plus one; names: of the classes, for the error. Raises `InputError` for
+    no labels, labels that are not integers or outside 0 ... C-1, and classes without an image.
     """
     labels = np.asarray(labels)
     if labels.size == 0:
@@ -91,11 +94,11 @@ def check_labels(labels: ArrayLike, num_classes: int | None = None) -> tuple[np.
     if num_missing:
         # by iteration: one stray label of a billion must not allocate a billion entries
         have = set(present.tolist())
-        first = ", ".join(map(str, islice((c for c in count() if c not in have), min(num_missing, 10))))
+        missing = islice((c for c in count() if c not in have), min(num_missing, 10))
+        first = ", ".join(str(c if names is None else names[c]) for c in missing)
         more = ", …" if num_missing > 10 else ""
-        raise InputError(
-            f"{num_missing} of {num_classes} classes have no image: {first}{more}; number classes without gaps"
-        )
+        way = "number classes without gaps" if names is None else "add images of them, or remove them from all splits"
+        raise InputError(f"{num_missing} of {num_classes} classes have no image: {first}{more}; {way}")
     return labels.astype(np.int64), num_classes
 
 

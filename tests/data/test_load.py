@@ -248,7 +248,7 @@ TWO = ClassLabel(names=["a", "b"])
         ([0, 1, -1], TWO, "label -1 in row 2 .* outside 0 … 1"),
         ([-1, -1], TWO, "split 'train' is unlabelled"),
         ([0, 2, 2], Value("int64"), "column 'label': 1 of 3 classes have no image: 1"),
-        ([0, 0], TWO, "1 of 2 classes have no image: 1"),
+        ([0, 0], TWO, "1 of 2 classes have no image: b; add images of them, or remove them from all"),
         ([0, 10**9], Value("int64"), "classes have no image: 1, 2"),
     ],
 )
