@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ride_timm.cli.main import main
+from ride_timm.errors import InputError
+from ride_timm.training import options
 from ride_timm.training.options import parse_arguments, recipe_for
 
 BACKBONE = "test_convnext"
@@ -153,3 +155,18 @@ def test_images_of_ones_own_are_all_kept_at_a_mean_that_fits(flags, augment, siz
 def test_a_named_recipe_is_kept(photos):
     _, recipe = parse_arguments(["--dataset", str(photos), "--recipe", "fashion_lt"])
     assert recipe.name == "fashion_lt"
+
+
+def test_the_images_looked_at_are_those_of_the_named_configuration(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(options, "first_image_size", lambda dataset, **places: seen.update(places) or (32, 32))
+    place = dict(dataset_config="small", dataset_revision="v1")
+    assert recipe_for(dict(dataset="owner/birds", **place))[0] == "fashion_lt"
+    assert seen == place
+
+
+def test_a_backbone_without_the_network_that_cuts_it_is_refused(colours):
+    with pytest.raises(
+        InputError, match=r"resnet18 is cut by the model ride, not by ride_resnet32: .* --recipe finetune"
+    ):
+        parse_arguments(["--dataset", str(colours), "--backbone", "resnet18"])

@@ -76,6 +76,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
     if args.teacher:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
+    if recipe.backbone is not None and recipe.model != "ride":
+        raise InputError(
+            f"backbone={recipe.backbone} is cut by the model ride, not by {recipe.model}: fine-tune it by --recipe "
+            f"{FINETUNE}, or train it from scratch by --model ride."
+        )
     if args.stage == "router" and recipe.num_experts == 1:
         raise InputError("num_experts=1: a router needs at least 2 experts to choose from.")
     both = ("experts", "router") if recipe.num_experts > 1 else ("experts",)
