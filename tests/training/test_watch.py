@@ -32,6 +32,27 @@ def watch_of(num_steps, signals=None, precision="no"):
     return watch
 
 
+@pytest.mark.parametrize(
+    ("seconds", "notice"),
+    [
+        (0.1, ""),
+        (1.0, "notice: stage experts: about 3 minutes for 2 epochs\n"),
+        (60.0, "notice: stage experts: about 3.3 hours for 2 epochs\n"),
+    ],
+)
+def test_the_time_of_a_long_stage_is_estimated_once_from_the_second_look(seconds, notice, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("ride_timm.training.watch.time.perf_counter", lambda: now[0])
+    watch = Watch(Accelerator(cpu=True), Caught(), "no")
+    for epoch in (1, 2):  # two of three epochs are left, of 100 steps; the first steps are slow
+        watch.begin_epoch("experts", epoch, 100, 3)
+        for step in range(100):
+            now[0] += 100 if (epoch, step) == (1, 0) else seconds
+            watch.update(torch.tensor(1.0))
+            at_second_look = (epoch, step + 1) == (1, 2 * CHECK_EVERY)
+            assert capsys.readouterr().err == (notice if at_second_look else "")
+
+
 @pytest.mark.parametrize("bad", [0, 7, CHECK_EVERY - 1, CHECK_EVERY, 49])
 def test_a_non_finite_loss_is_found_within_the_epoch(bad):
     watch, seen = watch_of(50, precision="bf16"), 0
