@@ -21,5 +21,5 @@ def listed(names: Iterable[object]) -> str:
 def first_line(error: Exception) -> str:
     """Kind and first line of an error from elsewhere, without addresses of objects."""
     text = str(error).strip().partition("\n")[0]
-    text = re.sub(r" <[\w.]+ object at 0x\w+>", "", text)[:200].rstrip(".")  # an address helps nobody
+    text = re.sub(r" <[\w.]+ object at 0x\w+>", "", text)[:200].rstrip(".")  # an address is of no use
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

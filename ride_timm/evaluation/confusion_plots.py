@@ -123,8 +123,8 @@ def plot_confusion_gallery(
         true, predicted = confusion["true"], confusion["predicted"]
         for y, c, arrow in ((0.78, true, ""), (0.52, predicted, "→ ")):
             line[0].text(0, y, arrow + figures.label(class_names[c]), color=COLOURS[group_of[c]], weight="bold")
-        share = f"{confusion['images']} images, {number(confusion['percent'], 1)} %\nof the true class"
-        line[0].text(0, 0.1, share, fontsize="small")
+        caption = f"{confusion['images']} images, {number(confusion['percent'], 1)} %\nof the true class"
+        line[0].text(0, 0.1, caption, fontsize="small")
         for axes, example in zip(line[1:], confusion["examples"], strict=False):
             _show(axes, test, example["image"])
             axes.set_title(f"{100 * example['probability']:.0f} %", fontsize=8)

@@ -19,7 +19,7 @@ _ROW_GROUP = 1000  # rows of a Parquet file that are held in memory
 
 @dataclass(frozen=True)
 class Columns:
-    """What the rows of `predicted_rows` hold: `top_k` classes, experts used, features [E·D]."""
+    """Columns of the rows of `predicted_rows`: `top_k` classes, experts used, features [E·D]."""
 
     top_k: int
     routed: bool = False

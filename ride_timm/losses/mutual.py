@@ -78,6 +78,6 @@ class MutualLoss(BalPoELoss):
         seen.index_add_(1, targets, rows)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(seen)
-        share = seen[0] / seen[1].clamp_min(1)
-        step = MOMENTUM * (seen[1] > 0) * (share - self.accuracy)
+        accuracy = seen[0] / seen[1].clamp_min(1)
+        step = MOMENTUM * (seen[1] > 0) * (accuracy - self.accuracy)
         self.accuracy.add_(step.to(self.accuracy.dtype))

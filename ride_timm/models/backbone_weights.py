@@ -80,7 +80,7 @@ def _missing_tensors() -> Iterator[list[str]]:
 
 
 def stated_network(file: Path) -> str | None:
-    """The timm network that a file of weights is of, by timm's config.json beside it or by its name, if they say."""
+    """The timm network of a file of weights, by timm's config.json in its folder or by its name; None if unknown."""
     try:
         name = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))["architecture"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -25,7 +25,7 @@ class Options:
     """The flags that are not recipe keys.
 
     stages: those to train, in order. fixed: recipe keys that the machine must not change, since a flag, the launcher
-    or the resumed run states them. notices: what was chosen for the user, to be said once.
+    or the resumed run states them. notices: choices made for the user, printed once.
     """
 
     stage: str

@@ -36,7 +36,7 @@ class Stage:
     """One stage of training: everything the loop needs of it.
 
     name: its key in results.json. objective: model and loss; `wrapped`: the same prepared by Accelerate, which is what
-    the loop calls. Subclasses make the objective and say what differs.
+    the loop calls. Subclasses make the objective and override what differs.
     """
 
     name: str
