@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--confusions", metavar="DIR", help="write confusion_matrix.csv there, and with matplotlib confusion_matrix.png"
     )
-    parser.add_argument("--curve", metavar="FILE", help="write accuracy against MACs of all thresholds, .png or .csv")
+    parser.add_argument("--curve", metavar="FILE", help="write accuracy against MACs of best thresholds, .png or .csv")
     parser.add_argument("--time", action="store_true", help="report images per second of the forward passes")
     parser.add_argument(
         "--shifted",

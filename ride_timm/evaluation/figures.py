@@ -77,6 +77,13 @@ def label(class_name: str) -> str:
     return (class_name if len(class_name) <= 22 else class_name[:21] + "…").replace("$", r"\$")
 
 
+def plain_numbers() -> Any:
+    """Minor tick labels of a logarithmic axis: 200, not 2 x 10^2."""
+    from matplotlib.ticker import LogFormatter
+
+    return LogFormatter(labelOnlyBase=False)
+
+
 def legend_below(axes: Any, **options: Any) -> None:
     place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=6)
     axes.legend(**place, frameon=False, fontsize="small", columnspacing=1, handlelength=1.2, **options)

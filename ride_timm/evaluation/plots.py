@@ -96,6 +96,7 @@ def plot_long_tail(
     panels[0].bar(height=[counts[order[run.start : run.stop]].mean() for run in runs], **bars)
     panels[0].set(title="Training images per class", yscale="log", ylabel="images")
     panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter(figures.plain_numbers())
     for axes, (name, metrics) in zip(panels[1:], rows.items(), strict=True):
         accuracies = np.asarray(metrics["per_class"], dtype=float)[order]  # NaN: no test image
         axes.bar(height=[_mean(accuracies[run.start : run.stop]) for run in runs], **bars)
@@ -110,7 +111,7 @@ def plot_long_tail(
     for group in (group for group in GROUPS[1:] if any(group == run.group for run in runs)):
         panels[0].bar(0, 0, color=COLOURS[group], label=f"{group}-shot")
     panels[0].plot([], [], color="black", linewidth=1, label="mean of the group")
-    panels[0].legend(frameon=False, ncols=4, fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=4)
     if len(order) <= 20:
         panels[-1].set_xticks(
             [run.centre for run in runs], [figures.label(class_names[c]) for c in order], rotation=30, ha="right"
@@ -224,7 +225,7 @@ def plot_routing(
 
     for axes, group in zip(grid[0], groups, strict=True):
         line(axes, prefixes, group, "s--", color="#9aa0a6", linewidth=1, label="1, 2, … experts for every image")
-        line(axes, curve, group, color=COLOURS[group], label="router, every threshold")
+        line(axes, curve, group, color=COLOURS[group], label="router, best thresholds")
         for i, point in enumerate(prefixes):
             at = (point["macs"] / 1e6, point[group])
             axes.annotate(str(i + 1), at, (0, -13), textcoords="offset points", ha="center")

@@ -75,6 +75,17 @@ def test_classes_from_head_to_tail(drawn, tmp_path):
     assert [list(line.get_ydata()) for line in accuracy.lines] == [[100, 100]] * 3  # means of the groups
 
 
+def test_training_images_of_a_short_tail_are_plain_numbers_beside_no_legend(drawn, tmp_path):
+    counts, metrics = [500] * 2 + [50], measured(False)
+    plots.plot_long_tail(tmp_path / "long_tail.png", {"ensemble": metrics}, counts, NAMES, SHOTS)
+    images = drawn["long_tail.png"].axes[0]
+    labels = [label.get_text() for which in ("major", "minor") for label in images.get_yticklabels(which=which)]
+    assert {"60", "100", "200", "300", "400"} <= set(labels) and not any("$" in label for label in labels)
+    (legend,) = drawn["long_tail.png"].legends  # above the panels: bars of equal height would run through it
+    assert images.get_legend() is None
+    assert [text.get_text() for text in legend.get_texts()] == ["mean of the group", "many-shot", "medium-shot"]
+
+
 def test_many_classes_are_averaged_within_their_group(drawn, tmp_path):
     counts = [1000] * 399 + [5] * 1
     metrics = dict(measured(False), per_class=[50.0] * 398 + [None, 10.0])
@@ -119,3 +130,5 @@ def test_routing_with_the_chosen_threshold(drawn, tmp_path):
     assert [list(line.get_xdata()) for line in panels[0].lines] == [[50, 100], [50, 80], [70]]
     assert panels[2].lines[1].get_color() == COLOURS["few"]
     assert [text.get_text() for text in panels[0].texts] == ["1", "2"]
+    (legend,) = drawn["routing.png"].legends
+    assert legend.get_texts()[1].get_text() == "router, best thresholds"  # the curve holds Pareto points alone
