@@ -16,11 +16,12 @@ from ride_timm.models import Ride
 from ride_timm.training.recipe import Recipe
 
 
-def measure(model: Ride, recipe: Recipe) -> dict[str, Any]:
+def measure(model: Ride, recipe: Recipe, *, curve: bool = True) -> dict[str, Any]:
     """Measure the metrics of results.json on the recipe's test set.
 
     {"class_counts", "class_names", "stages": {"experts": …, "router": …}, "routing": {"curve", "prefixes"}}, the last
-    two for models with a router only. InputError if the data have another number of classes.
+    two for models with a router only; curve: False leaves "routing" out, which takes a pass over the data of its own.
+    InputError if the data have another number of classes.
     """
     data = load_longtail(**recipe.data_args)
     if data.num_classes != model.num_classes:
@@ -44,7 +45,8 @@ def measure(model: Ride, recipe: Recipe) -> dict[str, Any]:
     if model.router is not None:
         routed = evaluate(model, batches, counts, routed=True, threshold=recipe.threshold, shots=shots)
         stages["router"] = with_macs(routed, model, shape) | dict(threshold=recipe.threshold)
+    if model.router is not None and curve:
         outcomes, macs = collect_outcomes(model, batches), count_macs(model, shape)
-        curve = thin(routing_curve(outcomes, macs, counts, shots=shots), 60)
-        found["routing"] = dict(curve=curve, prefixes=prefix_points(outcomes, macs, counts, shots))
+        points = thin(routing_curve(outcomes, macs, counts, shots=shots), 60)
+        found["routing"] = dict(curve=points, prefixes=prefix_points(outcomes, macs, counts, shots))
     return found

@@ -1,5 +1,6 @@
 """Metrics of a release by shot group: measured, plotted and written by the recipe's thresholds."""
 
+import measure as measuring
 import pytest
 import stage as staging
 import timm
@@ -46,6 +47,12 @@ def test_every_figure_is_by_the_thresholds_of_the_recipe(measured_run, recipe):
     found = measure(measured_run[1], recipe)
     points = [*found["stages"].values(), *found["routing"]["curve"], *found["routing"]["prefixes"]]
     assert len(points) > 3 and all(None not in (p["many"], p["medium"], p["few"]) for p in points)
+
+
+def test_the_curve_of_the_router_is_left_out_of_a_check(measured_run, recipe, monkeypatch):
+    monkeypatch.setattr(measuring, "collect_outcomes", None)  # a pass over the data that no check reads
+    results = RunFolder(measured_run[0]).results()
+    assert set(check_accuracy(measured_run[1], recipe, results)) == {"experts", "router"}
 
 
 def test_a_release_of_other_thresholds_says_so_and_is_verified(measured_run, recipe, colours, tmp_path, monkeypatch):
