@@ -106,7 +106,12 @@ def _eval_results(results: dict[str, Any], title: str, hub_id: str | None) -> li
 
 def _curve_row(point: dict[str, Any]) -> list[str]:
     accuracies = [number(point[group], 1) for group in GROUPS]
-    return [f"{point['threshold']:.6g}", millions(point["macs"]), *accuracies, percentages(point["experts_used"])]
+    return [_threshold(point["threshold"]), millions(point["macs"]), *accuracies, percentages(point["experts_used"])]
+
+
+def _threshold(value: float) -> str:
+    """A threshold as Python reads it; near 1, where six digits would name another one, its distance from 1."""
+    return f"{value:.6g}" if value == 1 or value < 1 - 1e-4 else f"1 - {1 - value:.3g}"
 
 
 def _few_points(curve: list[dict[str, Any]], most: int = 5) -> list[dict[str, Any]]:

@@ -97,10 +97,10 @@ def command(recipe: Recipe, results: dict[str, Any]) -> str:
 
 
 def loss_settings(recipe: Recipe) -> str:
-    """The loss with the recipe keys that it reads."""
+    """The loss with the recipe keys that it reads and that are set."""
     entry = LOSSES[recipe.loss]
     values, keys = entry.arguments(recipe), [item.name for item in entry.keys]
-    return ", ".join([recipe.loss, *(f"{key} {setting(values[key])}" for key in keys if key in values)])
+    return ", ".join([recipe.loss, *(f"{key} {setting(values[key])}" for key in keys if values.get(key) is not None)])
 
 
 def setting(value: Any) -> str:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from card import render
 from card_text import describe_data
 from release_files import TAG, front_matter, set_json
 from stage import stage
@@ -35,6 +36,22 @@ def test_the_card_says_what_the_data_say(staged):
     for block in blocks:
         compile(block, "card", "exec")
     assert len(blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("threshold", "cell"),
+    [
+        (1.0, "1"),
+        (0.2669864, "0.266986"),
+        (0.9997906, "0.999791"),
+        (1 - 2**-24, "1 - 5.96e-08"),  # the largest below 1 in single precision
+        (0.0, "0"),
+    ],
+)
+def test_a_threshold_is_that_of_its_row(staged, threshold, cell):
+    point = dict(threshold=threshold, macs=1e6, all=50.0, many=None, medium=50.0, few=50.0, experts_used=[1.0, 0.0])
+    set_json(staged.path / "results.json", routing=dict(curve=[point]))
+    assert f"\n| {cell} | 1.0 | 50.0 | – |" in render(staged)
 
 
 def test_seeds_give_a_spread(make_run, run, tmp_path):

@@ -33,6 +33,8 @@ def render_with(staged, **changes):
         (dict(loss="ride"), ["| loss | ride, ", ", additional_diversity_factor -0.45", ", reweight_epoch 160, "]),
         (dict(loss="ride", reweight=False), [", reweight no, "]),
         (dict(loss="balpoe"), ["with BalPoE ([arXiv:2206.05260]", "RIDE, BalPoE ([arXiv", ", taus (0, 1, 2) |"]),
+        (dict(loss="balpoe"), ["| loss | balpoe, label_smoothing 0, taus "]),
+        (dict(loss="balpoe", tau_reach=0.5), [", tau_reach 0.5, taus (0.5, 1, 1.5) |"]),
         (dict(loss="sade", inverse_tau=1.5), ["with SADE (", "inverse_tau 1.5 |", "Training favours rare classes."]),
         (dict(loss="mdcs", auto_augment="original"), ["with MDCS (", "taus (-0.5, 1, 2.5)", "consistency 0.6"]),
         (dict(loss="focal"), ["with the focal loss (", "| loss | focal, gamma 1 |", "knows nothing of class freq"]),
