@@ -138,6 +138,7 @@ TINY = {
     "split": ["--files", "30000"],
     "import_time": [],
     "memory": [*PLAIN, "--steps", "1", "--batch-size", "2"],
+    "adapters": ["--backbone", "test_vit", "--image-size", "160", "--batch-size", "2", "--steps", "1"],
 }
 LAST = {"routed": r"worst deviation [\d.]+ %", "split": r"slowest [\d.]+ s", "import_time": r"difference -?[\d.]+ s"}
 

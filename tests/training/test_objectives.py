@@ -240,7 +240,7 @@ def test_mixed_loss_is_the_weighted_mean_of_both(name):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 3, 4, generator=generator, dtype=torch.float64)
     one, other = torch.randint(0, 4, (2, 6), generator=generator)
-    loss = ExpertsObjective(torch.nn.Identity(), make_loss(name, [50, 20, 9, 4])).loss_of
+    loss = ExpertsObjective(torch.nn.Identity(), make_loss(name, [50, 20, 9, 4])).eval().loss_of
     value = loss(logits, MixedTargets(one, other, torch.tensor(0.25)))
     torch.testing.assert_close(value, 0.25 * loss(logits, one) + 0.75 * loss(logits, other))
     pure = loss(logits, MixedTargets(one, other, torch.tensor(1.0)))
