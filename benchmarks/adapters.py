@@ -37,7 +37,7 @@ def train(args: argparse.Namespace) -> None:
     training = Training(recipe, labels_only(class_counts_of(args.num_classes)), args.num_classes)
     batch = random_batch(args.batch_size, args.num_classes, args.image_size)
     training.train_batches(Clocked([batch] * args.steps, args.steps))
-    figures = dict(peak=peak_megabytes() - imported)
+    figures = dict(peak=max(1.0, peak_megabytes() - imported))
     figures["trained"] = sum(p.numel() for p in training.stage.objective.trainable_parameters()) / 1e6
     state = TrainingState()
     state.capture(training.stage, 1)

@@ -54,7 +54,7 @@ def as_plain(name, value):
 
 @pytest.mark.parametrize(
     ("name", "num_classes", "size", "epoch"),
-    [("ride_resnet32", 100, 16, 0), ("ride_resnet32", 100, 16, 160), ("ride_resnext50", 10, 40, 160)],
+    [("ride_resnet32", 100, 16, 0), ("ride_resnet32", 100, 16, 160), ("ride_resnext50", 10, 33, 160)],
 )
 def test_same_logits_loss_and_gradients(benchmark, name, num_classes, size, epoch):
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_same_logits_loss_and_gradients(benchmark, name, num_classes, size, epoc
     plain.model.load_state_dict({plain_name(key): as_plain(key, value) for key, value in model.state_dict().items()})
     for module in (objective, plain.model, plain.loss):
         module.double()  # in float32 the order of summation alone differs by more than the tolerance
-    images, targets = benchmark("batches").random_batch(4, num_classes, size)
+    images, targets = benchmark("batches").random_batch(2, num_classes, size)
 
     ours = objective(images.double(), targets)
     ours["loss"].backward()
