@@ -46,6 +46,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise RunError(message) from error
 
 
+def expanded(path: str | Path | None) -> Path | None:
+    """A path with ~ replaced by the home folder; None stays None."""
+    return None if path is None else Path(path).expanduser()
+
+
 def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 

@@ -68,20 +68,10 @@ def train(script):
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory):
     """Folder of small long-tailed images by split and class, learned in a few steps."""
-    import numpy as np
-    from PIL import Image
+    from class_folders import write_class_folders
 
-    root = tmp_path_factory.mktemp("colours")
-    rng = np.random.default_rng(0)
-    for split, counts in (("train", (30, 16, 8)), ("test", (10, 10, 10))):
-        for label, count in enumerate(counts):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 120, (32, 32, 3))
-                pixels[..., label] += 100
-                Image.fromarray(pixels.astype("uint8")).save(folder / f"{i:03d}.png")
-    return root
+    counts = dict(train=(30, 16, 8), test=(10, 10, 10))
+    return write_class_folders(tmp_path_factory.mktemp("colours"), counts, (32, 32), "class", ".png")
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
+from class_folders import write_class_folders
 from journeys import rows_of, stop_after_epoch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ride_timm.cli.main import main
@@ -23,17 +22,8 @@ SMALL += ["--threads", "1", "--mixed-precision", "no", "--split", "stages.3"]
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Photographs of 60 x 80 pixels by split and class, with a tail."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, counts in (("train", (16, 8, 4)), ("test", (4, 4, 4))):
-        for label, count in enumerate(counts):
-            folder = root / split / f"flower{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 120, (60, 80, 3))
-                pixels[..., label] += 100
-                Image.fromarray(pixels.astype("uint8")).save(folder / f"{i:03d}.jpg")
-    return root
+    counts = dict(train=(16, 8, 4), test=(4, 4, 4))
+    return write_class_folders(tmp_path_factory.mktemp("photos"), counts, (60, 80), "flower", ".jpg")
 
 
 @pytest.fixture(scope="module")

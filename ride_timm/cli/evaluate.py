@@ -34,6 +34,7 @@ from ..evaluation.shifted import RATIOS, shifted_accuracies, shifted_table
 from ..evaluation.tables import GROUPS, classes_table, confusions_table, groups_table, metrics_table, millions
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..files import write_text
+from ..hardware import choose_device
 from ..inference.load import SPEC, data_recipe, load_ride, own_recipe
 from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
 from ..inference.options import (
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     macs = count_macs(model, (3, size, size))
     if args.macs_budget is not None:
         check_budget(macs, args.macs_budget)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     model = model.to(device)
 
     def batches(image_set: Any) -> Any:

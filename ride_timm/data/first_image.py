@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import ExifTags
 from PIL.Image import Image
 
-from .augment.images import open_image
+from ..files import expanded
+from .augment.images import open_image, upright_size
 from .columns import choose_image_column
 from .datasets import EMBEDDED, KNOWN, lists_of
 from .folders import files_below, is_image, split_folders
@@ -19,8 +19,6 @@ from .lists import find_lists, image_root, read_list
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def first_image_size(
@@ -40,16 +38,14 @@ def first_image_size(
     set cannot be read; `load_longtail` says why.
     """
     try:
-        paths, hub = (_expanded(data_dir), _expanded(annotations)), (dataset_config, dataset_revision)
+        paths, hub = (expanded(data_dir), expanded(annotations)), (dataset_config, dataset_revision)
         image = _first_image(str(dataset), *paths, image_column, train_split, *hub)
         if image is None:
             return None
         with image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            return upright_size(image)
     except Exception:  # file systems, decoders and `datasets` have no common error
         return None
-    return (height, width) if turned else (width, height)
 
 
 def _first_image(
@@ -103,7 +99,3 @@ def _first_of_rows(
     column = choose_image_column(rows, image_column)
     stored = next(iter(rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))))[column]
     return open_stored(stored)
-
-
-def _expanded(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path).expanduser()

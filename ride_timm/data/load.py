@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, listed
+from ..files import expanded
 from .columns import check_unseen, choose_image_column, sets_of_columns, with_images
 from .datasets import EMBEDDED, KNOWN, default_profile, lists_of
 from .folders import split_of
@@ -78,7 +79,7 @@ def load_longtail(
 
     Raises `InputError` if the data set is not found, or for unusable splits, columns or labels.
     """
-    dataset, data_dir, annotations = str(dataset), _expanded(data_dir), _expanded(annotations)
+    dataset, data_dir, annotations = str(dataset), expanded(data_dir), expanded(annotations)
     profile = profile_of(dataset, imb_type, imb_factor, seed)
     if dataset in EMBEDDED and (data_dir or annotations) is not None:
         given = str(data_dir or annotations)
@@ -259,10 +260,6 @@ def _listed_files(annotations: AnnotationList, root: Path, split: str) -> ImageS
 def _matched_rows(annotations: AnnotationList, split: Dataset, image_column: str, split_name: str) -> ImageSet:
     rows = rows_of(annotations, split, image_column, split_name)
     return ImageSet(split.select_columns([image_column]), rows, annotations.labels, image_column, split_name)
-
-
-def _expanded(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path).expanduser()
 
 
 def hold_out(image_set: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:

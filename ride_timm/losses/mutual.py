@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError
 from ..keys import key
 from .balpoe import BalPoELoss
 from .base import register_loss
-from .terms import batch_mean, cross_entropy
+from .terms import batch_mean, cross_entropy, sum_processes
 
 MOMENTUM = 0.1  # of a class' running accuracy, for each batch that holds it
 
@@ -76,8 +75,7 @@ class MutualLoss(BalPoELoss):
         seen = torch.zeros(2, len(self.accuracy), dtype=torch.float64, device=targets.device)
         rows = torch.stack([right.double().mean(1), torch.ones_like(targets, dtype=torch.float64)])
         seen.index_add_(1, targets, rows)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(seen)
+        sum_processes(seen)
         accuracy = seen[0] / seen[1].clamp_min(1)
         step = MOMENTUM * (seen[1] > 0) * (accuracy - self.accuracy)
         self.accuracy.add_(step.to(self.accuracy.dtype))

@@ -13,6 +13,14 @@ def widen(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def sum_processes(constants: Tensor) -> int:
+    """Add up constants over all processes, in place and without gradients; returns the number of processes."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return 1
+    dist.all_reduce(constants)
+    return dist.get_world_size()
+
+
 def batch_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """(Weighted) mean over the batch of all processes.
 
@@ -21,10 +29,8 @@ def batch_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     value of one process alone is not. 0 where all weights are.
     """
     weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
-    total, num_processes = weights.sum(), 1
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        num_processes = dist.get_world_size()
-        dist.all_reduce(total)  # of constants: no gradient to pass on
+    total = weights.sum()
+    num_processes = sum_processes(total)
     return (weights * values).sum() * num_processes / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 

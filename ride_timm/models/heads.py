@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
+COSINE_SCALE = 30.0  # of the logits, as the authors have it
+
 
 class CosineClassifier(nn.Module):
     """Scaled cosine similarity with a weight per class: the head of LDAM and RIDE.
@@ -15,7 +17,7 @@ class CosineClassifier(nn.Module):
     of unit norm. arXiv:1906.07413, section 3.
     """
 
-    def __init__(self, in_features: int, out_features: int, scale: float = 30.0) -> None:
+    def __init__(self, in_features: int, out_features: int, scale: float = COSINE_SCALE) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models import Ride
+from ..models.heads import COSINE_SCALE
 
-SCALE = 30.0  # of the logits of a linear classifier, as that of cosine heads
 NOISE = 0.5  # length of the random vector added to a unit mean, for every expert but the first
 
 
@@ -42,7 +42,7 @@ def heads_from_class_means(
                 "choose random, or --use-norm."
             )
         if isinstance(head, nn.Linear | nn.Conv2d):
-            mean = mean * SCALE / norm
+            mean = mean * COSINE_SCALE / norm
             if head.bias is not None:
                 head.bias.zero_()
         weight.copy_(mean.view_as(weight))

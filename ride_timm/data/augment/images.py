@@ -71,6 +71,13 @@ def _load(image: Image.Image) -> None:
             raise
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an image once its EXIF orientation is applied; nothing is decoded."""
+    width, height = image.size
+    sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if sideways else (width, height)
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Decode an image, apply its EXIF orientation and convert it to RGB.
 

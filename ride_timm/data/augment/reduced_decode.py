@@ -8,11 +8,11 @@ from __future__ import annotations
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from .images import Box, Plan, decode_full, resize_box, upright
+from .images import Box, Plan, decode_full, resize_box, upright, upright_size
 
 _FACTORS = (8, 4, 2)
-# EXIF orientations that exchange width and height, and those that mirror the upright image's x or y
-_SIDEWAYS, _X_MIRRORED, _Y_MIRRORED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+# EXIF orientations that mirror the upright image's x or y
+_X_MIRRORED, _Y_MIRRORED = (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:
@@ -32,7 +32,7 @@ def decode_reduced(image: Image.Image, plan: Plan) -> Image.Image:
 
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     stored = image.size
-    width, height = stored[::-1] if orientation in _SIDEWAYS else stored
+    width, height = upright_size(image)
     box, size, resampling = plan(width, height)
     factor = reduction(box, size)
     # draft takes a size and chooses the factor by itself; for this size it chooses ours
