@@ -22,7 +22,6 @@ from ride_timm.training.build import (
     build_class_weights,
     build_model,
     build_teacher,
-    hyperparameters,
     load_data,
 )
 from ride_timm.training.options import parse_arguments
@@ -30,6 +29,7 @@ from ride_timm.training.preflight import adapt_to_machine, check_options, prefli
 from ride_timm.training.run_folder import RunFolder
 from ride_timm.training.stages import Stage, build_stage
 from ride_timm.training.state import TrainingState
+from ride_timm.training.trackers import log_epoch, log_results, start_trackers
 from ride_timm.training.watch import Watch
 
 
@@ -62,12 +62,14 @@ def train(argv: list[str] | None) -> None:
         if not resumed:
             run.begin(recipe, state)
     if options.trackers:
-        accelerator.init_trackers("ride_timm", hyperparameters(recipe))
+        start_trackers(accelerator, recipe, run)
 
     for name in options.stages:
         if name not in state.results:
             stage = build_stage(name, recipe, data, model, teacher, accelerator, state.source is None, class_weights)
             train_stage(stage, state, run, accelerator, watch)
+    if options.trackers and accelerator.is_main_process:
+        log_results(accelerator, run, step=len(state.history))
     accelerator.end_training()
     if accelerator.is_main_process:
         print(run.table())
@@ -87,8 +89,7 @@ def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator:
         state.history.append(row)
         state.seconds += time.perf_counter() - started
         state.capture(stage, epoch)
-        scalars = {f"{stage.name}/{key}": value for key, value in row.items() if isinstance(value, float)}
-        accelerator.log(scalars, step=len(state.history))
+        log_epoch(accelerator, row, step=len(state.history))
         if accelerator.is_main_process:
             run.save(state)  # atomic: a kill costs at most the running epoch
         watch.check()

@@ -192,3 +192,19 @@ def test_recipe_without_a_value_lists_them_all(script, capsys):
     printed = capsys.readouterr().out
     for words in ("cifar100_lt_sade", "inat18_resnet50_distill", "Command: accelerate launch", "Result: "):
         assert words in printed
+
+
+def test_trackers_keep_the_stages_apart(train, colours, tmp_path):
+    """A tracker that is named twice logs once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "tracked"
+    assert train(flags_of(colours, output, "--tracker", "tensorboard", "--tracker", "tensorboard")) == 0
+    (events,) = (output / "ride_timm").glob("events*")
+    found = EventAccumulator(str(events)).Reload()
+    logged = {tag: [event.step for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    assert logged["experts/loss"] == [1, 2, 3] and logged["router/loss"] == [4, 5]
+    assert logged["experts/all"] == [2, 3] and logged["router/all"] == [5] == logged["results/router/all"]
+    losses = [float(row["loss"]) for row in rows_of(output)]
+    assert [event.value for event in found.Scalars("router/loss")] == pytest.approx(losses[3:])
+    assert found.Tags()["tensors"] == ["results/table/text_summary"]

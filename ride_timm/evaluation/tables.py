@@ -41,13 +41,18 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A text table of accuracies (percent), MACs and experts used, by name."""
+def metrics_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A heading, and cells of accuracies (percent), MACs and experts used, by name."""
     lines = [["", *GROUPS, "top-5", "MMACs", "experts used"]]
     for name, metrics in rows.items():
         accuracies = (number(metrics.get(key)) for key in (*GROUPS, "top5"))
         lines.append([name, *accuracies, millions(metrics.get("macs")), percentages(metrics.get("experts_used"))])
-    return text_table(lines)
+    return lines
+
+
+def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same as a text table."""
+    return text_table(metrics_rows(rows))
 
 
 def groups_table(metrics: Mapping[str, Any]) -> str:

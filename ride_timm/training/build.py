@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,12 +40,6 @@ def build_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         log_with=list(options.trackers) or None,
         project_dir=options.output if options.trackers else None,
     )
-
-
-def hyperparameters(recipe: Recipe) -> dict[str, int | float | str | bool]:
-    """The recipe's keys for a tracker: numbers stay numbers, what a tracker cannot plot becomes text."""
-    values = dataclasses.asdict(recipe)
-    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
 
 
 @dataclass(frozen=True)

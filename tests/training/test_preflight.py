@@ -74,13 +74,3 @@ def test_ranks_on_unequal_machines_agree(tmp_path):
     outputs = run_two_ranks("-c", RANK, tmp_path / "run")
     assert [json.loads(out) for out, _ in outputs] == [["no", False]] * 2, outputs
     assert [err.count("notice:") for _, err in outputs] == [2, 0]
-
-
-@pytest.mark.parametrize("name", ["lr", "epochs", "decay_epochs", "auto_augment", "dataset"])
-def test_tracked_hyperparameters_keep_their_type(name):
-    from ride_timm.training.build import hyperparameters
-
-    recipe = load_recipe("fashion_lt")
-    value, given = getattr(recipe, name), hyperparameters(recipe)[name]
-    assert given == (value if isinstance(value, int | float | str) else str(value))
-    assert type(given) in (int, float, str, bool)

@@ -1,0 +1,94 @@
+"""Trackers: both stages apart, numbers as numbers, and at the end the results and the plots."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ride_timm import RunError
+from ride_timm.training.recipe import load_recipe
+from ride_timm.training.run_folder import RunFolder
+from ride_timm.training.trackers import hyperparameters, log_results, start_trackers
+
+EXPERTS = dict(all=50.0, many=60.0, medium=None, few=40.0, top5=90.0, macs=3000, epochs=3, per_class=[60.0, 40.0])
+ROUTER = EXPERTS | dict(macs=2000, epochs=2, threshold=0.5, experts_used=[0.5, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("name", ["lr", "epochs", "decay_epochs", "auto_augment", "dataset"])
+def test_hyperparameters_keep_their_type(name):
+    recipe = load_recipe("fashion_lt")
+    value, given = getattr(recipe, name), hyperparameters(recipe)[name]
+    assert given == (value if isinstance(value, int | float | str) else str(value))
+    assert type(given) in (int, float, str, bool)
+
+
+def test_a_tracker_that_does_not_start_says_so(tmp_path):
+    class Accelerator:
+        log_with = ("wandb",)
+
+        def init_trackers(self, *args, **kwargs):
+            raise ConnectionError("No API key configured")
+
+    with pytest.raises(RunError, match=r"wandb did not start \(ConnectionError: No API key.*pass --resume"):
+        start_trackers(Accelerator(), load_recipe("fashion_lt"), RunFolder(tmp_path))
+
+
+class Tracker:
+    """A tracker, and an accelerator with only this one, that keeps what it is given."""
+
+    def __init__(self, name):
+        self.name, self.numbers, self.tables, self.images, self.trackers = name, {}, {}, {}, [self]
+
+    def log(self, values, step):
+        self.numbers |= values
+
+    def log_table(self, name, columns, data, step):
+        self.tables[name] = [columns, *data]
+
+    def log_images(self, images, step, **options):
+        self.images |= images
+        self.options = options
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "results", lambda self: dict(stages=dict(experts=EXPERTS, router=ROUTER)))
+    Image.new("RGBA", (6, 4), (255, 0, 0, 255)).save(tmp_path / "curves.png")
+    return RunFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_results_arrive_as_numbers(run, name):
+    tracker = Tracker(name)
+    log_results(tracker, run, step=5)
+    texts = {key for key, value in tracker.numbers.items() if not isinstance(value, int | float)}
+    assert texts == ({"results/table"} if name == "tensorboard" else set())
+    found = {key: value for key, value in tracker.numbers.items() if key not in texts}
+    shared = {"all": 50.0, "many": 60.0, "few": 40.0, "top5": 90.0}
+    expected = {f"results/{stage}/{key}": value for stage in ("experts", "router") for key, value in shared.items()}
+    expected |= {"results/experts/macs": 3000, "results/experts/epochs": 3}
+    expected |= {"results/router/macs": 2000, "results/router/epochs": 2}
+    assert found == expected | {"results/router/threshold": 0.5, "results/router/experts_used": 1.75}
+
+
+def test_the_table_of_wandb_has_numbers_in_its_cells(run):
+    tracker = Tracker("wandb")
+    log_results(tracker, run, step=5)
+    heading, experts, router = tracker.tables["results/table"]
+    assert dict(zip(heading, experts, strict=True))["all"] == 50.0
+    assert router == ["routed", 50.0, 60.0, None, 40.0, 90.0, 2000, 2, 0.5, 1.75]
+
+
+def test_the_table_of_tensorboard_is_one_of_markdown(run):
+    tracker = Tracker("tensorboard")
+    log_results(tracker, run, step=5)
+    lines = tracker.numbers["results/table"].splitlines()
+    assert lines[0] == "|  | all | many | medium | few | top-5 | MMACs | experts used |"
+    assert lines[-1] == "| routed | 50.00 | 60.00 | – | 40.00 | 90.00 | 0.0 | 50.0 / 25.0 / 25.0 % |"
+
+
+@pytest.mark.parametrize(("name", "options"), [("tensorboard", dict(dataformats="NHWC")), ("wandb", {})])
+def test_plots_are_batches_of_one_image(run, name, options):
+    tracker = Tracker(name)
+    log_results(tracker, run, step=5)
+    assert tracker.images.keys() == {"plots/curves"} and tracker.options == options
+    np.testing.assert_array_equal(tracker.images["plots/curves"], np.full((1, 4, 6, 3), (255, 0, 0), np.uint8))
