@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,11 +58,13 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
 
     No image is opened. Rows are in the order of the paths. A class is the folder of its images; where images are at
     different depths, the topmost one, with all below it. `datasets` reads other forms: without images, or with metadata
-    files. Raises `InputError` for training images outside of class folders, or of one class.
+    files. Warns of files in class folders that are no images by their extension. Raises `InputError` for training
+    images outside of class folders, or of one class.
     """
     folders = split_folders(root) or {"train": [root]}
     files: dict[str, list[str]] = {}  # images by split
     parents: dict[str, list[str]] = {}  # their folders, relative to that of the split
+    others: Counter[str] = Counter()  # files of class folders that are not read, by extension
     for split, some in folders.items():
         files[split], parents[split] = [], []
         for folder in map(str, some):
@@ -71,6 +75,15 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
                     parents[split].append(sys.intern(parent[len(folder) + 1 :]))  # one string for all images there
                 elif name in _METADATA:
                     return None
+                elif len(parent) > len(folder):
+                    others[os.path.splitext(name)[1].lower() or "no extension"] += 1
+    if others:
+        kinds = listed(f"{kind} ({count:,})" for kind, count in others.most_common())
+        warnings.warn(
+            f"files in the class folders under {root} are not read, {others.total():,} in all: {kinds}; Pillow opens "
+            "none of these extensions. Convert those that are images, say to .jpg or .png.",
+            stacklevel=2,
+        )
     if not any(files.values()):
         return None
     by_class = {split: found for split, found in parents.items() if "" not in found}

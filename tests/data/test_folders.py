@@ -100,6 +100,16 @@ def test_other_layouts_are_refused(tmp_path, files, message):
         load_longtail(str(write(tmp_path, *files)))
 
 
+def test_files_that_no_format_reads_are_one_warning(tmp_path):
+    files = ["train/a/1.jpg", "train/a/2.HEIC", "train/b/1.jpg", "test/a/x.heic", "test/a/1.jpg", "test/b/deep/notes"]
+    root = write(tmp_path, *files, "README.md", "train/list.txt", "test/b/.hidden")
+    with pytest.warns(UserWarning) as caught:
+        load_longtail(str(root))
+    assert len(caught) == 1
+    expected = f"files in the class folders under {root} are not read, 3 in all: .heic (2), no extension (1); Pillow"
+    assert str(caught[0].message).startswith(expected)
+
+
 def test_a_test_folder_without_classes_is_refused(tmp_path):
     root = write(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/1.jpg", "val/a/1.jpg", "val/b/1.jpg")
     with pytest.raises(InputError, match=r"split 'test' has no column 'label'.* --test-split"):
