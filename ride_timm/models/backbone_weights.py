@@ -17,6 +17,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..errors import first_line
+from .release import check_finite
 
 _INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
@@ -25,7 +26,7 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
     """Create a backbone with its published weights (True) or those of a file.
 
     make: creates it, from arguments of `timm.create_model`. Raises ValueError if weights cannot be loaded, do not fit,
-    or leave tensors outside of the classifier as they were; warns as `warn_of_twin` does.
+    are not finite, or leave tensors outside of the classifier as they were; warns as `warn_of_twin` does.
     """
     overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
     where = "published weights" if source is True else f"weights in {source}"
@@ -53,6 +54,7 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
         raise ValueError(
             f"backbone={backbone!r}: its {where} lack {', '.join(lacking[:3])}{more}: not of this network."
         )
+    check_finite(tensors, f"backbone={backbone!r}: its {where}")
     if overlay:
         warn_of_twin(backbone, Path(str(source)))
     return net

@@ -15,6 +15,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..errors import InputError
 from .heads import CosineClassifier
+from .release import check_finite
 from .ride import Ride
 from .ride_resnet import FULL_PLANES, REDUCED_PLANES
 
@@ -179,9 +180,10 @@ def load_legacy(path: str | Path) -> Ride:
     """Load an authors' `.pth` checkpoint as a model in eval mode.
 
     The architecture is inferred from the tensors.
-    Raises InputError for a file that cannot be read or is not such a checkpoint.
+    Raises InputError for a file that cannot be read, is not such a checkpoint, or holds values that are not finite.
     """
     state_dict = read_state_dict(path)
+    check_finite(state_dict, f"checkpoint {path}")
     try:
         name, kwargs = infer_architecture(state_dict)
         tags = get_arch_pretrained_cfgs(name)

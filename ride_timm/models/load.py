@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError, first_line
 from .download import check_network
 from .legacy import load_legacy
+from .release import check_finite
 from .ride import Ride
 
 _HUB = "hf-hub:"
@@ -46,7 +47,7 @@ def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
     """Load any network in eval mode.
 
     spec: a run folder, an authors' `.pth`, or a name for `timm.create_model`.
-    Raises InputError if it does not exist or the weights do not fit.
+    Raises InputError if it does not exist, or the weights do not fit or are not finite.
     """
     path = Path(spec)
     check_path(spec)
@@ -63,6 +64,8 @@ def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
         raise
     except Exception as error:  # of any type: from timm, the Hub's client or torch
         raise InputError(f"model {str(spec)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(model, Ride):  # those of a Ride are checked where they are read
+        check_finite(model.state_dict(), f"model {str(spec)!r}")
     return model.eval()
 
 

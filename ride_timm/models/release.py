@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -98,13 +98,14 @@ class Release:
         """Load every tensor; other classes or input channels are adapted as timm does.
 
         classifier: names of the modules that depend on the classes; fit: adapts the tensors to the model, for example
-        to another image size. Raises InputError, with the model unchanged, if another tensor is missing, left over
-        or of another shape.
+        to another image size. Raises InputError, with the model unchanged, if another tensor is missing, left over,
+        of another shape or not finite.
         """
         try:
             tensors = safetensors.torch.load_file(self.weights)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{self.where}: {WEIGHTS} is damaged: not loaded ({error_line(error)}).") from error
+        check_finite(tensors, f"{self.where}: {WEIGHTS}")
         if model.router is None and self.model_args.get("router"):  # router=False was asked for
             tensors = {name: value for name, value in tensors.items() if not name.startswith("router.")}
         tensors = fit(tensors, model) if fit else tensors
@@ -124,6 +125,20 @@ class Release:
             )
         cfg = dict(cfg, state_dict=tensors, source=None, classifier=classifier, label_offset=0)
         load_pretrained(model, cfg, num_classes=model.num_classes, in_chans=model.in_chans)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """InputError, naming the first, for weights with NaN or infinite values.
+
+    where: the weights, for the error.
+    """
+    for name, value in tensors.items():
+        if value.is_floating_point() and not (finite := value.float().isfinite()).all():
+            count = int((~finite).sum())
+            raise InputError(
+                f"{where}: {count:,} of the {value.numel():,} values of {name} are NaN or infinite: the weights are "
+                "damaged, or their training diverged; take others."
+            )
 
 
 def _differences(theirs: dict[str, Tensor], ours: dict[str, Tensor], adapted: tuple[str, ...]) -> str:

@@ -112,6 +112,14 @@ def test_a_missing_key_is_called_one(tmp_path):
         timm.create_model("ride", backbone="test_convnext", backbone_pretrained=file, num_classes=3)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    file, net = tmp_path / "weights.safetensors", timm.create_model("test_vit")
+    torch.nn.init.constant_(net.patch_embed.proj.bias, float("inf"))
+    save_file(net.state_dict(), file)
+    with pytest.raises(ValueError, match=r"64 of the 64 values of patch_embed\.proj\.bias are NaN or infinite"):
+        timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=3)
+
+
 def test_weights_with_the_classifier_left_out_are_taken(tmp_path):
     file, net = tmp_path / "weights.safetensors", timm.create_model("test_vit")
     save_file({name: value for name, value in net.state_dict().items() if not name.startswith("head.")}, file)

@@ -111,6 +111,14 @@ def test_truncated_files(tmp_path):
             load_legacy(path)
 
 
+def test_weights_that_are_not_finite(tmp_path):
+    weights = tiny()
+    weights["backbone.conv1.weight"][0, 0, 0] = float("nan")
+    path = save(tmp_path / "nan.pth", weights)
+    with pytest.raises(InputError, match=r"nan\.pth: 3 of the 432 values of conv1\.weight are NaN or infinite"):
+        load_legacy(path)
+
+
 def test_a_damaged_pickle(tmp_path):
     whole = save(tmp_path / "whole.pth", tiny())
     path = tmp_path / "damaged.pth"

@@ -5,11 +5,13 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import generate_default_cfgs, resolve_model_input_args
 
 from ride_timm import InputError
 from ride_timm.models import download, release
 from ride_timm.models.download import repository_of
+from ride_timm.models.load import load_model, load_teacher
 from ride_timm.models.release import read_config, release_table, sha256_of
 from ride_timm.training.build import create_model
 from ride_timm.training.recipe import load_recipe
@@ -123,6 +125,30 @@ def test_changed_weights_are_refused(folder):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(InputError, match=r"does not have the sha256 stated in config\.json"):
         create(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(folder, bad, dtype):
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("running_var"))
+    weights[name][:2] = bad
+    save_file({key: value.to(dtype) for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(sha256="")))
+    size = len(weights[name])
+    message = rf"model\.safetensors: 2 of the {size} values of {name} are NaN or infinite"
+    for load in (create, load_model):
+        with pytest.raises(InputError, match=message):
+            load(folder)
+
+
+def test_teachers_that_are_not_finite_are_refused(tmp_path):
+    teacher = timm.create_model("test_vit", num_classes=4)
+    torch.nn.init.constant_(teacher.norm.weight, float("nan"))
+    timm.models.save_for_hf(teacher, tmp_path, safe_serialization=True)
+    with pytest.raises(InputError, match=r"64 of the 64 values of norm\.weight are NaN"):
+        load_teacher(f"local-dir:{tmp_path}", 4, (3, 160, 160))
 
 
 def test_pickles_in_a_folder_are_not_read(folder):
