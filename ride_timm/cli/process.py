@@ -6,12 +6,21 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, first_line
+
+# errors for which torch has no class of their own: a part of their text, and what has happened
+_DEATHS = {
+    "DataLoader worker (pid": "a loader process died, perhaps for want of memory: try fewer --workers, or a smaller "
+    "--batch-size",
+    "gloo/transport": "another process of this run has died; --resume continues after the last finished epoch",
+}
 
 
 class Interrupted(Exception):
@@ -35,12 +44,23 @@ class Signals:
             raise Interrupted(self.caught)
 
 
+def _format_warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """One line for a warning of this package; that of others as Python has it, with its file."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"warning: {message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+    return _with_file(message, category, filename, lineno, line)
+
+
+_with_file = warnings.formatwarning
+
+
 def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Run a command and return its exit code, with one line on stderr for an error.
 
     0 done, 2 bad input, 1 failed during the run, 128 + signal interrupted.
     A closed pipe (`| head`) exits with 141, as SIGPIPE would.
     """
+    warnings.formatwarning = _format_warning
     try:
         code = _run(command, argv)
         print(end="", flush=True)  # finds a closed pipe here rather than at interpreter exit
@@ -70,6 +90,11 @@ def _run(command: Callable[[list[str] | None], None], argv: list[str] | None) ->
         code, message = 1, str(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
         code, message = 1, f"out of memory: try a smaller --batch-size ({error})"
+    except RuntimeError as error:
+        what = next((what for text, what in _DEATHS.items() if text in str(error)), None)
+        if what is None:
+            raise
+        code, message = 1, f"{what} ({first_line(error)})"
     # all processes of a machine find the same bad input: one prints it; another machine may find none
     if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: " + " ".join(message.split()), file=sys.stderr)

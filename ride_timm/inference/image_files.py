@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.augment.images import open_image, upright
 from ..data.folders import files_below, is_image
-from ..errors import InputError, RunError, first_line
+from ..errors import InputError, first_line
 
 Batch = tuple[Tensor | None, list[str | None]]
 
@@ -81,10 +81,7 @@ class ImageFiles(Dataset):
             return first_line(error)
 
     def batches(self, batch_size: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
-        """Batches in order: the readable images [b, C, H, W], None if b = 0, and for each path its error or None.
-
-        RunError where a worker dies.
-        """
+        """Batches in order: the readable images [b, C, H, W], None if b = 0, and for each path its error or None."""
         loader = DataLoader(
             self,
             batch_size,
@@ -93,10 +90,7 @@ class ImageFiles(Dataset):
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own: DataLoader draws a base seed from the global one
         )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            raise RunError(f"a loader process died; try fewer --workers or a smaller --batch-size ({error})") from error
+        yield from loader
 
 
 def _collate(items: list[Any]) -> Batch:

@@ -2,12 +2,16 @@
 
 import io
 import os
+import re
 import signal
 import sys
+import warnings
 
 import pytest
+from torch.utils.data import DataLoader
 
 from ride_timm import InputError, RunError
+from ride_timm.cli import process
 from ride_timm.cli.process import Interrupted, Signals, exit_code
 from ride_timm.training.arguments import Parser
 
@@ -33,6 +37,32 @@ def test_exit_codes_with_one_line_on_stderr(error, code, capsys):
     assert exit_code(_raise(error), None) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
+
+
+class _Dies:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_process_that_is_killed_is_one_line(capsys):
+    assert exit_code(lambda argv: list(DataLoader(_Dies(), num_workers=1)), None) == 1
+    assert re.fullmatch(r"error: a loader process died.*fewer --workers.*\n", capsys.readouterr().err)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        exit_code(_raise(RuntimeError("a bug in DataLoader worker process 0")), None)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0", "warning: look\n"), ("1", "")])
+def test_warnings_of_the_package_are_one_line_of_one_process(monkeypatch, rank, expected):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert exit_code(lambda argv: None, None) == 0
+    assert warnings.formatwarning("look", UserWarning, process.__file__, 3) == expected
+    assert warnings.formatwarning("look", UserWarning, "other.py", 3).startswith("other.py:3: UserWarning: look")
 
 
 def test_success_is_silent(capsys):

@@ -9,7 +9,7 @@ from encoded_images import encoded, smooth
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from ride_timm import InputError, RunError
+from ride_timm import InputError
 from ride_timm.inference.image_files import ImageFiles, find_images
 
 
@@ -92,16 +92,6 @@ def test_whatever_a_decoder_raises_is_an_error_of_the_image(tmp_path, error):
         raise error
 
     assert ImageFiles([str(tmp_path / "a.png")], fail)[0].startswith(type(error).__name__)
-
-
-def die(image):
-    os._exit(9)
-
-
-def test_a_worker_that_dies_is_one_error(tmp_path):
-    smooth(4, 4).save(tmp_path / "a.png")
-    with pytest.raises(RunError, match="a loader process died; try fewer --workers"):
-        list(ImageFiles([str(tmp_path / "a.png")] * 2, die).batches(1, 1, pin_memory=False))
 
 
 def test_grey_images_for_networks_of_one_channel(tmp_path):
