@@ -59,6 +59,8 @@ def train(argv: list[str] | None) -> None:
         state.teacher = teacher.identity
     if accelerator.is_main_process:
         run.lock()  # the first line that writes
+        if notice := run.notice(state, options.resume):
+            print(notice, file=sys.stderr)
         if not resumed:
             run.begin(recipe, state)
     if options.trackers:
@@ -72,6 +74,7 @@ def train(argv: list[str] | None) -> None:
         log_results(accelerator, run, step=len(state.history))
     accelerator.end_training()
     if accelerator.is_main_process:
+        run.conclude()
         print(run.table())
 
 

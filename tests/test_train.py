@@ -10,6 +10,7 @@ import pytest
 import torch
 from journeys import (
     SCRIPT,
+    damage,
     environment_with,
     flags_of,
     rows_of,
@@ -89,8 +90,8 @@ def _kill_when(process, output, stage, epoch, number):
     raise AssertionError("the epoch was not written")
 
 
-def test_killed_run_resumes_bit_identical(train, finished, colours, tmp_path):
-    """Resumed after SIGTERM in stage one and SIGKILL in stage two."""
+def test_killed_run_resumes_bit_identical(train, finished, colours, tmp_path, capsys):
+    """Resumed after SIGTERM in stage one, and after SIGKILL in stage two from the state before a damaged one."""
     reference, _ = finished
     output = tmp_path / "interrupted"
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment_with())
@@ -101,8 +102,11 @@ def test_killed_run_resumes_bit_identical(train, finished, colours, tmp_path):
     assert RunFolder(output).state().stage == "experts"
     process = subprocess.Popen([sys.executable, SCRIPT, "--output", str(output), "--resume", "--threads", "1"], **pipes)
     assert _kill_when(process, output, "router", 1, signal.SIGKILL) == -signal.SIGKILL
+    damage(output / "state.pt")
     assert train(["--output", output, "--resume", "--threads", "1"]) == 0
-    assert rows_of(output) == rows_of(reference)
+    notices = [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice: ")]
+    assert len(notices) == 1 and "state.pt is not a readable state" in notices[0] and "state before it" in notices[0]
+    assert rows_of(output) == rows_of(reference) and not (output / "state.previous.pt").exists()
     ours, theirs = RunFolder(output).state(), RunFolder(reference).state()
     assert ours.model.keys() == theirs.model.keys()
     for name, value in theirs.model.items():

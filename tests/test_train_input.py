@@ -98,6 +98,7 @@ def test_resume_needs_the_state_and_the_initial_weights(train, finished, colours
     assert train([*flags, "--from", tmp_path, "--resume", "--stage", "router"]) == 2
     assert f"the run in {output} began from {finished[0]}; leave --from out" in capsys.readouterr().err
     (output / "state.pt").unlink()
+    (output / "state.previous.pt").unlink(missing_ok=True)
     weights = (output / "model.safetensors").read_bytes()
     assert train([*flags, "--resume", "--stage", "both"]) == 2
     assert "holds a run without its state.pt" in capsys.readouterr().err
@@ -113,7 +114,7 @@ def test_resume_takes_another_path_to_the_initial_weights(train, finished, colou
     assert "experts" in RunFolder(output).results()["stages"]
 
 
-def test_run_without_weights_starts_again(train, colours, tmp_path):
+def test_run_without_weights_starts_again(train, colours, tmp_path, capsys):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts", "--epochs", "1")
     assert train(flags) == 0
@@ -122,6 +123,7 @@ def test_run_without_weights_starts_again(train, colours, tmp_path):
         path.unlink()
     (output / "recipe.yaml").write_text(recipe)
     assert train([*flags, "--resume"]) == 0 and (output / "model.safetensors").is_file()
+    assert f"notice: no epoch is finished in {output}; the run starts from the beginning." in capsys.readouterr().err
 
 
 def test_state_of_another_optimizer_is_rejected(train, colours, tmp_path, monkeypatch, capsys):
@@ -162,8 +164,15 @@ def test_two_views_of_one_image_suffice_for_batch_norm(train, colours, tmp_path)
 def test_run_that_failed_on_a_full_disk_can_start_again(train, colours, tmp_path, monkeypatch):
     output = tmp_path / "run"
     flags = flags_of(colours, output, "--stage", "experts", "--epochs", "1")
+    write_text = run_folder.write_text
+
+    def full(path, text):
+        if path.name == "recipe.yaml":
+            raise RunError("the disk is full")
+        write_text(path, text)
+
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder, "write_text", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
+        patched.setattr(run_folder, "write_text", full)
         assert train(flags) == 1
     assert {path.name for path in output.iterdir()} == {"state.pt", ".lock", ".owner"}
     (output / ".recipe.yaml.partial").touch()

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..evaluation.tables import STAGE_NAMES, metrics_table
 from ..files import write_atomically, write_text
 from ..hardware import device_name
@@ -27,19 +27,22 @@ from .recipe import Recipe, load_recipe
 from .state import TrainingState
 
 _ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "threshold")
-_FIRST_FILES = {".lock", ".owner", "state.pt", ".state.pt.partial", ".recipe.yaml.partial"}
+_STATE, _PREVIOUS = "state.pt", "state.previous.pt"
+_FIRST_FILES = {".lock", ".owner", _STATE, _PREVIOUS, f".{_STATE}.partial", "..owner.partial", ".recipe.yaml.partial"}
 
 
 class RunFolder:
     """The folder of one run.
 
-    recipe.yaml (as run), state.pt (see `TrainingState`), metrics.csv (one row per epoch), results.json, and
-    model.safetensors with config.json, which `timm.create_model("local-dir:DIR")` loads.
+    recipe.yaml (as run), state.pt (see `TrainingState`) and while the run lasts the one before it, metrics.csv (one
+    row per epoch), results.json, and model.safetensors with config.json, which `timm.create_model("local-dir:DIR")`
+    loads.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._claimed_occupied = False
+        self._damage: str | None = None
 
     @property
     def occupied(self) -> bool:
@@ -51,14 +54,34 @@ class RunFolder:
         return load_recipe(self.path / "recipe.yaml")
 
     def state(self) -> TrainingState | None:
-        """The state to resume from, or None where a run has written none."""
-        path = self.path / "state.pt"
-        if not path.is_file():
-            return None
-        try:
-            return TrainingState(**torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:
-            raise InputError(f"{path} is not a readable state ({str(error).splitlines()[0]}).") from error
+        """The last undamaged state, to resume from, or None where a run has written none.
+
+        Raises `InputError` where neither the last state nor the one before it can be read.
+        """
+        last, previous = self.path / _STATE, self.path / _PREVIOUS
+        problems = []
+        for path in (last, previous):
+            if not path.is_file():
+                continue
+            try:
+                state = TrainingState.read(path)
+            except Exception as error:  # of any type, from a damaged pickle
+                problems.append(f"{path} is not a readable state ({first_line(error)})")
+                continue
+            if path == previous:
+                self._damage = problems[0] if problems else f"{last} is missing"
+            return state
+        if problems:
+            raise InputError(f"{problems[0]}, and there is no state before it: choose another --output.")
+        return None
+
+    def notice(self, state: TrainingState | None, resume: bool) -> str | None:
+        """One line where the run does not simply resume from the last state; state: that of `claim`."""
+        if state is not None and self._damage is not None:
+            return f"notice: {self._damage}; the run resumes from the state before it."
+        if resume and not (state and state.begun):
+            return f"notice: no epoch is finished in {self.path}; the run starts from the beginning."
+        return None
 
     def _only_begun(self) -> bool:
         """The folder holds only the files that a run writes before its first step, and no recipe."""
@@ -138,9 +161,11 @@ class RunFolder:
         except Timeout as error:
             name = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
             raise InputError(f"output {self.path}: {name} is training here; choose another --output.") from error
+        except OSError as error:
+            raise InputError(f"output {self.path} cannot be locked ({error.strerror}).") from error
         if self.occupied != self._claimed_occupied:
             raise InputError(f"output {self.path}: another run has begun here; choose another --output.")
-        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        write_text(owner, f"process {os.getpid()} on {platform.node()}")
 
     def begin(self, recipe: Recipe, state: TrainingState) -> None:
         """Write the state, then the recipe, so that where a recipe is there is a state to resume from."""
@@ -149,14 +174,25 @@ class RunFolder:
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
 
     def save(self, state: TrainingState) -> None:
-        """Write state.pt and metrics.csv."""
-        write_atomically(self.path / "state.pt", lambda partial: torch.save(vars(state), partial))
+        """Write state.pt and metrics.csv; the last state stays next to the new one."""
+        path = self.path / _STATE
+
+        def write(partial: Path) -> None:
+            state.write(partial)
+            if path.is_file():
+                os.replace(path, self.path / _PREVIOUS)
+
+        write_atomically(path, write)
         if state.history:
             text = io.StringIO()
             table = csv.DictWriter(text, list(state.history[0]), lineterminator="\n")
             table.writeheader()
             table.writerows(state.history)
             write_text(self.path / "metrics.csv", text.getvalue())
+
+    def conclude(self) -> None:
+        """Delete the state before the last, which a finished run does not need."""
+        (self.path / _PREVIOUS).unlink(missing_ok=True)
 
     def write_results(self, recipe: Recipe, device: torch.device, stages: dict[str, Any], **facts: Any) -> None:
         """Write results.json: metrics by stage with all that they depend on; `facts` are further keys."""

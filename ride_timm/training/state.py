@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +40,20 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_archive(path: Path) -> None:
+    """OSError for a file of `torch.save` that is cut, or not as written.
+
+    Compares sizes and CRC-32 of all records; torch.load takes changed numbers as they are.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise OSError(str(error)) from error
+    if damaged is not None:
+        raise OSError(f"{damaged} does not have its CRC-32")
 
 
 class Resumable(Protocol):
@@ -121,3 +137,14 @@ class TrainingState:
         self.stage, self.epoch, self.model = stage, 0, model
         self.optimizer = self.ema = self.best = None
         self.loss = {}
+
+    def write(self, path: Path) -> None:
+        """Write a state to a file, and read it back to check it."""
+        torch.save(vars(self), path)
+        check_archive(path)
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingState:
+        """Read a state; raises errors of any type for a file that is damaged or none."""
+        check_archive(path)
+        return cls(**torch.load(path, map_location="cpu", weights_only=True))

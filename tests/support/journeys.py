@@ -43,6 +43,13 @@ def rows_of(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
 
 
+def damage(path):
+    """Change one byte in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def stop_after_epoch(monkeypatch, of="experts", last=1):
     original = RunFolder.save
 

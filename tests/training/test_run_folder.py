@@ -1,16 +1,20 @@
 """The run folder and the loading of models."""
 
+import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from journeys import damage
 
-from ride_timm import InputError, RunError
+from ride_timm import InputError, RunError, files
 from ride_timm.models.load import load_model
 from ride_timm.training import run_folder
 from ride_timm.training.recipe import Recipe, load_recipe
@@ -87,12 +91,87 @@ def test_router_on_another_runs_experts_resumes_as_router_only(tmp_path):
     assert folder.claim(TINY, "router", resume=True, router_in_place=True).epoch == 1
 
 
-def test_corrupt_state_is_reported(tmp_path):
+@pytest.mark.parametrize("harm", [damage, lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink])
+def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path, harm):
     folder = RunFolder(tmp_path / "run")
     folder.begin(TINY, TrainingState())
-    (folder.path / "state.pt").write_bytes(b"not a state")
-    with pytest.raises(InputError, match=r"state.pt is not a readable state"):
+    for epoch in (1, 2):
+        folder.save(_state(epoch=epoch))
+    assert folder.state().epoch == 2 and folder.notice(folder.state(), True) is None
+    harm(folder.path / "state.pt")
+    assert folder.state().epoch == 1
+    reason = "is missing" if harm is Path.unlink else "is not a readable state"
+    assert re.search(rf"state\.pt {reason}.*resumes from the state before it", folder.notice(folder.state(), True))
+    damage(folder.path / "state.previous.pt")
+    with pytest.raises(InputError, match=r"is not a readable state.*choose another --output"):
         folder.state()
+
+
+def test_a_state_that_reads_back_otherwise_does_not_replace_the_last(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(TINY, TrainingState())
+    folder.save(_state(epoch=1))
+    save = torch.save
+
+    def damaged(value, path):
+        save(value, path)
+        damage(path)
+
+    monkeypatch.setattr(torch, "save", damaged)
+    with pytest.raises(RunError, match=r"state\.pt could not be written.*CRC-32"):
+        folder.save(_state(epoch=2))
+    assert folder.state().epoch == 1 and folder.notice(folder.state(), True) is None
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 16 MB."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a disk")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def _fill(path):
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as ballast:
+        for size in (2**16, 1):
+            while ballast.write(bytes(size)):
+                pass
+
+
+@pytest.mark.parametrize(
+    "name", [".owner", "state.pt", "recipe.yaml", "metrics.csv", "results.json", "model.safetensors", "config.json"]
+)
+def test_a_full_disk_is_one_error_and_leaves_the_last_files(disk, name, monkeypatch):
+    model = timm.create_model("test_ride_resnet", num_experts=2, num_classes=5)
+
+    def write_all(epoch):
+        folder = RunFolder(disk / "run")
+        folder.claim(TINY, "both", resume=True, router_in_place=False)
+        folder.lock()
+        folder.begin(TINY, _state(epoch=epoch))
+        folder.export(model, SHAPE, tuple("abcde"))
+        folder.write_results(TINY, torch.device("cpu"), {"experts": dict(all=float(epoch))})
+
+    write_all(1)
+    before = (disk / "run" / name).read_bytes()
+    replacing = files.replacing
+
+    def filling(path):
+        if path.name == name:
+            _fill(disk / "ballast")
+        return replacing(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "replacing", filling)
+        with pytest.raises(RunError, match=rf"{re.escape(name)} could not be written, is the disk full"):
+            write_all(2)
+    assert (disk / "run" / name).read_bytes() == before and not list((disk / "run").glob("*.partial"))
+    assert RunFolder(disk / "run").state().epoch in (1, 2)
+    (disk / "ballast").unlink()
+    write_all(3)
+    assert RunFolder(disk / "run").state().epoch == 3
 
 
 @pytest.mark.parametrize("router", [False, True])
