@@ -45,7 +45,7 @@ def train(argv: list[str] | None) -> None:
     recipe = adapt_to_machine(recipe, options)
     accelerator = build_accelerator(recipe, options)
     state = run.claim(recipe, options.stage, options.resume, options.router_in_place)
-    data = load_data(recipe, accelerator)
+    data = load_data(recipe, accelerator, state)
     recipe = data.recipe  # with the epochs that so many images call for
     model = build_model(recipe, data, options, state)
     teacher = build_teacher(recipe, data, options, state)
@@ -54,7 +54,7 @@ def train(argv: list[str] | None) -> None:
     watch = Watch(accelerator, Signals(), recipe.mixed_precision)
     resumed = state is not None and options.resume
     state = state or TrainingState(stage=options.stages[0], source=options.source)
-    state.class_weights = class_weights
+    state.class_weights, state.unreadable = class_weights, list(data.longtail.unreadable)
     if teacher is not None:
         state.teacher = teacher.identity
     if accelerator.is_main_process:
@@ -76,6 +76,8 @@ def train(argv: list[str] | None) -> None:
     if accelerator.is_main_process:
         run.conclude()
         print(run.table())
+        if notice := data.longtail.unreadable_notice:
+            print(notice, file=sys.stderr)
 
 
 def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator: Accelerator, watch: Watch) -> None:

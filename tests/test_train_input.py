@@ -64,6 +64,7 @@ ADAPTED = ["--model", "ride", "--adapter", "lora", "--backbone"]
         (["--decouple", "crt"], r"decouple=crt re-balances a trained network: name one by --from"),
         (["--decouple", "tau_norm", "--decouple-tau", "nan"], r"decouple_tau='nan'"),
         (["--teacher", "/no/such/run"], r"model ./no/such/run.: no such folder"),
+        (["--streaming", "--max-unreadable", "0"], r"max_unreadable=0: the images of a stream cannot be read before"),
         (["--streaming", "--sampler", "progressive"], r"progressive batches of stage experts; leave --sampler or"),
         (["--sampler", "hope"], r"sampler='hope': expected one of instance, class_balanced, square_root, progressive"),
         (["--streaming"], r"stage router; add --no-router-balanced, or train .* --from that run\.$"),
@@ -198,16 +199,33 @@ def test_non_finite_loss_reports_its_step_and_keeps_the_checkpoint(train, colour
     assert all(torch.isfinite(value).all() for value in state.model.values())
 
 
-def test_corrupt_image_is_reported_with_its_row(train, tmp_path, capsys):
-    from PIL import Image
+def test_unreadable_images_end_the_run_or_are_left_out(train, colours, tmp_path, monkeypatch, capsys):
+    root, output = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(colours, root)
+    torn = [sorted((root / "train" / f"class{label}").iterdir())[0] for label in (1, 2)]
+    for path in torn:
+        path.write_bytes(path.read_bytes()[:40])
+    flags = flags_of(root, output, "--stage", "experts", "--epochs", "2")
+    assert train(flags) == 1
+    assert re.search(r"error: .*row 30 of split .train.*class1", capsys.readouterr().err)
+    shutil.rmtree(output)
+    assert train([*flags, "--max-unreadable", "1"]) == 2 and not output.exists()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: max_unreadable=1: unreadable training images, 2: the image")
+    assert all(str(path) in error for path in torn) and error.endswith("--max-unreadable 2.")
 
-    for split in ("train", "test"):
-        for label in ("a", "b"):
-            folder = tmp_path / "images" / split / label
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(folder / f"{i}.png")
-    torn = tmp_path / "images" / "train" / "b" / "1.png"
-    torn.write_bytes(torn.read_bytes()[:40])
-    assert train(flags_of(tmp_path / "images", tmp_path / "run")) == 1
-    assert re.search(r"error: .*row 5 of split .train.", capsys.readouterr().err)
+    with monkeypatch.context() as patched:
+        stop_after_epoch(patched)
+        assert train([*flags, "--max-unreadable", "2"]) == 143
+    shutil.copy(sorted((root / "train" / "class2").iterdir())[1], torn[1])  # the resumed run leaves it out as before
+    capsys.readouterr()
+    assert train(["--output", output, "--resume", "--stage", "experts", "--threads", "1"]) == 0
+    notices = re.findall("notice: unreadable training images left out, 2: .*", capsys.readouterr().err)
+    assert len(notices) == 2 and all(str(path) in notices[-1] for path in torn)
+    results = RunFolder(output).results()
+    assert results["class_counts"] == [30, 15, 7] and len(results["unreadable"]) == 2
+
+    broken = next((root / "test").rglob("*.png"))
+    broken.write_bytes(b"")
+    assert train([*flags, "--output", tmp_path / "other", "--max-unreadable", "9"]) == 2
+    assert "unreadable images in split 'test', which is evaluated, 1; replace or delete" in capsys.readouterr().err

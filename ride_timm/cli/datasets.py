@@ -11,6 +11,7 @@ from ..data.check import check_installation, format_installation
 from ..data.datasets import LISTED, NAMES_HELP
 from ..data.hub import is_saved
 from ..data.load import load_longtail
+from ..data.readable import find_unreadable
 from ..data.save import save_longtail
 from ..errors import InputError, RunError
 from ..inference.load import data_recipe
@@ -53,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
     facts = dict(name=data.name, classes=data.num_classes, train=len(data.train), test=len(data.test))
     facts |= dict(class_counts=counts, **groups)
     if args.action == "check":
-        facts["unreadable"] = unreadable = _unreadable(data)
+        sets = [data.train, data.test, *([] if data.val is None else [data.val])]
+        found = [find_unreadable(images, recipe.workers) for images in sets]
+        facts["unreadable"] = unreadable = [error for some in found for _, error in some]
     if args.json:
         print_json(facts)
     else:
@@ -97,15 +100,3 @@ def _check_published(args: argparse.Namespace, recipe: Recipe) -> None:
         raise RunError(f"{args.subject} is not as published: {len(installed['problems'])} problems, see above")
     checked = "every list and image is" if installed["root"] else "every list is"
     print(f"{checked} as published", file=sys.stderr)
-
-
-def _unreadable(data: Any) -> list[str]:
-    """The messages of all images that cannot be read."""
-    messages = []
-    for part in (data.train, data.test, *([] if data.val is None else [data.val])):
-        for i in range(len(part)):
-            try:
-                part[i]
-            except RunError as error:
-                messages.append(str(error))
-    return messages

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import RunError, first_line
+from ..errors import RunError, first_line, listed
 from .augment.images import open_image, upright
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ class LongTailData:
 
     val: the data set's validation images, if requested; split_names: of the training, test and validation split;
     available: training images before the long-tailed selection; test_held_out: how the test set was held out of the
-    training split, such as "0.2 of train, held out with seed 0", if the data set has no test split.
+    training split, such as "0.2 of train, held out with seed 0", if the data set has no test split; unreadable: row and
+    error of the training images that were left out as unreadable.
     """
 
     train: ImageSet
@@ -130,6 +131,7 @@ class LongTailData:
     split_names: tuple[str, ...] = ("train", "test")
     available: int | None = None
     test_held_out: str | None = None
+    unreadable: tuple[tuple[int, str], ...] = ()
 
     @property
     def test_source(self) -> str:
@@ -142,6 +144,14 @@ class LongTailData:
         if self.test_held_out is None:
             return None
         return f"notice: the data set has no test split; the {len(self.test):,} test images are {self.test_held_out}"
+
+    @property
+    def unreadable_notice(self) -> str | None:
+        """One line on the training images that were left out."""
+        if not self.unreadable:
+            return None
+        errors = listed(error for _, error in self.unreadable)
+        return f"notice: unreadable training images left out, {len(self.unreadable):,}: {errors}"
 
     @property
     def num_classes(self) -> int:

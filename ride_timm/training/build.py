@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import nn
 
 from ..data.augment.policies import Policy
 from ..data.image_set import ImageSet, LongTailData
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
-from ..errors import InputError
+from ..data.readable import find_unreadable, leave_out
+from ..errors import InputError, listed
 from ..evaluation.evaluate import evaluation_batch
 from ..files import read_class_values
 from ..models import Ride
@@ -116,13 +117,44 @@ class RunData:
         )
 
 
-def load_data(recipe: Recipe, accelerator: Accelerator) -> RunData:
-    """Read the recipe's data set, and hold out the training images that select the epoch."""
+def load_data(recipe: Recipe, accelerator: Accelerator, state: TrainingState | None = None) -> RunData:
+    """Read the recipe's data set, and hold out the training images that select the epoch.
+
+    Unreadable training images are left out where the recipe allows it; a resumed run leaves out those that it began
+    without.
+    """
     with accelerator.local_main_process_first():  # the other processes read its cache
         longtail = load_longtail(**recipe.data_args)
-    if longtail.notice and accelerator.is_main_process:
-        print(longtail.notice, file=sys.stderr)
+    if state is not None and state.begun:
+        longtail = leave_out(longtail, state.unreadable)
+    elif recipe.max_unreadable is not None:
+        longtail = _readable(longtail, recipe.max_unreadable, recipe.workers, accelerator)
+    if accelerator.is_main_process:
+        for notice in filter(None, (longtail.notice, longtail.unreadable_notice)):
+            print(notice, file=sys.stderr)
     return RunData.of(longtail, recipe, accelerator)
+
+
+def _readable(data: LongTailData, limit: int, workers: int, accelerator: Accelerator) -> LongTailData:
+    """The data without its unreadable training images.
+
+    InputError for more than `limit` of them, and for any in another set, whose results would not be comparable.
+    """
+    sets = [data.train, data.test, *([] if data.val is None else [data.val])]
+    part = accelerator.process_index, accelerator.num_processes
+    train, *others = [sorted(gather_object(find_unreadable(images, workers, *part))) for images in sets]
+    for images, found in zip(sets[1:], others, strict=True):
+        if found:
+            raise InputError(
+                f"unreadable images in split {images.split!r}, which is evaluated, {len(found)}; replace or delete "
+                f"them: {listed(error for _, error in found)}"
+            )
+    if len(train) > limit:
+        raise InputError(
+            f"max_unreadable={limit}: unreadable training images, {len(train)}: {listed(e for _, e in train)}; "
+            f"replace or delete them, or leave them out by --max-unreadable {len(train)}."
+        )
+    return leave_out(data, train)
 
 
 def build_model(recipe: Recipe, data: RunData, options: Options, state: TrainingState | None) -> Ride:

@@ -62,11 +62,16 @@ def check_machine(recipe: Recipe, options: Options, accelerator: Accelerator) ->
 
 
 def check_options(recipe: Recipe, options: Options) -> None:
-    """InputError for a tracker that is not installed, or a sampler of a stream, which has none."""
+    """InputError for a tracker that is not installed, or for a sampler or the reading of all images of a stream."""
     installed = [str(name) for name in get_available_trackers()]
     for name in options.trackers:
         if name not in installed:
             raise InputError(f"tracker={name!r}: installed are {', '.join(installed) or 'none'}.")
+    if recipe.streaming and recipe.max_unreadable is not None:
+        raise InputError(
+            f"max_unreadable={recipe.max_unreadable}: the images of a stream cannot be read before training; leave "
+            "--max-unreadable or --streaming out."
+        )
     samplers = {name: recipe.stage(name).sampler for name in options.stages}
     sampled = [name for name, sampler in samplers.items() if sampler != "instance"]
     if not recipe.streaming or not sampled:

@@ -211,6 +211,12 @@ class RunKeys:
     gradient_accumulation: int = key(1, "batches per optimizer step", low=1)
     clip_grad: float | None = key(None, "largest gradient norm", above=0)
     workers: int = key(2, "loader processes for large images (small images need none)", low=0)
+    max_unreadable: int | None = key(
+        None,
+        "read all images before training, and leave out up to this many training images that cannot be read (default: "
+        "the first that is met ends the run)",
+        low=0,
+    )
     eval_every: int = key(10, "epochs between evaluations; the last is always evaluated", low=1)
     select: str = key("last", "epoch to keep; best is judged on the held-out images", choices=("last", "best"))
     patience: int | None = key(None, "stop after this many evaluations without a better held-out accuracy", low=1)
