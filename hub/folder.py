@@ -53,6 +53,12 @@ def parse_name(text: str) -> tuple[str, str]:
     return name, tag
 
 
+def check_num_classes(name: str, num_classes: int) -> None:
+    """InputError for a tag of timm that is of another number of classes."""
+    if is_registered(name) and (expected := timm.get_pretrained_cfg(name).num_classes) != num_classes:
+        raise InputError(f"the source has {num_classes} classes, the tag {name} has {expected}.")
+
+
 def is_registered(name_and_tag: str) -> bool:
     """True for tags that timm knows, which `create_model(…, pretrained=True)` can download."""
     return name_and_tag in timm.models.get_arch_pretrained_cfgs(name_and_tag.partition(".")[0])

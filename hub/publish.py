@@ -57,7 +57,7 @@ def check_access(repo: str) -> None:
     """InputError unless the user is logged in with a token that may write to the owner of `repo`."""
     api, owner = make_api(), repo.partition("/")[0]
     if not api.token:
-        raise InputError("--push needs a token with write access: run `hf auth login`, or set HF_TOKEN.")
+        raise InputError("a push needs a token with write access: run `hf auth login`, or set HF_TOKEN.")
     with hub_errors(repo):
         user = api.whoami()
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -65,19 +65,24 @@ def check_access(repo: str) -> None:
             f"the token of {user['name']} is read-only: {constants.ENDPOINT}/settings/tokens makes others."
         )
     if owner not in (user["name"], *(org["name"] for org in user.get("orgs", ()))):
-        raise InputError(f"{user['name']} may not write to {owner}: join it, or choose another --namespace.")
+        raise InputError(f"{user['name']} may not write to {owner}: join it, or name another owner.")
 
 
-def check_release(staged: Staged, repo: str, release: str = RELEASE) -> None:
-    """InputError where the release exists on the Hub with other weights."""
+def released_weights(repo: str, release: str = RELEASE) -> list[str | None] | None:
+    """The sha256 of the weights of a release on the Hub; None where it does not exist."""
     try:
         with hub_errors(repo):
             there = make_api().get_paths_info(repo, [WEIGHTS], revision=release)
     except InputError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError):
-            return
+            return None
         raise
-    if [file.lfs and file.lfs.sha256 for file in there] != [staged.hashes()[WEIGHTS]]:
+    return [file.lfs and file.lfs.sha256 for file in there]
+
+
+def check_release(staged: Staged, repo: str, release: str = RELEASE) -> None:
+    """InputError where the release exists on the Hub with other weights."""
+    if released_weights(repo, release) not in (None, [staged.hashes()[WEIGHTS]]):
         raise InputError(f"release {release} of {repo} exists with other weights: raise the version of the package.")
 
 

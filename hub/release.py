@@ -3,25 +3,29 @@
 python hub/release.py NAME.TAG --from RUN [--data-dir DIR] [--push]
 
 Without --push nothing is uploaded: the release is staged in hub/NAME.TAG/ and the files of the upload are listed.
-Whatever is refused, on this machine or by the Hub, is refused before anything is written.
+Whatever is refused, on this machine or by the Hub, is refused before anything is written. train_accelerate.py
+--push-to-hub does the same after training, with the release in the run folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-from folder import HERE, Staged, parse_name
-from publish import check_access, check_release, publish, repository
+from folder import HERE, Staged, check_num_classes, parse_name
+from publish import RELEASE, check_access, check_release, publish, released_weights, repository
 from stage import build, install, scratch_folder
 from tables import refresh
 from verify import data_of, print_findings, verify
 
+from ride_timm import InputError
 from ride_timm.cli.process import exit_code
 from ride_timm.hardware import set_threads
 from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser
+from ride_timm.training.run_folder import provenance
 
 
 def release(
@@ -50,6 +54,42 @@ def release(
         refresh()
     publish(staged, repo, push)
     return staged
+
+
+def check_push(repo: str, network: str) -> None:
+    """Refuse, before a network is trained, what `push_run` would refuse afterwards.
+
+    repo: [OWNER/]NAME.TAG. InputError for a name of another network, a token without write access, a release that
+    exists, and code or an installation from which nothing can be released.
+    """
+    namespace, name = _split(repo)
+    found, _ = parse_name(name)
+    if found != network:
+        raise InputError(f"push_to_hub={repo!r} names a {found}, the recipe trains a {network}.")
+    if (provenance()["commit"] or "").endswith("+dirty"):
+        raise InputError("--push-to-hub: the clone has uncommitted changes, so nobody could reproduce the release.")
+    if find_spec("matplotlib") is None:
+        raise InputError("--push-to-hub draws the plots of the card: pip install matplotlib.")
+    repo = repository(name, namespace)
+    check_access(repo)
+    if released_weights(repo) is not None:
+        raise InputError(f"release {RELEASE} of {repo} exists: choose another tag for --push-to-hub.")
+
+
+def check_classes(repo: str, num_classes: int) -> None:
+    """InputError for [OWNER/]NAME.TAG where timm has this tag with another number of classes."""
+    check_num_classes(_split(repo)[1], num_classes)
+
+
+def push_run(repo: str, run: Path) -> None:
+    """Stage the finished run in its own folder RUN/hub/NAME.TAG/, verify it, and push it to [OWNER/]NAME.TAG."""
+    namespace, name = _split(repo)
+    release(name, run, run / "hub", namespace=namespace, push=True)
+
+
+def _split(repo: str) -> tuple[str | None, str]:
+    owner, _, name = repo.rpartition("/")
+    return owner or None, name
 
 
 def main(argv: list[str] | None) -> None:

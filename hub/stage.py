@@ -35,6 +35,7 @@ from folder import (
     RESULTS,
     ROUTING,
     Staged,
+    check_num_classes,
     is_registered,
     parse_name,
     read_json,
@@ -261,8 +262,7 @@ def _finish_config(path: Path, network: str, tag: str) -> dict[str, Any]:
     config, name = read_json(path), f"{network}.{tag}"
     if config["architecture"] != network:
         raise InputError(f"the source holds a {config['architecture']}, not a {network}.")
-    if is_registered(name) and (expected := timm.get_pretrained_cfg(name).num_classes) != config["num_classes"]:
-        raise InputError(f"the source has {config['num_classes']} classes, the tag {name} has {expected}.")
+    check_num_classes(name, config["num_classes"])
     config["pretrained_cfg"]["tag"] = tag
     config = without_implied_args(config) | dict(sha256=sha256_of(path.with_name(WEIGHTS)))
     write_json(path, config)

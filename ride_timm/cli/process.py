@@ -32,8 +32,12 @@ class Signals:
 
     def __init__(self) -> None:
         self.caught: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._catch)
+        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self) -> None:
+        """Hand signals back to those who handled them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _catch(self, number: int, frame: Any) -> None:
         self.caught = number

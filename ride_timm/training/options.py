@@ -35,6 +35,7 @@ class Options:
     output: str
     resume: bool
     trackers: tuple[str, ...]
+    push_to_hub: str | None
     threads: int | None
     fixed: frozenset[str]
     notices: tuple[str, ...] = ()
@@ -92,6 +93,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         output=output,
         resume=args.resume,
         trackers=tuple(args.tracker),
+        push_to_hub=args.push_to_hub,
         threads=args.threads,
         fixed=fixed,
         notices=notices if own is None else (),
@@ -136,6 +138,8 @@ def _parser() -> Parser:
     )
     parser.add_argument("--tracker", metavar="NAME", action="append", default=[],
                         help="a tracker of Accelerate, such as tensorboard or wandb; may be repeated")  # fmt: skip
+    parser.add_argument("--push-to-hub", metavar="[OWNER/]NAME.TAG",
+                        help="release the finished run on the Hub (default owner: RIDE_TIMM_HUB)")  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per process (default: all cores, shared)")
     add_flags(parser)
     return parser

@@ -114,13 +114,13 @@ def test_parser_complaints_are_input_errors():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_check(number):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signals = Signals()
     try:
-        signals = Signals()
         signals.check()
         os.kill(os.getpid(), number)
         with pytest.raises(Interrupted) as caught:
             signals.check()
         assert caught.value.args == (number,)
     finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+        signals.restore()
+    assert before == {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}

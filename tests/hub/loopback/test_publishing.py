@@ -98,7 +98,7 @@ def test_a_release_does_not_change_its_weights(published, copy_of, hub, monkeypa
 @pytest.mark.parametrize(
     ("token", "owner", "message"),
     [
-        (None, "org", "--push needs a token"),
+        (None, "org", "a push needs a token"),
         ("hf_nobodyknowsthisone", "org", "refused your login (401)"),
         (READER, "org", "the token of alice is read-only"),
         (STRANGER, "org", "bob may not write to org"),
@@ -211,7 +211,7 @@ def test_a_release_in_one_command(house, run, hub, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("token", "spoil", "message"),
     [
-        (None, None, "--push needs a token"),
+        (None, None, "a push needs a token"),
         ("hf_nobodyknowsthisone", None, "refused your login (401)"),
         (READER, None, "the token of alice is read-only"),
         (STRANGER, None, "bob may not write to org"),
