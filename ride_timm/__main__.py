@@ -1,4 +1,4 @@
-"""python -m ride_timm evaluate | predict | export | merge | flops | datasets | models | sweep"""
+"""python -m ride_timm evaluate | predict | demo | export | merge | flops | datasets | models | sweep"""
 
 import sys
 

@@ -6,9 +6,9 @@ from functools import partial
 
 from ..hardware import keep_memory, set_threads
 from ..training.arguments import Parser
-from . import datasets, evaluate, export, flops, merge, models, predict, sweep
+from . import datasets, demo, evaluate, export, flops, merge, models, predict, sweep
 
-COMMANDS = (evaluate, predict, export, merge, flops, datasets, models, sweep)
+COMMANDS = (evaluate, predict, demo, export, merge, flops, datasets, models, sweep)
 
 
 def build_parser() -> Parser:

@@ -19,7 +19,7 @@ from ..evaluation.evaluate import evaluation_batch
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..hardware import choose_device
 from ..inference.image_files import ImageFiles, find_images
-from ..inference.load import SPEC, load_ride, threshold_for
+from ..inference.load import SPEC, check_channels, load_ride, threshold_for
 from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
 from ..inference.options import (
     add_inference_flags,
@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     paths = find_images(args.images)
     model = load_ride(args.model, args.routed)
-    if model.in_chans not in (1, 3):
-        raise InputError(f"{args.model} takes {model.in_chans} channels: image files have 1 (grey) or 3 (RGB).")
+    check_channels(model, args.model)
     routed = args.routed or model.routed
     check_experts(args, routed)
     check_threshold(args.threshold is not None, routed)

@@ -23,6 +23,12 @@ def load_ride(spec: str, routed: bool) -> Ride:
     return model
 
 
+def check_channels(model: Ride, spec: str) -> None:
+    """InputError for a model that takes other channels than image files have."""
+    if model.in_chans not in (1, 3):
+        raise InputError(f"{spec} takes {model.in_chans} channels: image files have 1 (grey) or 3 (RGB).")
+
+
 def own_recipe(spec: str | None) -> Recipe | None:
     """The recipe in the folder of a run or release; None for any other SPEC."""
     path = _recipe_file(spec)

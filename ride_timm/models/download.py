@@ -126,6 +126,19 @@ def check_network(repository: str, cache_dir: Any = None) -> None:
         )
 
 
+def download_if_there(repository: str, file: str) -> Path | None:
+    """Get a further file of a Hub repository; None where it, or offline the cache, has none."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repo, revision = hf_split(repository)
+    try:
+        return _fetch(file, False, dict(repo_id=repo, revision=revision, cache_dir=None), None)
+    except InputError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise
+
+
 def _blob_hash(path: Path) -> str:
     """The sha256 that names a large file in the cache; "" if it is named otherwise."""
     name = path.resolve().name

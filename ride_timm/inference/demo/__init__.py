@@ -1,0 +1,1 @@
+"""The demo of a model: what it computes, its markup, its page."""
