@@ -10,19 +10,20 @@ from torch import Tensor, nn
 COSINE_SCALE = 30.0  # of the logits, as the authors have it
 
 
-class CosineClassifier(nn.Module):
+class CosineClassifier(nn.Linear):
     """Scaled cosine similarity with a weight per class: the head of LDAM and RIDE.
 
     logits = scale · <x / |x|, w_c / |w_c|>: x [B, D] -> [B, C]. weight [C, D] starts uniform in (-1, 1), scaled to rows
-    of unit norm. arXiv:1906.07413, section 3.
+    of unit norm. arXiv:1906.07413, section 3. transformers initialises it as a linear layer.
     """
 
     def __init__(self, in_features: int, out_features: int, scale: float = COSINE_SCALE) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(in_features, out_features, bias=False)
         self.scale = scale
-        self.weight = nn.Parameter(F.normalize(torch.empty(out_features, in_features).uniform_(-1, 1), dim=1))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.copy_(F.normalize(self.weight.uniform_(-1, 1), dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
@@ -42,9 +43,8 @@ class ClassAffine(nn.Module):
         super().__init__()
         like = next(head.parameters())
         self.head = head
-        self.affine = nn.Module()  # named like a layer, so that timm drops weight and bias when the classes change
-        self.affine.weight = nn.Parameter(torch.ones(num_classes, device=like.device, dtype=like.dtype))
-        self.affine.bias = nn.Parameter(torch.zeros(num_classes, device=like.device, dtype=like.dtype))
+        # a norm for its parameters alone: when the classes change, timm drops them and transformers initialises them
+        self.affine = nn.LayerNorm(num_classes, device=like.device, dtype=like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine.weight * self.head(x) + self.affine.bias

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .create import Parts, create_ride, ride_cfg
 from .experts import Expert, Stages
+from .heads import CosineClassifier
 from .release import with_releases
 from .ride import Ride
 from .ride_resnet import residual_stage
@@ -42,7 +43,7 @@ def _pad_shortcut(in_channels: int, out_channels: int, stride: int) -> PadShortc
 def _init_weights(module: nn.Module) -> None:
     # The authors' initialisation: He-normal by fan-in, the router's layers included.
     for child in module.modules():
-        if isinstance(child, nn.Conv2d | nn.Linear):
+        if isinstance(child, nn.Conv2d | nn.Linear) and not isinstance(child, CosineClassifier):
             nn.init.kaiming_normal_(child.weight)
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models import Ride
+from ..models import CosineClassifier, Ride
 from ..models.heads import COSINE_SCALE
 
 NOISE = 0.5  # length of the random vector added to a unit mean, for every expert but the first
@@ -41,7 +41,7 @@ def heads_from_class_means(
                 f"head_init=class_means needs a cosine or linear classifier, the model has {type(head).__name__}: "
                 "choose random, or --use-norm."
             )
-        if isinstance(head, nn.Linear | nn.Conv2d):
+        if isinstance(head, nn.Linear | nn.Conv2d) and not isinstance(head, CosineClassifier):
             mean = mean * COSINE_SCALE / norm
             if head.bias is not None:
                 head.bias.zero_()
