@@ -108,8 +108,9 @@ def print_upload(folder: Path, target: str) -> None:
 def upload(folder: Path, repo: str, message: str, repo_type: str = "model") -> str:
     """Upload what differs, making the repository if it is new; the commit with the result."""
     api = make_api()
+    sdk = dict(space_sdk="gradio") if repo_type == "space" else {}
     try:
-        api.create_repo(repo, repo_type=repo_type, exist_ok=True)
+        api.create_repo(repo, repo_type=repo_type, exist_ok=True, **sdk)
         return api.upload_folder(
             repo_id=repo, repo_type=repo_type, folder_path=folder, commit_message=message, ignore_patterns=[STAMP]
         ).oid

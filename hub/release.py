@@ -1,6 +1,6 @@
 """Release a finished run in one command: stage it, verify it, update the tables, upload it.
 
-python hub/release.py NAME.TAG --from RUN [--data-dir DIR] [--push]
+python hub/release.py NAME.TAG --from RUN [--data-dir DIR] [--space] [--push]
 
 Without --push nothing is uploaded: the release is staged in hub/NAME.TAG/ and the files of the upload are listed.
 Whatever is refused, on this machine or by the Hub, is refused before anything is written. train_accelerate.py
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from folder import HERE, Staged, check_num_classes, parse_name
 from publish import RELEASE, check_access, check_release, publish, released_weights, repository
+from spaces import publish_space
 from stage import build, install, scratch_folder
 from tables import refresh
 from verify import data_of, print_findings, verify
@@ -36,9 +37,13 @@ def release(
     seeds: tuple[Path, ...] = (),
     data_dir: str | None = None,
     namespace: str | None = None,
+    space: bool = False,
     push: bool = False,
 ) -> Staged:
-    """Build the release aside, verify it there, ask the Hub, and only then install and publish it."""
+    """Build the release aside, verify it there, ask the Hub, and only then install and publish it.
+
+    space: with its demo, as a Space of the same name.
+    """
     parse_name(name)
     repo = repository(name, namespace)
     if push:
@@ -53,6 +58,8 @@ def release(
     if root == HERE:
         refresh()
     publish(staged, repo, push)
+    if space:
+        publish_space(repo, push)
     return staged
 
 
@@ -99,12 +106,13 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--seeds", type=Path, nargs="+", default=[], metavar="RUN", help="runs with other seeds")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the data, to measure the accuracy again")
     parser.add_argument("--namespace", metavar="N", help=f"owner on the Hub (default: RIDE_TIMM_HUB, or {NAMESPACE})")
+    parser.add_argument("--space", action="store_true", help="and its demo, a Space of the same name")
     parser.add_argument("--push", action="store_true", help="upload; without it, list the files only")
     parser.add_argument("--root", type=Path, default=HERE, metavar="DIR", help="folder of the staged releases")
     args = parser.parse_args(argv)
     set_threads(None)
-    options = dict(seeds=tuple(args.seeds), data_dir=args.data_dir, namespace=args.namespace, push=args.push)
-    release(args.name, args.source, args.root, **options)
+    options = dict(seeds=tuple(args.seeds), data_dir=args.data_dir, namespace=args.namespace)
+    release(args.name, args.source, args.root, **options, space=args.space, push=args.push)
 
 
 if __name__ == "__main__":

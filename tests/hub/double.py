@@ -232,11 +232,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.put_object(match[1])
         if match := re.fullmatch(r"/_cdn/(\w+)", path):
             return self.send_part(self.hub.objects[match[1]], {"ETag": f'"{match[1]}"'})
-        if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            return self.lfs_batch("dataset" if match[1] else "model", match[2])
-        if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.download("dataset" if match[1] else "model", *map(unquote, match.groups()[1:]))
-        if match := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+))?(?:/(.*))?)?", path):
+        if match := re.fullmatch(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            return self.lfs_batch(match[1] or "model", match[2])
+        if match := re.fullmatch(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self.download(match[1] or "model", *map(unquote, match.groups()[1:]))
+        if match := re.fullmatch(
+            r"/api/(model|dataset|space)s/([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+))?(?:/(.*))?)?", path
+        ):
             type_, id_, action, argument, _ = match.groups()
             name = f"{self.command.lower()}_{(action or 'revision').replace('-', '_')}"
             if hasattr(self, name):
@@ -256,7 +258,9 @@ class Handler(BaseHTTPRequestHandler):
         owner = given.get("organization") or (self.user or {}).get("name", "")
         self.check_write(owner)
         type_, id_ = given.get("type", "model"), f"{owner}/{given['name']}"
-        url = f"{self.hub.endpoint}/{'datasets/' if type_ == 'dataset' else ''}{id_}"
+        url = f"{self.hub.endpoint}/{'' if type_ == 'model' else f'{type_}s/'}{id_}"
+        if type_ == "space" and "sdk" not in given:
+            raise HubError(400, "sdk is required")
         if (type_, id_) in self.hub.repos:
             return self.send_json(409, {"error": "You already created this repo", "url": url})
         repo = self.hub.repos[type_, id_] = Repo(type_, id_, bool(given.get("private")))

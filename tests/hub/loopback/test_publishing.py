@@ -1,7 +1,10 @@
 """Push a release and a split to a Hub with the real clients; refusals come before anything is sent."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import folder
@@ -10,15 +13,17 @@ import publish as publish_script
 import pytest
 import release as release_script
 import safetensors.torch
+import spaces
 import stage
 import tables
 import torch
 import verify as verify_script
 from card import write_card
 from double import READER, STRANGER, WRITER
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, ModelCard, get_token, snapshot_download
 from publish import RELEASE, main, publish
 from release_files import set_json
+from spaces import publish_space
 from splits import check_split, publish_split, read_split
 from verify import verify
 
@@ -189,7 +194,7 @@ def release_command(house, run, *flags):
 def test_a_release_in_one_command(house, run, hub, monkeypatch, capsys):
     count = len(hub.requests)
     monkeypatch.delenv("RIDE_TIMM_HUB")
-    assert release_command(house, run) == 0
+    assert release_command(house, run, "--space") == 0
     out = capsys.readouterr().out
     assert "dry run" in out and f"{hub.endpoint}/ride-timm/{NAME}:" in out and "% measured, " in out
     assert len(hub.requests) == count
@@ -200,7 +205,8 @@ def test_a_release_in_one_command(house, run, hub, monkeypatch, capsys):
     assert all(NAME in (house / page).read_text(encoding="utf-8") for page in ("results.md", "summary.md"))
 
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    assert release_command(house, run, "--push") == 0
+    assert release_command(house, run, "--push", "--space") == 0
+    assert ("space", f"ride-timm/{NAME}") in hub.repos
     repo = hub.repos["model", f"ride-timm/{NAME}"]
     assert {file["lfs"] for file in repo.files(RELEASE).values()} >= {sha256}
     assert folder.read_releases()[NAME]["published"] is True
@@ -241,6 +247,41 @@ def change_weights(path, amount):
     tensors = safetensors.torch.load_file(path)
     tensors["trunk.conv1.weight"] += amount
     safetensors.torch.save_file(tensors, path)
+
+
+def test_a_space_holds_all_that_it_runs(published, hub, monkeypatch, tmp_path, capsys):
+    count = len(hub.requests)
+    publish_space(published, push=False)
+    assert f"and its demo to {hub.endpoint}/spaces/org/{NAME}: README.md, app.py" in capsys.readouterr().out
+    assert len(hub.requests) == count
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    publish_space(published, push=True)
+    assert f"published {hub.endpoint}/spaces/org/{NAME}" in capsys.readouterr().out
+    monkeypatch.delenv("HF_TOKEN")
+    folder = snapshot_download(f"org/{NAME}", repo_type="space", local_dir=tmp_path)
+    code = f"""
+from pathlib import Path
+import ride_timm
+from ride_timm.inference.demo.opinions import load_demo
+demo = load_demo("hf-hub:org/{NAME}", "cpu")
+print(Path(ride_timm.__file__).parent.parent == Path.cwd(), demo.name, len(demo.settings) > 2, sum(demo.train_images))
+"""
+    assert f'load_demo("hf-hub:org/{NAME}")' in (Path(folder) / "app.py").read_text(encoding="utf-8")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert ran.stdout == f"True {NAME} True 2478\n", ran.stdout + ran.stderr
+
+
+def test_a_space_that_arrives_otherwise_is_reported(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    with monkeypatch.context() as patched:
+        patched.setattr(spaces, "FILES", ("README.md", "app.py"))
+        publish_space("org/damaged_space", push=True)
+    repo = hub.repos["space", "org/damaged_space"]
+    assert set(repo.files()) >= {"README.md", "app.py"} and "requirements.txt" not in repo.files()
+    monkeypatch.setattr(spaces, "upload", lambda *_: repo.main)
+    with pytest.raises(RunError, match=r"spaces/org/damaged_space does not hold the files that were sent"):
+        publish_space("org/damaged_space", push=True)
 
 
 # splits
