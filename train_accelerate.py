@@ -28,6 +28,8 @@ from ride_timm.training.build import (
     build_teacher,
     load_data,
 )
+from ride_timm.training.heartbeat import Heartbeat
+from ride_timm.training.options import parse_arguments
 from ride_timm.training.options import Options, parse_arguments
 from ride_timm.training.preflight import adapt_to_machine, check_options, preflight
 from ride_timm.training.run_folder import RunFolder
@@ -54,6 +56,7 @@ def train(argv: list[str] | None) -> None:
         hub.check_push(options.push_to_hub, recipe.model)
     recipe = adapt_to_machine(recipe, options)
     accelerator = build_accelerator(recipe, options)
+    heartbeat = Heartbeat(accelerator)
     state = run.claim(recipe, options.stage, options.resume, options.router_in_place)
     data = load_data(recipe, accelerator, state)
     recipe = data.recipe  # with the epochs that so many images call for
@@ -85,6 +88,7 @@ def train(argv: list[str] | None) -> None:
             train_stage(stage, state, run, accelerator, watch)
     if options.trackers and accelerator.is_main_process:
         log_results(accelerator, run, step=len(state.history))
+    heartbeat.close()
     signals.restore()  # nothing is lost from here on
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -102,5 +102,6 @@ class Watch:
         found = numbers.tolist()
         if found[0]:  # never reset: a signal may have come since
             self.signals.caught = found[0]
-        self.signals.check()
+        if found[0] or self.accelerator.num_processes == 1:  # one that came since waits until all know of it
+            self.signals.check()
         return found

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
@@ -29,8 +30,11 @@ def _run(arguments: list[str], environment: dict[str, str], output: str) -> None
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def run_two_ranks(*arguments) -> list[tuple[str, str]]:
-    """Run a file, or -c and code, as ranks 0 and 1 -> (stdout, stderr) of each."""
+def run_two_ranks(*arguments, exits=(0, 0)) -> list[tuple[str, str]]:
+    """Run a file, or -c and code, as ranks 0 and 1 -> (stdout, stderr) of each.
+
+    exits: their exit codes; a rank that is to end by SIGKILL gets it when the other has ended.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,11 +50,13 @@ def run_two_ranks(*arguments) -> list[tuple[str, str]]:
         try:
             for process in processes:
                 process.start()
-            for process in processes:
+            for process, code in sorted(zip(processes, exits, strict=True), key=lambda rank: rank[1], reverse=True):
+                if code == -signal.SIGKILL:
+                    process.kill()
                 process.join(120)
         finally:
             for process in processes:
                 process.kill()
         printed = [tuple(Path(f"{output}.{name}").read_text() for name in ("out", "err")) for output in outputs]
-    assert [process.exitcode for process in processes] == [0, 0], printed
+    assert [process.exitcode for process in processes] == list(exits), printed
     return printed

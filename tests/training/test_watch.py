@@ -115,6 +115,14 @@ class Caught:
 accelerator, signals = Accelerator(cpu=True), Caught()
 watch = Watch(accelerator, signals, "no")
 watch.begin_epoch("experts", 0, 100, 1)
+if accelerator.process_index == 1 and sys.argv[1] == "late":
+    reduce = torch.distributed.all_reduce
+
+    def late(*args):  # the signal comes to this process while the processes agree on none
+        reduce(*args)
+        signals.caught = 15
+
+    torch.distributed.all_reduce = late
 step = -1
 try:
     for step in range(100):
@@ -129,7 +137,11 @@ except (Interrupted, RunError) as error:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("signal", "39 Interrupted 15"), ("nan", "39 RunError the loss is not finite at epoch 1, step 26")],
+    [
+        ("signal", "39 Interrupted 15"),
+        ("late", "39 Interrupted 15"),
+        ("nan", "39 RunError the loss is not finite at epoch 1, step 26"),
+    ],
 )
 def test_two_processes_stop_at_the_same_step(kind, expected):
     outputs = run_two_ranks("-c", RANK, kind)

@@ -1,0 +1,49 @@
+"""Processes that die or stop: the others end with one line."""
+
+import re
+import signal
+
+import pytest
+from two_ranks import run_two_ranks
+
+RANK = """
+import os, signal, sys, time
+import torch
+from accelerate import Accelerator
+from ride_timm.cli.process import exit_code
+from ride_timm.training.heartbeat import Heartbeat
+
+def command(argv):
+    accelerator = Accelerator(cpu=True)
+    heartbeat = Heartbeat(accelerator, limit=20, every=0.1)
+    accelerator.reduce(torch.ones(1))
+    if accelerator.process_index == int(sys.argv[1]):
+        what = sys.argv[2]
+        if what == "slow":
+            time.sleep(3)  # longer than the limit, but alive
+        else:
+            os.kill(os.getpid(), getattr(signal, what))
+    accelerator.reduce(torch.ones(1))
+    heartbeat.close()
+    print("done")
+
+sys.exit(exit_code(command, None))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [("SIGSTOP", "process 1 of this run has stopped"), ("SIGKILL", "another process of this run has died")],
+)
+def test_a_process_that_stops_or_dies_ends_the_other_with_one_line(what, line):
+    (out, error), _ = run_two_ranks("-c", RANK, 1, what, exits=(1, -signal.SIGKILL))
+    assert out == "" and re.fullmatch(rf"error: {line}; --resume continues after the last finished epoch.*\n", error)
+
+
+def test_the_main_process_is_watched_too():
+    _, (out, error) = run_two_ranks("-c", RANK, 0, "SIGSTOP", exits=(-signal.SIGKILL, 1))
+    assert out == "" and error.startswith("error: process 0 of this run has stopped; --resume")
+
+
+def test_a_slow_process_is_waited_for():
+    assert run_two_ranks("-c", RANK, 1, "slow") == [("done\n", "")] * 2
