@@ -58,6 +58,8 @@ def train(argv: list[str] | None) -> None:
     accelerator = build_accelerator(recipe, options)
     heartbeat = Heartbeat(accelerator)
     state = run.claim(recipe, options.stage, options.resume, options.router_in_place)
+    if state is not None:
+        options = options.from_stage(state.stage)
     data = load_data(recipe, accelerator, state)
     recipe = data.recipe  # with the epochs that so many images call for
     if hub:
@@ -83,9 +85,8 @@ def train(argv: list[str] | None) -> None:
         start_trackers(accelerator, recipe, run)
 
     for name in options.stages:
-        if name not in state.results:
-            stage = build_stage(name, recipe, data, model, teacher, accelerator, state.source is None, class_weights)
-            train_stage(stage, state, run, accelerator, watch)
+        stage = build_stage(name, recipe, data, model, teacher, accelerator, state.source is None, class_weights)
+        train_stage(stage, state, run, accelerator, watch)
     if options.trackers and accelerator.is_main_process:
         log_results(accelerator, run, step=len(state.history))
     heartbeat.close()

@@ -16,7 +16,7 @@ from folder import CARD, CLASSES, CONFIG, CURVES, HERE, RESULTS, Staged, is_regi
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ride_timm.cli.process import exit_code
-from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, millions, number, percentages
+from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, ensemble_metrics, millions, number, percentages
 from ride_timm.losses import LOSSES, PerExpertPriorLoss
 from ride_timm.priors import shot_groups
 from ride_timm.training.arguments import Parser
@@ -145,7 +145,7 @@ def _facts(config: dict[str, Any], results: dict[str, Any], shots: tuple[int, in
 
 def _extremes(results: dict[str, Any], names: list[str] | None) -> list[str]:
     """The worst and the best class by accuracy; [] where it was not measured by class."""
-    per_class = results["stages"].get("experts", {}).get("per_class") or []
+    per_class = ensemble_metrics(results["stages"]).get("per_class") or []
     known = [(accuracy, c) for c, accuracy in enumerate(per_class) if accuracy is not None]
     counts = results.get("class_counts")
     return [

@@ -14,6 +14,7 @@ from ride_timm.training.recipe import Recipe
 DECOUPLED = {  # by `decouple` of the recipe: citation and paper
     "crt": ("cRT", "1910.09217"),
     "lws": ("LWS", "1910.09217"),
+    "balanced_softmax": ("late balanced softmax", "2304.01279"),
     "tau_norm": ("tau-normalization", "1910.09217"),
     "logit_adjustment": ("logit adjustment", "2007.07314"),
 }
@@ -66,13 +67,13 @@ def selection(recipe: Recipe, stages: dict[str, Any]) -> str:
 
 def training(recipe: Recipe, results: dict[str, Any]) -> str:
     """The sentences on the stages, their length and the weights they started from."""
+    names = {"experts": "the experts", "heads": "the classifiers of trained experts", "router": "the router"}
+    if "experts" in results["stages"]:
+        names["heads"] = "their classifiers"
     stages, parts = results["stages"], []
-    if "experts" in stages:
-        what = "the experts" if recipe.decouple == "none" else "the classifiers of trained experts"
-        epochs = stages["experts"]["epochs"]
-        parts.append(f"{what} for {_epochs(epochs)}" if epochs else f"{what} in closed form")
-    if "router" in stages:
-        parts.append(f"the router for {_epochs(stages['router']['epochs'])}")
+    for name, metrics in stages.items():
+        epochs = metrics["epochs"]
+        parts.append(f"{names[name]} for {_epochs(epochs)}" if epochs else f"{names[name]} in closed form")
     if "source" in results:
         parts[0] += f" (starting from {weights_name(results['source'])})"
     return f"With `ride_timm`: {', then '.join(parts)}. {selection(recipe, stages)}"
@@ -87,9 +88,11 @@ def command(recipe: Recipe, results: dict[str, Any]) -> str:
     stages, flags = results["stages"], ["--recipe recipe.yaml"]
     if ready_made(results):
         flags.append("--data-dir path/to/the/long-tailed/copy")
-    if recipe.num_experts > 1 and len(stages) == 1:
-        flags.append(f"--stage {next(iter(stages))}")
-    if "source" in results or "experts" not in stages or recipe.decouple != "none":
+    if list(stages) == ["router"]:
+        flags.append("--stage router")
+    elif recipe.num_experts > 1 and "router" not in stages:
+        flags.append("--stage experts")
+    if "source" in results or "experts" not in stages:
         flags.append(f"--from {results.get('source') or 'path/to/the/trained/run'}")
     elif recipe.distillation:
         flags.append(f"--teacher {results.get('teacher', {}).get('spec') or 'path/to/the/teacher'}")

@@ -20,7 +20,8 @@ def measure(model: Ride, recipe: Recipe, *, curve: bool = True) -> dict[str, Any
     """Measure the metrics of results.json on the recipe's test set.
 
     {"class_counts", "class_names", "stages": {"experts": …, "router": …}, "routing": {"curve", "prefixes"}}, the last
-    two for models with a router only; curve: False leaves "routing" out, which takes a pass over the data of its own.
+    two for models with a router only; of re-balanced heads, "heads" in place of "experts". curve: False leaves
+    "routing" out, which takes a pass over the data of its own.
     InputError if the data have another number of classes.
     """
     data = load_longtail(**recipe.data_args)
@@ -40,7 +41,7 @@ def measure(model: Ride, recipe: Recipe, *, curve: bool = True) -> dict[str, Any
         reduced_decode=recipe.reduced_decode,
     )
     counts, shots = data.class_counts, recipe.shots
-    stages = dict(experts=with_macs(evaluate(model, batches, counts, shots=shots), model, shape))
+    stages = {recipe.ensemble_stage: with_macs(evaluate(model, batches, counts, shots=shots), model, shape)}
     found: dict[str, Any] = dict(class_counts=counts, class_names=list(data.class_names), stages=stages)
     if model.router is not None:
         routed = evaluate(model, batches, counts, routed=True, threshold=recipe.threshold, shots=shots)

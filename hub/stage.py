@@ -50,7 +50,7 @@ from ride_timm.cli.process import exit_code
 from ride_timm.data.datasets import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.evaluation.plots import plot_long_tail, plot_routing
-from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES
+from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, ensemble_metrics
 from ride_timm.files import write_atomically
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
@@ -134,7 +134,7 @@ def build(
     if not (new / GOLDEN).is_file():
         pair = golden_pair(model)
         write_atomically(new / GOLDEN, lambda partial: safetensors.torch.save_file(pair, partial))
-    if "per_class" in results["stages"].get("experts", {}):
+    if "per_class" in ensemble_metrics(results["stages"]):
         names = config.get("label_names") or list(map(str, range(model.num_classes)))
         rows = {STAGE_NAMES[stage]: metrics for stage, metrics in results["stages"].items()}
         plot_long_tail(new / CLASSES, rows, results["class_counts"], names, shots_of(results, recipe))

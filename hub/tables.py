@@ -20,7 +20,7 @@ from zoo import DOWNLOAD, read_zoo
 
 from ride_timm import InputError
 from ride_timm.cli.process import exit_code
-from ride_timm.evaluation.tables import GROUPS, markdown_table, millions, number
+from ride_timm.evaluation.tables import GROUPS, ensemble_metrics, markdown_table, millions, number
 from ride_timm.losses import LOSSES, RegisteredLoss
 from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser
@@ -108,7 +108,7 @@ def render_summary(root: Path = HERE) -> str:
     """One row per release, by data set and accuracy: the ensemble by shot group, then the routed accuracy and cost."""
     rows = []
     for staged, results in measured(root):
-        experts, router = results["stages"]["experts"], results["stages"].get("router", {})
+        experts, router = ensemble_metrics(results["stages"]), results["stages"].get("router", {})
         data = text.describe_data(results)[0].partition(" (")[0]
         accuracies = [number(experts[group], 1) for group in GROUPS]
         cost = [millions(experts["macs"]), number(router.get("all"), 1), millions(router.get("macs"))]

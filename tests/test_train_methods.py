@@ -82,19 +82,44 @@ def test_rebalancing_uses_the_recipe_of_the_source_run(train, finished, tmp_path
     assert train([*flags, "--decouple-lr", "0.05", "--stage", "experts", "--threads", "1"]) == 0
     output = tmp_path / "runs" / f"finished_{method}"
     results = RunFolder(output).results()
-    assert results["recipe"] == f"finished_{method}" and list(results["stages"]) == ["experts"]
-    assert results["stages"]["experts"]["epochs"] == (2 if method in ("crt", "lws") else 0)
+    assert results["recipe"] == f"finished_{method}" and list(results["stages"]) == ["heads"]
+    assert results["stages"]["heads"]["epochs"] == (2 if method in ("crt", "lws") else 0)
     ours, theirs = RunFolder(output).state().model, RunFolder(source).state().model
     for name, value in ours.items():
         if ".fc." not in name:
             assert torch.equal(value, theirs[name]), name
     capsys.readouterr()
     main(["evaluate", "--model", str(output), "--json", "--threads", "1"])
-    assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["experts"]["per_class"]
+    assert json.loads(capsys.readouterr().out)["per_class"] == results["stages"]["heads"]["per_class"]
     if method == "lws":  # a router on the re-balanced heads, in the same folder
         assert train(["--output", output, "--stage", "router", "--threads", "1"]) == 0
         results = RunFolder(output).results()
-        assert list(results["stages"]) == ["experts", "router"] and results["source"] == str(source)
+        assert list(results["stages"]) == ["heads", "router"] and results["source"] == str(source)
+
+
+def test_experts_heads_and_router_are_one_run(train, colours, tmp_path, monkeypatch, capsys):
+    flags = ["--loss", "balpoe", "--epochs", "1", "--router-epochs", "1"]
+    late = [*flags, "--decouple", "balanced_softmax", "--decouple-epochs", "2", "--decouple-batch-size", "16"]
+    plain, reference, stopped = (tmp_path / name for name in ("plain", "reference", "stopped"))
+    assert train(flags_of(colours, plain, *flags, "--stage", "experts")) == 0
+    assert train(flags_of(colours, reference, *late)) == 0
+    results = RunFolder(reference).results()["stages"]
+    assert list(results) == ["experts", "heads", "router"] and results["heads"]["epochs"] == 2
+    ensemble = RunFolder(plain).results()["stages"]["experts"]
+    assert results["experts"]["per_class"] == ensemble["per_class"]
+    capsys.readouterr()
+    main(["evaluate", "--model", str(reference), "--json", "--threads", "1"])
+    assert json.loads(capsys.readouterr().out)["per_class"] == results["heads"]["per_class"]
+    ours, theirs = RunFolder(reference).state().model, RunFolder(plain).state().model
+    assert not any("affine" in name for name in ours)  # new heads for one prior: nothing to align
+    for name in (name for name in ours if "conv" in name):
+        assert torch.equal(ours[name], theirs[name]), name
+    with monkeypatch.context() as patched:
+        stop_after_epoch(patched, "heads")
+        assert train(flags_of(colours, stopped, *late)) == 143
+    assert train(["--output", stopped, "--resume", "--threads", "1"]) == 0
+    assert rows_of(stopped) == rows_of(reference)
+    assert (stopped / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 
 
 def test_experts_are_prior_aligned_exactly_once(train, colours, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
-from ..evaluation.tables import GROUPS, markdown_table, millions, number
+from ..evaluation.tables import GROUPS, STAGE_NAMES, markdown_table, millions, number
 from ..files import write_atomically
 from ..training.arguments import Parser, add_flags, flags_given
 from ..training.recipe import load_recipe
@@ -88,9 +88,8 @@ def check_flags(recipes: Sequence[str], flags: Sequence[str]) -> None:
         recipe = load_recipe(name).override(values)
         if args.stage == "router":
             continue
-        if recipe.decouple != "none" and not getattr(args, "from"):
-            raise InputError(f"recipe {name} re-balances a trained network: pass one after `--`, by --from.")
-        if recipe.distillation and recipe.decouple == "none" and not args.teacher:
+        rebalances = recipe.decouple != "none" and getattr(args, "from")
+        if recipe.distillation and not rebalances and not args.teacher:
             raise InputError(f"recipe {name} learns from a teacher: pass one after `--`, by --teacher.")
 
 
@@ -138,7 +137,7 @@ def collect(output: Path, recipes: Sequence[str], seeds: Sequence[int]) -> list[
     rows = []
     for recipe in recipes:
         results = _results(output, recipe, seeds)
-        for stage in ("experts", "router"):
+        for stage in STAGE_NAMES:
             done = {seed: found["stages"][stage] for seed, found in results.items() if stage in found["stages"]}
             if done:
                 row: dict[str, Any] = dict(recipe=Path(recipe).stem, stage=stage, seeds=list(done))

@@ -57,7 +57,7 @@ def plot_metrics(
 
 def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     """Draw training loss and test accuracy by epoch, one line of panels per stage."""
-    titles = {"experts": "Stage one, experts", "router": "Stage two, router"}
+    titles = {"experts": "Stage one, experts", "heads": "Re-balanced heads", "router": "Stage two, router"}
     stages = [stage for stage in titles if any(row["stage"] == stage for row in history)]
     figure, grid = figures.panels(len(stages), 2, 9, 2.8, sharex="row")
     for (left, right), stage in zip(grid, stages, strict=True):
@@ -152,7 +152,7 @@ def plot_experts(path: Path, rows: Rows) -> None:
 
     Disagreement and diversity as in `metrics.expert_metrics`; what was not measured has no panel.
     """
-    experts = next((metrics for metrics in rows.values() if "experts" in metrics), None)
+    experts = next((metrics for metrics in reversed(rows.values()) if "experts" in metrics), None)
     several = experts is not None and len(experts["experts"]["accuracy"]["all"]) > 1
     routed = {name: metrics for name, metrics in rows.items() if "experts_used_by_group" in metrics}
     count = 1 + len(routed) + 2 * several

@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 GROUPS = ("all", "many", "medium", "few")
-STAGE_NAMES = {"experts": "ensemble", "router": "routed"}  # stages of results.json by what their metrics are of
+# stages of results.json by what their metrics are of
+STAGE_NAMES = {"experts": "ensemble", "heads": "re-balanced", "router": "routed"}
+
+
+def ensemble_metrics(stages: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of all experts as a run leaves them, from its stages; {} where only a router was trained."""
+    return stages.get("heads") or stages.get("experts") or {}
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -50,7 +50,7 @@ def run_log_prior(recipe: Recipe, class_counts: Sequence[int], class_weights: Se
     proportional to s * w * exp(-o); of RIDE and LDAM, as they end training, margins and diversity aside. Re-trained or
     tau-normalised heads count as balanced.
     """
-    if recipe.decouple in ("crt", "lws", "tau_norm"):
+    if recipe.decouple in ("crt", "lws", "balanced_softmax", "tau_norm"):
         return torch.full((len(class_counts),), 1 / len(class_counts)).log()
     weights = {} if class_weights is None else dict(weights=class_weights)
     loss = make_loss(recipe.loss, class_counts, **recipe.loss_args, **weights)

@@ -63,9 +63,8 @@ class RunData:
     @classmethod
     def of(cls, longtail: LongTailData, recipe: Recipe, accelerator: Accelerator) -> RunData:
         """Augmentation, image size, held-out images and epochs as the recipe says."""
-        policy = train_policy = recipe.policy
-        if recipe.decouple == "none":
-            train_policy = policy.strong(recipe.auto_augment, recipe.cutout)
+        policy = recipe.policy
+        train_policy = policy.strong(recipe.auto_augment, recipe.cutout)
         train, held_out = longtail.train, longtail.val
         if recipe.holdout:
             train, held_out = hold_out(longtail.train, recipe.holdout, recipe.split_seed)
@@ -230,8 +229,7 @@ def build_teacher(recipe: Recipe, data: RunData, options: Options, state: Traini
 
     Raises `InputError` where none is named, or where the weights are not those the run began with.
     """
-    begun = state is not None and "experts" in state.results
-    if not recipe.distillation or recipe.decouple != "none" or "experts" not in options.stages or begun:
+    if not recipe.distillation or "experts" not in options.stages:
         return None
     known = None if state is None else state.teacher
     spec = options.teacher or (known["spec"] if known else None)
@@ -257,7 +255,7 @@ def build_class_weights(
     """
     if state is not None and state.class_weights is not None:
         return state.class_weights
-    if recipe.class_weights is None or recipe.decouple != "none" or "experts" not in options.stages:
+    if recipe.class_weights is None or "experts" not in options.stages:
         return None
     if recipe.class_weights == "auto":
         return inverse_root_weights(data.train_counts).tolist()

@@ -160,15 +160,19 @@ class DistillationObjective(ExpertsObjective):
 
 
 class HeadsObjective(Objective):
-    """Decoupled training: some parameters of the heads learn, all others are frozen and in eval mode.
+    """Decoupled training: some parameters of the heads learn, all others are frozen.
 
     trained: names of the parameters that learn, such as every expert's classifier. The loss is cross entropy per
-    expert, summed; the batches are class-balanced. Raises `InputError` for a name that the model does not have. Kang
-    et al. 2020, arXiv:1910.09217, section 4.
+    expert, summed. Without an offset the batches are class-balanced and the model stays in eval mode (Kang et al. 2020,
+    arXiv:1910.09217, section 4). offset [C]: added to the logits, log(prior) for balanced softmax on ordinary batches,
+    where BatchNorm goes on with the batch's statistics (Jin et al. 2023, arXiv:2304.01279, section 4.1).
+    Raises `InputError` for a name that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, trained: Sequence[str]):
+    def __init__(self, model: nn.Module, trained: Sequence[str], offset: Tensor | None = None):
         super().__init__(model)
+        self.offset: Tensor | None
+        self.register_buffer("offset", offset, persistent=False)
         parameters = dict(model.named_parameters())
         unknown = [name for name in trained if name not in parameters]
         if unknown or not trained:
@@ -179,15 +183,17 @@ class HeadsObjective(Objective):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "HeadsObjective":
-        """Set the objective's mode; the model stays in eval mode, so BatchNorm keeps its statistics."""
+        """Set the mode; without an offset the model stays in eval mode, so BatchNorm keeps its statistics."""
         super().train(mode)
-        self.model.eval()
+        if self.offset is None:
+            self.model.eval()
         return self
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Loss and logits of one batch."""
         _, expert_logits = self.model.forward_experts(images)
-        return {"loss": cross_entropy(widen(expert_logits), targets), "logits": expert_logits.detach().mean(1)}
+        adjusted = widen(expert_logits) if self.offset is None else widen(expert_logits) + self.offset
+        return {"loss": cross_entropy(adjusted, targets), "logits": expert_logits.detach().mean(1)}
 
 
 class RouterObjective(Objective):

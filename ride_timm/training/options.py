@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ class Options:
         """The router is trained on the experts of the run folder itself."""
         return self.stage == "router" and self.source is None
 
+    def from_stage(self, name: str) -> Options:
+        """The options of a resumed run, without the stages before the one it is in."""
+        later = self.stages[self.stages.index(name) :] if name in self.stages else ()
+        return dataclasses.replace(self, stages=later)
+
 
 def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
     """Parse the command line; flags override the recipe, the recipe overrides the defaults.
@@ -84,10 +90,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         )
     if args.stage == "router" and recipe.num_experts == 1:
         raise InputError("num_experts=1: a router needs at least 2 experts to choose from.")
-    both = ("experts", "router") if recipe.num_experts > 1 else ("experts",)
+    stages = recipe.stages
+    if recipe.decouple != "none" and args.source is not None:  # trained experts
+        stages = tuple(name for name in stages if name != "experts")
+    if args.stage != "both":
+        stages = tuple(name for name in stages if (name == "router") == (args.stage == "router"))
     options = Options(
         stage=args.stage,
-        stages=both if args.stage == "both" else (args.stage,),
+        stages=stages,
         source=args.source,
         teacher=args.teacher,
         output=output,

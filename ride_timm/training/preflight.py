@@ -76,10 +76,10 @@ def check_options(recipe: Recipe, options: Options) -> None:
     sampled = [name for name, sampler in samplers.items() if sampler != "instance"]
     if not recipe.streaming or not sampled:
         return
-    if sampled[0] == "experts" and recipe.decouple == "none":
+    if sampled[0] == "experts":
         ways = "leave --sampler or --streaming out"
-    elif sampled[0] == "experts":
-        ways = "train it by --stage experts without --streaming"
+    elif sampled[0] == "heads":
+        ways = "train the experts with --decouple none, and the heads by --from that run without --streaming"
     elif options.stage == "router":
         ways = "add --no-router-balanced, or leave --streaming out here"
     else:
@@ -93,8 +93,6 @@ def check_options(recipe: Recipe, options: Options) -> None:
 
 def check_source(recipe: Recipe, options: Options, state: TrainingState | None) -> None:
     """InputError for initial weights that are missing, or are not those that the resumed run began with."""
-    if state is None and options.source is None and recipe.decouple != "none" and "experts" in options.stages:
-        raise InputError(f"decouple={recipe.decouple} re-balances a trained network: name one by --from.")
     if state is None and options.source is None and not recipe.pretrained:
         for key, default in (("freeze", "none"), ("head_init", "random"), ("adapter", None)):
             if (value := getattr(recipe, key)) != default:
@@ -137,9 +135,10 @@ def preflight(
     for name in options.stages:
         settings = recipe.stage(name)
         slices = RankSlices(len(data.train), settings.batch_size, True, accelerator.process_index, processes)
-        trains_norms = name == "experts" and recipe.decouple == "none" and not recipe.sync_bn
+        trains_norms = name == "experts" or (name == "heads" and recipe.decouple == "balanced_softmax")
+        trains_norms = trains_norms and not recipe.sync_bn
         trains_norms = trains_norms and recipe.freeze != "backbone" and not recipe.freeze_norm
-        if trains_norms and not (state and name in state.results):
+        if trains_norms:
             batches = f"{slices.num_draws} images in batches of {settings.batch_size} (processes: {processes})"
             check_parts(model, data.size, [data.num_views * n for n in slices.fewest], recipe.ghost_batch, batches)
     accelerator.wait_for_everyone()  # no process writes before all have passed

@@ -1,4 +1,4 @@
-"""Re-balancing the heads of a trained network: cRT, LWS, tau-normalization, post-hoc logit adjustment, alignment.
+"""Re-balancing trained heads: cRT, LWS, balanced softmax, tau-normalization, post-hoc logit adjustment, alignment.
 
 Each expert's head is re-balanced on its own. Cosine heads divide out the norms of their class vectors, so scales and
 offsets are a per-class affine layer after the head (`models.ClassAffine`), after linear heads too.
@@ -89,14 +89,16 @@ def align_experts(model: Ride, offsets: Tensor) -> None:
 def decouple(model: Ride, method: str, class_counts: Sequence[int] | Tensor, tau: float, seed: int) -> HeadsObjective:
     """Re-balance a trained network's heads; returns the objective for what is left to train.
 
-    method: "crt" trains new heads, drawn from `seed`; "lws" trains one scale per class, from 1; "tau_norm" and
-    "logit_adjustment" are closed-form. Kang et al. 2020, arXiv:1910.09217, section 4.
+    method: "crt" trains new heads, drawn from `seed`, on class-balanced batches, and "balanced_softmax" on ordinary
+    ones with log(prior) added; "lws" trains one scale per class, from 1; "tau_norm" and "logit_adjustment" are
+    closed-form. Kang et al. 2020, arXiv:1910.09217, section 4; balanced softmax as in arXiv:2304.01279, section 4.1.
     """
-    if method == "crt":
+    if method in ("crt", "balanced_softmax"):
         torch.manual_seed(seed)
         model.reset_classifier(model.num_classes)
         heads = tuple(f"{name}." for name in model.get_classifier(name_only=True))
-        return HeadsObjective(model, [name for name, _ in model.named_parameters() if name.startswith(heads)])
+        learnt = [name for name, _ in model.named_parameters() if name.startswith(heads)]
+        return HeadsObjective(model, learnt, priors.log_prior(class_counts) if method == "balanced_softmax" else None)
     if method == "tau_norm":
         tau_normalize(model, tau)
     elif method == "logit_adjustment":
@@ -104,5 +106,6 @@ def decouple(model: Ride, method: str, class_counts: Sequence[int] | Tensor, tau
     elif method == "lws":
         model.add_class_affine()
     else:
-        raise InputError(f"unknown decoupling {method!r}, expected one of: crt, lws, tau_norm, logit_adjustment")
+        expected = "crt, lws, balanced_softmax, tau_norm, logit_adjustment"
+        raise InputError(f"unknown decoupling {method!r}, expected one of: {expected}")
     return HeadsObjective(model, [f"experts.{i}.fc.affine.weight" for i in range(model.num_experts)])

@@ -16,7 +16,17 @@ from ..data.datasets import default_profile
 from ..errors import InputError
 from ..keys import coerce
 from ..losses import LOSSES, ExpertsLoss
-from .recipe_keys import DataKeys, DecouplingKeys, LossKeys, ModelKeys, RouterKeys, RunKeys, StageOneKeys
+from .recipe_keys import (
+    BALANCED_BATCHES,
+    LEARNT,
+    DataKeys,
+    DecouplingKeys,
+    LossKeys,
+    ModelKeys,
+    RouterKeys,
+    RunKeys,
+    StageOneKeys,
+)
 from .recipe_yaml import read_yaml
 from .schedules import epochs_for, lr_factor
 
@@ -150,8 +160,23 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         """Arguments for `losses.make_loss`."""
         return LOSSES[self.loss].arguments(self)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages in order: "experts", "heads" where they are re-balanced, "router" of several experts."""
+        heads = () if self.decouple == "none" else ("heads",)
+        return ("experts", *heads, *(("router",) if self.num_experts > 1 else ()))
+
+    @property
+    def ensemble_stage(self) -> str:
+        """The stage that leaves the experts as they are used: "heads" or "experts"."""
+        return [name for name in self.stages if name != "router"][-1]
+
+    def stage_after(self, name: str) -> str:
+        """The stage that follows, "done" after the last."""
+        return (*self.stages, "done")[self.stages.index(name) + 1]
+
     def stage(self, name: str) -> StageSettings:
-        """Settings of stage "experts" or "router"."""
+        """Settings of a stage, one of `stages`."""
         if name == "router":
             return StageSettings(
                 name=name,
@@ -164,8 +189,8 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
                 schedule=dict(schedule="cosine"),
                 sampler="class_balanced" if self.router_balanced else "instance",
             )
-        if self.decouple != "none":
-            learns = self.decouple in ("crt", "lws")
+        if name == "heads":
+            learns, balanced = self.decouple in LEARNT, self.decouple in BALANCED_BATCHES
             return StageSettings(
                 name=name,
                 epochs=self.decouple_epochs if learns else 0,
@@ -175,7 +200,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
                 weight_decay=self.decouple_weight_decay,
                 decay_norm_and_bias=True,
                 schedule=dict(schedule="cosine" if learns else "constant"),
-                sampler="class_balanced" if learns else "instance",
+                sampler="class_balanced" if balanced else "instance",
             )
         schedule = ("schedule", "decay_epochs", "decay_rate", "warmup_epochs")
         return StageSettings(

@@ -11,7 +11,9 @@ from ..losses import LOSSES, loss_keys
 from ..models.adapters import ADAPTERS
 from .schedules import SCHEDULES
 
-DECOUPLINGS = ("none", "crt", "lws", "tau_norm", "logit_adjustment")
+BALANCED_BATCHES = ("crt", "lws")  # methods of `decouple` by what their heads learn from
+LEARNT = (*BALANCED_BATCHES, "balanced_softmax")
+DECOUPLINGS = ("none", *LEARNT, "tau_norm", "logit_adjustment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +166,12 @@ class DecouplingKeys:
 
     decouple: str = key(
         "none",
-        "re-balance the heads of --from's network instead of training stage one",
+        "re-balance the heads after stage one, or with --from those of a trained network in its place",
         choices=DECOUPLINGS,
     )
     decouple_tau: float = key(1.0, "strength of tau_norm and logit_adjustment", low=0, high=10)
-    decouple_epochs: int = key(10, "epochs of crt and lws; the others train nothing", low=1)
-    decouple_batch_size: int = key(128, "class-balanced images per step, over all processes", low=1)
+    decouple_epochs: int = key(10, "epochs of crt, lws and balanced_softmax; the others train nothing", low=1)
+    decouple_batch_size: int = key(128, "images per step, over all processes", low=1)
     decouple_lr: float = key(0.1, "learning rate, cosine to 0", above=0)
     decouple_weight_decay: float = key(5e-4, "weight decay", low=0)
 

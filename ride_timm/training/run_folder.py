@@ -100,7 +100,7 @@ class RunFolder:
             raise InputError(f"output {self.path} is a file: name a folder.")
         self._claimed_occupied = self.occupied
         state = self.state() if self.occupied else None
-        finished = state is not None and "experts" in state.results
+        finished = state is not None and recipe.ensemble_stage in state.results
         at_router = state is not None and state.stage == "router" and state.epoch == 0
         adds_router = router_in_place and finished and at_router
         if self.occupied:
@@ -113,7 +113,7 @@ class RunFolder:
             raise InputError(f"no stage one to start from: {self.path} holds no run; pass --from RUN, or train it.")
         elif self.path.is_dir() and not self._only_begun():
             raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")
-        if state is not None and state.stage != "experts" and not finished and stage != "router":
+        if state is not None and state.stage in ("router", "done") and not finished and stage != "router":
             raise InputError(f"{self.path} holds a router on other experts: resume it with --stage router --resume.")
         if router_in_place and not finished and not (resume and state is not None and state.stage == "router"):
             raise InputError(f"stage one in {self.path} is not finished: resume it with --resume --stage both.")

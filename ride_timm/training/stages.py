@@ -35,12 +35,11 @@ from .watch import Watch
 class Stage:
     """One stage of training: everything the loop needs of it.
 
-    name: its key in results.json. objective: model and loss; `wrapped`: the same prepared by Accelerate, which is what
-    the loop calls. Subclasses make the objective and override what differs.
+    name: its key in results.json, one of `Recipe.stages`. objective: model and loss; `wrapped`: the same prepared by
+    Accelerate, which is what the loop calls. Subclasses make the objective and override what differs.
     """
 
     name: str
-    next_stage = "router"
     routed = False
     loss: ExpertsLoss | None = None
 
@@ -146,7 +145,7 @@ class Stage:
         """Write the stage's weights, results and plots, and the state from which the next stage begins."""
         metrics, shape = self.conclude(epochs, watch), (self.model.in_chans, self.data.size, self.data.size)
         state.results[self.name] = with_macs(metrics, self.model, shape)
-        state.advance(self.next_stage, trained_tensors(self.model))
+        state.advance(self.recipe.stage_after(self.name), trained_tensors(self.model))
         if self.accelerator.is_main_process:
             run.export(self.model, self.data.policy.data_config(self.data.size), self.data.longtail.class_names)
             facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
@@ -216,20 +215,23 @@ class ExpertsStage(Stage):
 
 
 class HeadsStage(Stage):
-    """Re-balanced heads on a frozen network, in place of stage one; closed-form methods have no epochs."""
+    """Re-balanced heads on frozen trunk and experts; closed-form methods have no epochs."""
 
-    name = "experts"
+    name = "heads"
 
     def __init__(self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator) -> None:
         objective = decouple(model, recipe.decouple, data.train_counts, recipe.decouple_tau, recipe.seed)
         super().__init__(recipe, data, accelerator, objective)
+
+    def make_loader(self) -> Any:
+        strong = self.recipe.decouple == "balanced_softmax"  # batches as in stage one
+        return self.data.train_loader(self.settings, self.data.train_policy if strong else self.data.policy)
 
 
 class RouterStage(Stage):
     """Stage two: a router on frozen experts. RIDE, section 3.3."""
 
     name = "router"
-    next_stage = "done"
     routed = True
 
     def __init__(self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator) -> None:
@@ -246,10 +248,10 @@ def build_stage(
     name: str, recipe: Recipe, data: RunData, model: Ride, teacher: Teacher | None, accelerator: Accelerator,
     from_scratch: bool = True, class_weights: list[float] | None = None,
 ) -> Stage:  # fmt: skip
-    """The stage "experts" or "router" of a recipe, ready for its first epoch."""
+    """One of a recipe's stages, ready for its first epoch."""
     if name == "router":
         return RouterStage(recipe, data, model, accelerator)
-    if recipe.decouple != "none":
+    if name == "heads":
         return HeadsStage(recipe, data, model, accelerator)
     return ExpertsStage(recipe, data, model, accelerator, teacher, from_scratch, class_weights)
 

@@ -154,7 +154,6 @@ def test_ctrl_c_stops_the_run_and_the_sweep(sweep, tmp_path):
             ["--recipes", "cifar100_lt", "cifar100_lt_sade", "--", "--num-experts", "2"],
             "num_experts=2: loss 'sade' trains 3 experts",
         ),
-        (["--recipes", "cifar100_lt", "cifar100_lt_crt"], "recipe cifar100_lt_crt re-balances a trained network"),
         (["--recipes", "cifar100_lt", "cifar100_lt_distill"], "recipe cifar100_lt_distill learns from a teacher"),
     ],
 )

@@ -21,8 +21,12 @@ from ride_timm.training.recipe_keys import DECOUPLINGS
 def render_with(staged, **changes):
     recipe = dataclasses.replace(staged.recipe(), **changes)
     (staged.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    data = staged.json("results.json")["data"]
-    set_json(staged.path / "results.json", data=data | {key: changes[key] for key in data.keys() & changes})
+    results = staged.json("results.json")
+    data, stages = results["data"], results["stages"]
+    if "decouple" in changes and "heads" not in stages:
+        stages = {name.replace("experts", "heads"): metrics for name, metrics in stages.items()}
+    data |= {key: changes[key] for key in data.keys() & changes}
+    set_json(staged.path / "results.json", data=data, stages=stages)
     return render(staged)
 
 
@@ -73,18 +77,25 @@ def test_the_card_names_the_method(staged, changes, expected):
     [
         (dict(router=None), {}, ["recipe.yaml --stage experts\n", "the experts for 3 epochs. The", "| loss |"]),
         (dict(experts=None), {}, ["`ride_timm`: the router for 5 epochs. The", "--stage router --from path"]),
-        (dict(experts=1, router=None), dict(decouple="crt"), ["the classifiers of trained experts for one epoch. The"]),
-        (dict(experts=0), dict(decouple="tau_norm"), ["in closed form, then the router for 5 epochs. The metrics are"]),
-        (dict(experts=0, router=None), dict(decouple="tau_norm"), ["in closed form. The metrics are of the test set"]),
+        (dict(experts=None, heads=1, router=None), dict(decouple="crt"),
+         ["the classifiers of trained experts for one epoch. The", "| crt, 10 epochs of class-balanced batches of"]),
+        (dict(experts=None, heads=0, router=5), dict(decouple="tau_norm"),
+         ["in closed form, then the router for 5 epochs. The metrics are"]),
+        (dict(experts=None, heads=0, router=None), dict(decouple="tau_norm"),
+         ["in closed form. The metrics are of the test set"]),
+        (dict(heads=20, router=5), dict(decouple="balanced_softmax"),
+         ["the experts for 3 epochs, then their classifiers for 20 epochs, then the router for 5 epochs. The",
+          "| balanced_softmax, 10 epochs of batches of 128,", "train_accelerate.py --recipe recipe.yaml\n"]),
     ],
 )  # fmt: skip
 def test_the_card_names_the_stages_that_were_trained(staged, stages, changes, expected):
     results = staged.json("results.json")
-    for name, epochs in stages.items():
-        if epochs is None:
-            del results["stages"][name]
-        else:
-            results["stages"][name]["epochs"] = epochs
+    given = results["stages"]
+    results["stages"] = {
+        name: given.get(name, given["experts"]) | dict(epochs=epochs)
+        for name in ("experts", "heads", "router")
+        if (epochs := stages.get(name, given[name]["epochs"] if name in given else None)) is not None
+    }
     set_json(staged.path / "results.json", stages=results["stages"])
     text = render_with(staged, **changes)
     assert [words for words in expected if words not in text] == []

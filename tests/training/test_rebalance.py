@@ -139,6 +139,25 @@ def test_only_the_parameters_of_the_method_learn(method, use_norm):
     torch.testing.assert_close(objective(images(), targets)["loss"], each)
 
 
+def test_balanced_softmax_learns_new_heads_while_batch_norm_goes_on():
+    model = network(True)
+    before = copy.deepcopy(model.state_dict())
+    objective = decouple(model, "balanced_softmax", COUNTS, 1.0, seed=3).train()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names == {"experts.0.fc.weight", "experts.1.fc.weight"}
+    targets = torch.tensor([4, 0, 3])
+    result = objective(images(), targets)
+    _, logits = model.forward_experts(images())  # of the same batch statistics
+    prior = torch.tensor(COUNTS) / sum(COUNTS)
+    each = sum(F.nll_loss((logits[:, e].exp() * prior / (logits[:, e].exp() * prior).sum(1, True)).log(), targets)
+               for e in range(2))  # fmt: skip
+    torch.testing.assert_close(result["loss"], each)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    kinds = {name.rpartition(".")[2] for name in changed - names}
+    assert names < changed and kinds == {"running_mean", "running_var", "num_batches_tracked"}
+    assert "offset" not in objective.state_dict()
+
+
 def test_new_heads_come_from_the_seed():
     weights = []
     for seed in (3, 3, 4):
@@ -196,7 +215,9 @@ def test_bad_input_is_rejected():
         adjust_logits(model, COUNTS, float("nan"))
     with pytest.raises(InputError, match="2 class counts for 5 classes"):
         adjust_logits(model, [3, 4], 1.0)
-    with pytest.raises(InputError, match="unknown decoupling 'hope', expected one of: crt, lws, tau_norm"):
+    with pytest.raises(
+        InputError, match="unknown decoupling 'hope', expected one of: crt, lws, balanced_softmax, tau_norm"
+    ):
         decouple(model, "hope", COUNTS, 1.0, 0)
     assert not model.has_class_affine
 

@@ -43,7 +43,7 @@ def test_recipe_header_has_paper_command_cost_and_result(name, script):
     command = re.search(r"^Command: accelerate launch .*train_accelerate\.py(.*)$", head, re.M)[1]
     args, parsed = script.parse_arguments(shlex.split(command))
     assert parsed.override({"mixed_precision": recipe.mixed_precision}).differing(recipe) == []
-    begins = recipe.decouple != "none" or name.endswith(("_restart", "_average", "_refine"))
+    begins = recipe.decouple not in ("none", "balanced_softmax") or name.endswith(("_restart", "_average", "_refine"))
     assert recipe.distillation == bool(args.teacher) and begins == bool(args.source)
 
 
@@ -112,10 +112,11 @@ def test_every_loss_gets_its_arguments(loss):
 
 def test_a_decoupled_recipe_trains_heads_on_balanced_batches():
     recipe = Recipe(decouple="crt", decouple_epochs=4, decouple_lr=0.3, decouple_batch_size=64, epochs=90)
-    stage = recipe.stage("experts")
+    stage = recipe.stage("heads")
     assert (stage.epochs, stage.batch_size, stage.lr, stage.sampler) == (4, 64, 0.3, "class_balanced")
+    assert (recipe.stage("experts").epochs, recipe.stages) == (90, ("experts", "heads", "router"))
     assert stage.lr_at(2) == pytest.approx(0.15)
-    closed = Recipe(decouple="tau_norm").stage("experts")  # in closed form, without batches
+    closed = Recipe(decouple="tau_norm").stage("heads")  # in closed form, without batches
     assert closed.epochs == 0 and closed.sampler == "instance"
 
 
@@ -124,7 +125,8 @@ def test_samplers_are_those_of_their_stage():
     assert [recipe.stage(name).sampler for name in ("experts", "router")] == ["progressive", "instance"]
     assert Recipe().stage("experts").sampler == "instance"
     assert Recipe().stage("router").sampler == Recipe(sampler="square_root").stage("router").sampler == "class_balanced"
-    assert Recipe(sampler="square_root", decouple="crt").stage("experts").sampler == "class_balanced"
+    assert Recipe(sampler="square_root", decouple="crt").stage("heads").sampler == "class_balanced"
+    assert Recipe(sampler="square_root", decouple="balanced_softmax").stage("heads").sampler == "instance"
 
 
 def test_epochs_alone_scale_decay_and_reweighting():
@@ -166,7 +168,10 @@ def test_reweighting_off_reaches_the_loss():
         ({"patience": 3}, r"set --holdout"),
         ({"teacher_mode": "train"}, r"needs distillation"),
         ({"loss": "hope"}, r"loss='hope': expected one of balpoe, ce, .*ride, sade"),
-        ({"decouple": "hope"}, r"decouple='hope': expected one of none, crt, lws, tau_norm, logit_adjustment"),
+        (
+            {"decouple": "hope"},
+            r"decouple='hope': expected one of none, crt, lws, balanced_softmax, tau_norm, logit_adjustment",
+        ),
         ({"tau": -1}, r"tau=-1: .* 0 or more and at most 10"),
         ({"loss": "balpoe", "taus": [0, 1]}, r"taus: got 2 for 3 experts"),
         ({"loss": "balpoe", "taus": [0, 1, 3]}, r"taus 0, 1, 3 have a mean of 1.33333: expected 1"),
