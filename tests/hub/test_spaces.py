@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -61,10 +62,13 @@ def test_it_runs(tmp_path):
     staged = Staged.find("ride_resnet32.fashion_lt", ROOT / "hub")
     app = tmp_path / "app.py"
     app.write_text(app.read_text(encoding="utf-8").replace(f"hf-hub:{MODEL}", f"local-dir:{staged.path}"))
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"GRADIO_SERVER_PORT": "7979"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"GRADIO_SERVER_PORT": port}
     with subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL) as server:
         try:
-            assert "ride_resnet32.fashion_lt" in _page("http://127.0.0.1:7979/config", server)
+            assert "ride_resnet32.fashion_lt" in _page(f"http://127.0.0.1:{port}/config", server)
         finally:
             server.terminate()
 

@@ -23,9 +23,9 @@ h1 { overflow-wrap: anywhere; font-size: clamp(1.3rem, 6vw, 1.8rem) !important; 
 .ride .box { border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .75rem 1rem; }
 .ride .error { border-color: #dc2626; }
 .ride .skipped { opacity: .65; border-style: dashed; }
-.ride .cards { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
+.ride .cards, .ride .stats { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
 .ride .card-head { display: flex; justify-content: space-between; gap: .5rem; }
-.ride .stats { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin-bottom: .5rem; }
+.ride .stats { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); margin-bottom: .5rem; }
 .ride .stats b { display: block; font-size: 1.15rem; }
 .ride table { width: 100%; table-layout: fixed; border-collapse: collapse; margin: 0; border: 0 !important; }
 .ride tr { border: 0 !important; }
@@ -109,7 +109,8 @@ def _table(candidates: Sequence[Candidate], bars: bool) -> str:
     for candidate in candidates:
         shown, width = _percent(candidate.probability), f"{100 * candidate.probability:.1f}%"
         bar = f'{shown}<div class="bar"><span style="width: {width}"></span></div>'
-        cells = f"<td>{escape(candidate.label)}</td>"
+        label = escape(candidate.label).replace("_", "_<wbr>")
+        cells = f"<td>{label}</td>"
         cells += f"<td>{bar}</td>" if bars else f'<td class="count">{shown}</td>'
         rows.append(cells + (f'<td class="count">{candidate.train_images:,}</td>' if counted else ""))
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

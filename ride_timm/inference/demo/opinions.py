@@ -101,7 +101,7 @@ class Demo:
     def _read(self, path: Path) -> Tensor:
         image = ImageFiles([str(path)], self._transform, self.model.in_chans == 1)[0]
         if isinstance(image, str):
-            reason = image.replace(str(path), path.name)  # no path of the server
+            reason = image.split(": ", 1)[-1].replace(str(path), path.name)  # without class and path on the server
             raise InputError(f"{path.name} cannot be read as an image ({reason}): expected {FORMATS}.")
         return image
 
