@@ -54,7 +54,14 @@ from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, ensemble_metrics
 from ride_timm.files import write_atomically
 from ride_timm.hardware import device_name, set_threads
 from ride_timm.models import Ride
-from ride_timm.models.release import CONFIG, WEIGHTS, release_table, sha256_of, without_implied_args
+from ride_timm.models.release import (
+    CONFIG,
+    DATA_CONFIG,
+    WEIGHTS,
+    release_table,
+    sha256_of,
+    without_implied_args,
+)
 from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import RunFolder, provenance
@@ -252,8 +259,7 @@ def _convert_checkpoint(source: Path, name: str, new: Path) -> dict[str, Any]:
     if is_registered(name):
         cfg = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
         model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, **cfg)
-    keys = ("input_size", "mean", "std", "crop_pct", "interpolation")
-    RunFolder(new).export(model, {key: model.pretrained_cfg[key] for key in keys}, ())
+    RunFolder(new).export(model, {key: model.pretrained_cfg[key] for key in DATA_CONFIG}, ())
     return dict(recipe=None, seed=None, **provenance(), precision="no", stages={})
 
 

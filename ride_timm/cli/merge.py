@@ -14,11 +14,10 @@ from ..errors import InputError, RunError
 from ..evaluation.evaluate import with_macs
 from ..files import write_text
 from ..inference.load import SPEC, load_ride
+from ..models.release import DATA_CONFIG
 from ..models.ride_any import AnyRide
 from ..training.run_folder import RunFolder
 from .process import print_json
-
-_DATA_CONFIG = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def add_parser(commands: Any) -> None:
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 def _write(model: AnyRide, folder: Path, source: Path) -> None:
     """Write the weights, and the run's recipe and results with the MACs of the merged network."""
     cfg = model.pretrained_cfg
-    RunFolder(folder).export(model, {key: cfg[key] for key in _DATA_CONFIG}, tuple(cfg.get("label_names") or ()))
+    RunFolder(folder).export(model, {key: cfg[key] for key in DATA_CONFIG}, tuple(cfg.get("label_names") or ()))
     for file in ("recipe.yaml", "metrics.csv"):
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import InputError, RunError
 from ..models import Ride, Router
+from ..models.release import DATA_CONFIG
 
 KINDS = {"none": "ensemble", "masked": "masked", "driver": "driver"}  # by the value of --routed
 
@@ -104,8 +105,7 @@ def export(
     manifest = dict(
         kind=KINDS[routed],
         architecture=cfg.get("architecture"),
-        input_size=[model.in_chans, size, size],
-        **{key: cfg.get(key) for key in ("mean", "std", "interpolation", "crop_pct")},
+        **{key: cfg.get(key) for key in DATA_CONFIG} | dict(input_size=[model.in_chans, size, size]),
         num_classes=model.num_classes,
         num_experts=model.num_experts,
         threshold=None if routed == "none" else threshold,

@@ -31,6 +31,7 @@ from .ride import Ride
 
 NAMESPACE = "ride-timm"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DATA_CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # timm's, of the test transform
 WEIGHTS_BY_CALLER = ("file", "url", "state_dict", "hf_hub_id")  # a caller's overlay may name the weights itself
 _BY_NAME = ("block", "layers", "cardinality", "base_width")  # set by the network's name
 _BY_FACTORY = (

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import InputError
 from ..models import CosineClassifier, Ride
@@ -55,8 +56,9 @@ def class_means(model: Ride, batches: Iterable[Any], accelerator: Accelerator) -
     model.eval()
     C = model.num_classes
     sums = counts = norms = None
-    for images, labels in batches:
-        features = model.forward_experts(images.to(accelerator.device))[0].double()  # [B, E, D]
+    for images, labels in tqdm(batches, desc="class means", disable=not accelerator.is_main_process):
+        with accelerator.autocast():
+            features = model.forward_experts(images.to(accelerator.device))[0].double()  # [B, E, D]
         labels = labels.to(features.device)
         if sums is None or counts is None or norms is None:
             sums = features.new_zeros(C, *features.shape[1:])

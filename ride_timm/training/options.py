@@ -12,8 +12,10 @@ from typing import Any
 from ..data.datasets import EMBEDDED, KNOWN
 from ..data.first_image import first_image_size
 from ..errors import InputError
+from ..losses import loss_keys
 from .arguments import Parser, add_flags, flags_given
 from .recipe import DEFAULT_RECIPE, Recipe, listing, load_recipe
+from .recipe_keys import DecouplingKeys
 from .run_folder import RunFolder
 
 FINETUNE = "finetune"
@@ -83,6 +85,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
     if args.teacher:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
+    check_effect(flags, recipe)
     if recipe.backbone is not None and recipe.model != "ride":
         raise InputError(
             f"backbone={recipe.backbone} is cut by the model ride, not by {recipe.model}: fine-tune it by --recipe "
@@ -109,6 +112,19 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         notices=notices if own is None else (),
     )
     return options, recipe
+
+
+def check_effect(flags: dict[str, Any], recipe: Recipe) -> None:
+    """InputError for a flag that this recipe does not read: it would change nothing."""
+    unread = {name: f"loss={recipe.loss}" for name, (_, losses) in loss_keys().items() if recipe.loss not in losses}
+    if recipe.decouple == "none":
+        unread |= {item.name: "decouple=none" for item in dataclasses.fields(DecouplingKeys)}
+    if recipe.adapter is None:
+        unread["adapter_rank"] = "adapter=none"
+    for name in flags.keys() & unread.keys() - {"decouple"}:
+        raise InputError(
+            f"{name}={flags[name]} has no effect with {unread[name]}: leave --{name.replace('_', '-')} out."
+        )
 
 
 def recipe_for(flags: dict[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.loaders.orders import RankSlices
 from ..errors import InputError
@@ -131,6 +132,11 @@ def preflight(
         check_images(model, (model.in_chans, data.size, data.size), f"backbone={recipe.backbone!r}")
     if recipe.grad_checkpointing:
         check_grad_checkpointing(model, recipe)
+    if recipe.freeze_norm and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        name = recipe.backbone or recipe.model
+        raise InputError(f"freeze_norm=True: {name} has no BatchNorm; leave it out.")
+    if recipe.cutout > data.size:
+        raise InputError(f"cutout={recipe.cutout} covers the whole image of {data.size} pixels: choose a smaller one.")
     processes = accelerator.num_processes
     for name in options.stages:
         settings = recipe.stage(name)

@@ -84,6 +84,8 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
 
     def _check_frozen(self) -> None:
         """InputError for keys that have no effect on frozen weights."""
+        if self.adapter and self.freeze == "trunk":
+            raise InputError(f"adapter={self.adapter} freezes the backbone itself: leave freeze=trunk out.")
         if self.freeze == "backbone":
             names = ("layer_decay", "drop_path_rate", "grad_checkpointing", "adapter")
             idle = [name for name in names if getattr(self, name)]
