@@ -31,18 +31,23 @@ def render(staged: Staged) -> str:
     config, results, recipe = staged.json(CONFIG), staged.json(RESULTS), staged.recipe()
     args, title, hub_id, home = {"num_experts": 3, **config["model_args"]}, *text.describe_data(results)
     num_experts, stages = args["num_experts"], results["stages"]
+    repo = results.get("repository", f"owner/{staged.name}")
     curve = _few_points(results.get("routing", {}).get("curve", []))
     loss = LOSSES[recipe.loss if recipe else "ride"]
     papers = [(loss.citation, loss.paper)]
     if recipe and recipe.decouple != "none":
         papers.append(text.DECOUPLED[recipe.decouple])
+    base = text.base_of(recipe, results)
     front = ModelCardData(
-        license="mit",
+        **text.licence_of(base),
+        base_model=base.repo if base else None,
+        base_model_relation=base.relation if base else None,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=_TAGS,
         datasets=[hub_id] if hub_id else None,
         metrics=["accuracy"],
+        widget=text.widget(results) or None,
         model_name=staged.name,
         eval_results=_eval_results(results, title, hub_id) or None,
     )
@@ -50,7 +55,9 @@ def render(staged: Staged) -> str:
         front,
         template_path=str(TEMPLATE),
         name=staged.name,
-        spec=staged.name if is_registered(staged.name) else f"hf-hub:owner/{staged.name}",
+        spec=staged.name if is_registered(staged.name) else f"hf-hub:{repo}",
+        repo=repo,
+        base=base,
         config=config,
         results=results,
         recipe=recipe,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
+
+import timm
 
 from ride_timm.data.datasets import BALANCED, KNOWN
 from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, markdown_table, millions, number, percentages
 from ride_timm.losses import LOSSES
+from ride_timm.models.release import NAMESPACE
+from ride_timm.models.ride_any import DEFAULT_BACKBONE, NAMED
 from ride_timm.training.recipe import Recipe
 
 DECOUPLED = {  # by `decouple` of the recipe: citation and paper
@@ -18,6 +22,80 @@ DECOUPLED = {  # by `decouple` of the recipe: citation and paper
     "tau_norm": ("tau-normalization", "1910.09217"),
     "logit_adjustment": ("logit adjustment", "2007.07314"),
 }
+_HUB = "https://huggingface.co"
+_SAMPLES = f"{_HUB}/datasets/mishig/sample_images/resolve/main"
+_IMAGES = {  # public images of classes that the data have
+    "cifar10": {"Cat": f"{_HUB}/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"},
+    "cifar100": {"Tiger": f"{_SAMPLES}/tiger.jpg"},
+    "imagenet_lt": {name: f"{_SAMPLES}/{name.lower()}.jpg" for name in ("Tiger", "Teapot", "Palace")},
+}
+_LICENCES = ("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit")
+
+
+class Base(NamedTuple):
+    """The published weights that a release started from: their Hub id, their licence, and how they were changed."""
+
+    repo: str
+    licence: str
+    relation: str = "finetune"
+
+    @property
+    def url(self) -> str:
+        return f"{_HUB}/{self.repo}"
+
+
+def base_of(recipe: Recipe | None, results: dict[str, Any]) -> Base | None:
+    """The backbone that was pretrained, or the release that training started from; None for neither, or a private run.
+
+    The licence is the backbone's, "unknown" where timm states none.
+    """
+    source, backbone = results.get("source"), None
+    if recipe is not None and recipe.pretrained and (name := _backbone(recipe)):
+        cfg = timm.get_pretrained_cfg(name)
+        relation = "finetune" if recipe.adapter is None else "adapter"
+        backbone = Base(cfg.hf_hub_id or f"timm/{cfg.architecture}.{cfg.tag}", cfg.license or "unknown", relation)
+    if source is None:
+        return backbone
+    repo = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"{NAMESPACE}/{source}"
+    return Base(repo.partition("@")[0], backbone.licence if backbone else "mit")
+
+
+def _backbone(recipe: Recipe) -> str | None:
+    """timm's name of the backbone; None for networks that are no timm backbone."""
+    return recipe.backbone or (NAMED | {"ride": DEFAULT_BACKBONE}).get(recipe.model)
+
+
+def licence_of(base: Base | None) -> dict[str, str]:
+    """The front matter's licence: that of the weights a release started from, or MIT."""
+    if base is None or base.licence in _LICENCES:
+        return dict(license=base.licence if base else "mit")
+    return dict(license="other", license_name=base.licence, license_link=base.url)
+
+
+def widget(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Example images: those of the release with its predictions, or public ones of classes that the data have."""
+    found = [
+        dict(src=example["file"], output=example["output"],
+             example_title=f"{example['class']} ({example['train_images']:,} training images)")
+        for example in results.get("examples", ())
+    ]  # fmt: skip
+    images = _IMAGES.get(results.get("data", {}).get("dataset"), {})
+    return found or [dict(src=url, example_title=title) for title, url in images.items()]
+
+
+def compute(results: dict[str, Any]) -> str:
+    """The sentence on the time and the hardware of training, of all seeds."""
+    processes = results.get("num_processes", 1)
+    others = f" in {processes} processes" if processes > 1 else ""
+    spans = [run.get("seconds") for run in results.get("seeds", ())]
+    seeds = f"; its {len(spans)} seeds took {_span(sum(spans))}" if len(spans) > 1 and all(spans) else ""
+    return f"Training took {_span(results['seconds'])} on {results['device']}{others}, with its evaluations{seeds}."
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def cite(citation: str, paper: str | None) -> str:

@@ -22,7 +22,8 @@ ROOT = HERE.parent
 RELEASES = Path(ride_timm.__file__).parent / "models" / "releases.json"
 CARD, RESULTS, RECIPE, GOLDEN, LICENCE = "README.md", "results.json", "recipe.yaml", "golden.safetensors", "LICENSE"
 CURVES, CLASSES, ROUTING = PICTURES = ("curves.png", "classes.png", "routing.png")
-FILES = (CONFIG, WEIGHTS, CARD, RESULTS, RECIPE, GOLDEN, LICENCE, *PICTURES)
+EXAMPLES = ("example_head.png", "example_middle.png", "example_tail.png")
+FILES = (CONFIG, WEIGHTS, CARD, RESULTS, RECIPE, GOLDEN, LICENCE, *PICTURES, *EXAMPLES)
 STAMP = "verified.json"  # written by verify.py, never uploaded
 _NUMBER = int | float
 _KEYS: dict[str, dict[str, Any]] = {  # keys that cards, checks and tables read, with their types

@@ -25,6 +25,7 @@ import safetensors.torch
 import timm
 import torch
 from card import shots_of, write_card
+from examples import write_examples
 from folder import (
     CLASSES,
     CURVES,
@@ -131,6 +132,9 @@ def build(
             config["label_names"] = names
             found |= dict(measured_with=recipe.augment, shots=list(recipe.shots), device=device_name(_CPU))
         results |= found
+    results.pop("examples", None)
+    if measured and recipe is not None and recipe.dataset in EMBEDDED:  # their licence lets the images go along
+        results["examples"] = write_examples(model, recipe, new)
     results |= dict(network=_network_facts(model), data=_data_facts(recipe, results)) | (facts or {})
     write_json(new / CONFIG, config)
     write_json(new / RESULTS, results)

@@ -282,7 +282,7 @@ def _classifier_layer(net: nn.Module) -> str:
     return layer.removeprefix(name) if isinstance(layer, str) and layer.startswith(f"{name}.") else ""
 
 
-_NAMED = {
+NAMED = {
     "ride_swin_tiny": "swin_tiny_patch4_window7_224",
     "ride_swin_small": "swin_small_patch4_window7_224",
     "ride_convnext_tiny": "convnext_tiny",
@@ -291,14 +291,14 @@ _NAMED = {
 
 default_cfgs = generate_default_cfgs(
     with_releases(
-        {f"{name}.imagenet_lt": _cfg(backbone) for name, backbone in _NAMED.items()}
+        {f"{name}.imagenet_lt": _cfg(backbone) for name, backbone in NAMED.items()}
         | {"ride.untrained": _cfg(DEFAULT_BACKBONE)}
     )
 )
 
 
 def _create_named(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
-    return _create(name, _NAMED[name], pretrained, kwargs)
+    return _create(name, NAMED[name], pretrained, kwargs)
 
 
 @register_model

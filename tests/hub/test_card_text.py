@@ -5,10 +5,11 @@ import json
 import shutil
 
 import pytest
+import timm
 from card import render
-from card_text import DECOUPLED
+from card_text import DECOUPLED, compute, widget
 from folder import HERE
-from release_files import TAG, set_json
+from release_files import TAG, front_matter, set_json
 from stage import stage
 from tables import render_results
 from verify import verify
@@ -170,3 +171,65 @@ def test_a_release_names_public_weights_that_it_started_from(run, tmp_path, sour
     assert f" --from {public or 'path/to/the/trained/run'}\n" in card
     assert ("--stage router --from" in card) == (stages == ("router",))
     assert f"epochs, starting from {start}, seed 0" in render_results(tmp_path / "hub")
+
+
+MIT = dict(license="mit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "base", "relation", "licence"),
+    [
+        ({}, None, None, None, MIT),  # from scratch
+        (dict(model="ride", backbone="convnext_tiny"), None, None, None, MIT),
+        (dict(model="ride", backbone="convnext_tiny.fb_in1k", backbone_pretrained=True), None,
+         "timm/convnext_tiny.fb_in1k", "finetune", dict(license="apache-2.0")),
+        (dict(model="ride", backbone="convnextv2_tiny", backbone_pretrained=True, adapter="lora"), None,
+         "timm/convnextv2_tiny.fcmae_ft_in22k_in1k", "adapter", dict(license="cc-by-nc-4.0")),
+        (dict(model="ride_swin_tiny", backbone_pretrained=True), None,
+         "timm/swin_tiny_patch4_window7_224.ms_in1k", "finetune", dict(license="mit")),
+        (dict(model="ride", backbone="vit_small_patch16_dinov3", backbone_pretrained=True), None,
+         "timm/vit_small_patch16_dinov3.lvd1689m", "finetune",
+         dict(license="other", license_name="dinov3-license",
+              license_link="https://huggingface.co/timm/vit_small_patch16_dinov3.lvd1689m")),
+        ({}, "ride_resnet32.cifar100_lt100", "ride-timm/ride_resnet32.cifar100_lt100", "finetune", MIT),
+        (dict(model="ride", backbone="convnextv2_tiny", backbone_pretrained=True), "hf-hub:alice/beetles@v1",
+         "alice/beetles", "finetune", dict(license="cc-by-nc-4.0")),
+    ],
+)  # fmt: skip
+def test_the_base_model_and_its_licence_are_carried_on(staged, changes, source, base, relation, licence):
+    set_json(staged.path / "results.json", source=source)
+    text = render_with(staged, **dict(backbone_pretrained=False) | changes)
+    front = front_matter(text)
+    assert (front.get("base_model"), front.get("base_model_relation")) == (base, relation)
+    assert {key: value for key, value in front.items() if key.startswith("license")} == licence
+    assert ("carry its licence on" in text) == (base is not None) == (f"](https://huggingface.co/{base}" in text)
+
+
+def test_a_backbone_without_a_licence_says_so(staged, monkeypatch):
+    cfg = dataclasses.replace(timm.get_pretrained_cfg("convnext_tiny"), license=None)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: cfg)
+    text = render_with(staged, model="ride", backbone="convnext_tiny", backbone_pretrained=True)
+    assert front_matter(text)["license_name"] == "unknown" and "ask its authors before you use them" in text
+
+
+def test_example_images_of_the_widget(staged):
+    own = dict(file="example_tail.png", train_images=1200, output=[dict(label="bee", score=0.9)]) | {"class": "bee"}
+    expected = dict(src="example_tail.png", example_title="bee (1,200 training images)", output=own["output"])
+    assert widget(dict(examples=[own], data=dict(dataset="cifar100"))) == [expected]
+    assert [example["example_title"] for example in widget(dict(data=dict(dataset="cifar100")))] == ["Tiger"]
+    assert "widget" not in front_matter(render(staged))  # images of one's own are not published
+
+
+@pytest.mark.parametrize(
+    ("results", "sentence"),
+    [
+        (dict(seconds=59.6), "Training took 60 seconds on a GPU, with its evaluations."),
+        (dict(seconds=7199, num_processes=2),
+         "Training took 120 minutes on a GPU in 2 processes, with its evaluations."),
+        (dict(seconds=90, seeds=[dict(seconds=90), dict(seconds=8910)]),
+         "Training took 2 minutes on a GPU, with its evaluations; its 2 seeds took 2.5 hours."),
+        (dict(seconds=90, seeds=[dict(seconds=90), {}]), "Training took 2 minutes on a GPU, with its evaluations."),
+    ],
+)  # fmt: skip
+def test_the_time_of_training(results, sentence):
+    assert compute(dict(device="a GPU") | results) == sentence

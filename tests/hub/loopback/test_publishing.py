@@ -60,6 +60,10 @@ def test_what_was_pushed_from_nothing(published, release, hub):
                if path.name in files)  # fmt: skip
     info = HfApi(token=False).model_info(published)
     assert info.card_data.library_name == "timm" and info.card_data.license == "mit"
+    assert [example["src"] for example in info.card_data.widget] == [
+        name for name in sorted(files) if "example" in name
+    ]
+    assert info.card_data.widget[0]["example_title"] == "T-shirt/top (1,000 training images)"
     (index,) = info.card_data.to_dict()["model-index"]
     names = [metric["name"] for metric in index["results"][0]["metrics"]]
     assert {f"accuracy, {g}, {kind}" for g in ("all", "many", "medium", "few") for kind in ("ensemble", "routed")} <= {
@@ -83,7 +87,7 @@ def test_a_changed_card_is_pushed_and_the_tag_stays(copy_of, hub, monkeypatch):
     write_card(copy_of)
     verify(copy_of)
     publish(copy_of, repo, push=True)
-    assert "120 minutes" in ModelCard.load(repo, token=WRITER).text
+    assert "2.0 hours" in ModelCard.load(repo, token=WRITER).text
     assert hub.repos["model", repo].tags[RELEASE] == tagged != hub.repos["model", repo].main
 
 
