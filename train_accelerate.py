@@ -29,7 +29,6 @@ from ride_timm.training.build import (
     load_data,
 )
 from ride_timm.training.heartbeat import Heartbeat
-from ride_timm.training.options import parse_arguments
 from ride_timm.training.options import Options, parse_arguments
 from ride_timm.training.preflight import adapt_to_machine, check_options, preflight
 from ride_timm.training.run_folder import RunFolder
