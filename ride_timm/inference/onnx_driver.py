@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,41 @@ def load_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a routed export; ValueError for another file, or where a graph is missing."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        kind, num_experts, num_classes, threshold = (
+            manifest[key] for key in ("kind", "num_experts", "num_classes", "threshold")
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the manifest of an export ({type(error).__name__}: {error}).") from error
+    if kind != "driver":
+        raise ValueError(f"{folder} holds an export of kind {kind!r}, expected 'driver'.")
+    for key, value in (("num_experts", num_experts), ("num_classes", num_classes)):
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ValueError(f"{path} states {key}={value!r}, expected a whole number above 0.")
+    if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+        raise ValueError(f"{path} states threshold={threshold!r}, expected a probability.")
+    experts = (f"expert_{i + 1}" for i in range(num_experts))
+    gates = (f"gate_{i + 1}" for i in range(num_experts - 1))
+    for name in chain(["trunk"], experts, gates):
+        if not (folder / f"{name}.onnx").is_file():
+            raise ValueError(f"{folder} lacks {name}.onnx, one of the graphs of {num_experts} experts.")
+    return manifest
+
+
 class OnnxRouted:
     """An exported model whose experts run only on the samples sent to them.
 
     threshold: gate probability above which the next expert runs, the manifest's by default; threads: 0 for all cores.
+    Raises ValueError as `read_manifest` does.
     """
 
     def __init__(self, folder: str | Path, threshold: float | None = None, threads: int = 0) -> None:
         folder = Path(folder)
-        self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if self.manifest["kind"] != "driver":
-            raise ValueError(f"{folder} holds an export of kind {self.manifest['kind']!r}, expected 'driver'.")
+        self.manifest = read_manifest(folder)
         self.threshold = self.manifest["threshold"] if threshold is None else threshold
         num_experts = self.manifest["num_experts"]
         self.trunk = load_session(folder / "trunk.onnx", threads)
