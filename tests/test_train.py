@@ -1,10 +1,14 @@
 """End-to-end runs of the training script on image files."""
 
+import gc
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +120,28 @@ def test_killed_run_resumes_bit_identical(train, finished, colours, tmp_path, ca
     assert resumed == expected
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_nothing_piles_up_over_the_epochs(train, colours, tmp_path, monkeypatch):
+    counts, save = [], RunFolder.save
+
+    def counted(self, state):
+        save(self, state)
+        gc.collect()
+        tensors = sum(type(value) in (torch.Tensor, torch.nn.Parameter) for value in gc.get_objects())
+        counts.append((tensors, len(os.listdir("/proc/self/fd")), len(multiprocessing.active_children())))
+
+    monkeypatch.setattr(RunFolder, "save", counted)
+    flags = ["--stage", "experts", "--epochs", "4", "--eval-every", "1", "--ema-decay", "0.9"]
+    flags += ["--augment", "imagenet", "--input-size", "32", "--workers", "1"]
+    gc.freeze()  # what is there already is not looked at again
+    try:
+        assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
+    finally:
+        gc.unfreeze()
+    begun, *epochs, _ = counts
+    assert begun[2] == 0 and len(epochs) == 4 and len(set(epochs[1:])) == 1 and epochs[1][2] == 2
+
+
 def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp_path, capsys):
     output = tmp_path / "two"
     done = run_two_processes("29531", *flags_of(colours, output))
@@ -131,14 +157,14 @@ def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp
 
 def test_annotation_lists_with_a_validation_split(train, colours, tmp_path, capsys):
     """Half of the test images form a validation list, which selects the epoch."""
-    lists = tmp_path / "lists"
+    lists = tmp_path / "lists [1]*?"
     lists.mkdir()
     files = {split: sorted((colours / split).rglob("*.png")) for split in ("train", "test")}
     parts = {"train": files["train"], "val": files["test"][::2], "test": files["test"][1::2]}
     for split, paths in parts.items():
         lines = [f"{path.relative_to(colours)} {path.parent.name.removeprefix('class')}\n" for path in paths]
         (lists / f"colours_{split}.txt").write_text("".join(lines))
-    output = tmp_path / "run"
+    output = tmp_path / "run [a]*?#"  # paths are not patterns
     flags = flags_of("colours", output, "--annotations", lists, "--data-dir", colours, "--stage", "experts")
     done = run_script(*flags, "--use-val", "--select", "best", "--few-shot", "10", "--many-shot", "20")
     assert done.returncode == 0, done.stderr
@@ -151,6 +177,8 @@ def test_annotation_lists_with_a_validation_split(train, colours, tmp_path, caps
     pictures = {path.name for path in output.glob("*.png")}
     assert {"curves.png", "long_tail.png", "reliability.png", "experts.png"} <= pictures
     assert ("confusions.png" in pictures) == bool(experts["confusions"])
+    assert main(["evaluate", "--model", str(output), "--json", "--threads", "1"]) is None
+    assert json.loads(capsys.readouterr().out)["per_class"] == experts["per_class"]
     (colours.parent / "gone").mkdir(exist_ok=True)
     gone = ["--annotations", lists, "--data-dir", colours.parent / "gone"]
     assert train(flags_of("colours", tmp_path / "no", *gone)) == 2

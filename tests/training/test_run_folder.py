@@ -179,7 +179,7 @@ def test_exported_weights_load_through_timm_and_load_model(tmp_path, router):
     torch.manual_seed(0)
     args = dict(num_experts=2, num_classes=5, router=router, top_choices_num=4)
     model = timm.create_model("test_ride_resnet", **args).to(memory_format=torch.channels_last).eval()
-    folder = RunFolder(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run [1]*?#")
     folder.begin(TINY, TrainingState())
     folder.export(model, SHAPE, tuple("abcde"))
     images = torch.randn(4, 3, 28, 28)
