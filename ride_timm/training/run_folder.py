@@ -201,7 +201,12 @@ class RunFolder:
         write_text(self.path / "results.json", json.dumps(results, indent=2) + "\n")
 
     def results(self) -> dict[str, Any]:
-        return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+        """The content of results.json; InputError where it is damaged."""
+        path = self.path / "results.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}).") from error
 
     def table(self) -> str:
         """The results of the stages as a plain-text table."""

@@ -134,6 +134,35 @@ def test_a_complete_transform_equals_torchvision(policy, train, kind):
     assert torch.equal(transform(opened(data)), expected)
 
 
+# modes and formats as people have them
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("PNG", "1"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "RGBA"), ("GIF", "P"), ("BMP", "RGB"),
+        ("TIFF", "CMYK"), ("TIFF", "YCbCr"), ("TIFF", "1"), ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGBA"),
+    ],
+)  # fmt: skip
+def test_images_of_every_mode_become_rgb(kind, mode):
+    image = smooth(8, 6, mode) if mode in ("LA", "RGBA") else smooth(8, 6).convert(mode)
+    data = encoded(image, kind, **(dict(lossless=True, exact=True) if kind == "WEBP" else {}))
+    stored = opened(data)
+    assert stored.mode == mode or kind == "GIF"
+    found = image_set(data)[0][0]
+    assert found.size == (8, 6) and difference(found, stored.convert("RGB")).max() == 0
+    if kind not in ("JPEG", "GIF"):  # those lose something
+        assert difference(found, image.convert("RGB")).max() == 0
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_the_first_of_several_frames_is_read(kind):
+    first, second = Image.new("RGB", (6, 4), (255, 0, 0)), Image.new("RGB", (6, 4), (0, 0, 255))
+    data = encoded(first, kind, save_all=True, append_images=[second])
+    assert opened(data).n_frames == 2
+    assert np.asarray(image_set(data)[0][0])[0, 0].tolist() == pytest.approx([255, 0, 0], abs=4)
+
+
 # grayscale of more than 8 bits
 
 
