@@ -119,6 +119,7 @@ def create_ride(
     check_arguments(make_parts, released, release.where if release else variant, _ENSEMBLE)
     kwargs = _ENSEMBLE | (defaults or {}) | released | kwargs
     if release:
+        release.check_sizes()
         kwargs["pretrained_cfg"] = release.pretrained_cfg
     if kwargs.get("num_classes") == 0 and (release or saved_args):
         kwargs["router"] = kwargs["routed"] = False  # gates of a saved network need its logits

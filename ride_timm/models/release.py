@@ -45,6 +45,7 @@ _BY_FACTORY = (
     "out_indices",
     "feature_cls",
 )
+_LARGEST = 1024  # arguments up to this are not compared with the weights, such as an image size
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -89,6 +90,22 @@ class Release:
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
     weights: Path
+
+    def check_sizes(self) -> None:
+        """InputError for arguments far beyond the weights, before a network is built that takes all time or memory."""
+        try:
+            with safetensors.safe_open(self.weights, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{self.where}: {WEIGHTS} is damaged: not loaded ({error_line(error)}).") from error
+        experts = {name.split(".")[1] for name in shapes if name.startswith("experts.")}
+        largest = max(_LARGEST, *(size for shape in shapes.values() for size in shape))
+        stated = self.model_args | {key: self.pretrained_cfg[key] for key in ("num_classes", "input_size")}
+        for key, value in stated.items():
+            limit = len(experts) if key == "num_experts" else largest
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int | float) and not -largest <= number <= limit:
+                    raise InputError(f"{self.where}: {CONFIG} states {key}={value!r}, too large for its weights.")
 
     def load_into(
         self,

@@ -143,6 +143,26 @@ def test_weights_that_are_not_finite_are_refused(folder, bad, dtype):
             load(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "stated"),
+    [
+        (dict(model_args=dict(num_experts=4)), "num_experts=4"),
+        (dict(model_args=dict(num_experts=10**9)), "num_experts=1000000000"),
+        (dict(model_args=dict(layer3_output_dim=10**6)), "layer3_output_dim=1000000"),
+        (dict(model_args=dict(layer3_output_dim=-(10**6))), "layer3_output_dim=-1000000"),
+        (dict(num_classes=10**9), "num_classes=1000000000"),
+        (dict(pretrained_cfg=dict(input_size=[10**9, 64, 64])), "input_size"),
+    ],
+)
+def test_networks_far_larger_than_the_weights_are_not_built(folder, changes, stated):
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"states {stated}.*too large for its weights"):
+        create(folder)
+
+
 def test_teachers_that_are_not_finite_are_refused(tmp_path):
     teacher = timm.create_model("test_vit", num_classes=4)
     torch.nn.init.constant_(teacher.norm.weight, float("nan"))
