@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ride_timm.cli.process import exit_code
 from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, ensemble_metrics, millions, number, percentages
 from ride_timm.losses import LOSSES, PerExpertPriorLoss
+from ride_timm.models.release import NAMESPACE
 from ride_timm.priors import shot_groups
 from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe
@@ -57,6 +58,7 @@ def render(staged: Staged) -> str:
         name=staged.name,
         spec=staged.name if is_registered(staged.name) else f"hf-hub:{repo}",
         repo=repo,
+        published=f"{NAMESPACE}/{staged.name}" if is_registered(staged.name) else repo,
         base=base,
         config=config,
         results=results,

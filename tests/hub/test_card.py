@@ -35,7 +35,7 @@ def test_the_card_says_what_the_data_say(staged):
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     for block in blocks:
         compile(block, "card", "exec")
-    assert len(blocks) == 1
+    assert len(blocks) == 2 and f'pipeline("image-classification", model="owner/{TAG}")' in blocks[1]
 
 
 @pytest.mark.parametrize(
