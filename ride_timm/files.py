@@ -17,8 +17,11 @@ from .errors import InputError, RunError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A partial file beside `path` to fill, renamed to `path` where the block ends without an error."""
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
+    """A partial file beside `path` to fill, renamed to `path` where the block ends without an error.
+
+    keep: the name that an older file of this name gets at the same moment.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)  # left by a killed process
@@ -28,18 +31,20 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(mode)  # safetensors replaces the file by one that only its owner can read
         with partial.open("rb") as written:
             os.fsync(written.fileno())
+        if keep is not None and path.is_file():
+            os.replace(path, keep)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a partial file beside `path`, then rename it to `path`.
+def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
+    """Let `write` fill a partial file beside `path`, then rename it to `path`, and the old file to `keep` if given.
 
     RunError where writing fails; the old file is then unchanged.
     """
     try:
-        with replacing(path) as partial:
+        with replacing(path, keep) as partial:
             write(partial)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors wrap a full disk
         message = f"{path} could not be written, is the disk full? An older file of this name is unchanged. ({error})"

@@ -175,14 +175,7 @@ class RunFolder:
 
     def save(self, state: TrainingState) -> None:
         """Write state.pt and metrics.csv; the last state stays next to the new one."""
-        path = self.path / _STATE
-
-        def write(partial: Path) -> None:
-            state.write(partial)
-            if path.is_file():
-                os.replace(path, self.path / _PREVIOUS)
-
-        write_atomically(path, write)
+        write_atomically(self.path / _STATE, state.write, keep=self.path / _PREVIOUS)
         if state.history:
             text = io.StringIO()
             table = csv.DictWriter(text, list(state.history[0]), lineterminator="\n")

@@ -158,10 +158,10 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_files(disk, name, monkeypa
     before = (disk / "run" / name).read_bytes()
     replacing = files.replacing
 
-    def filling(path):
+    def filling(path, keep=None):
         if path.name == name:
             _fill(disk / "ballast")
-        return replacing(path)
+        return replacing(path, keep)
 
     with monkeypatch.context() as patched:
         patched.setattr(files, "replacing", filling)
