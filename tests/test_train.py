@@ -70,6 +70,16 @@ def test_evaluate_reproduces_the_results_exactly(finished, colours, routed, caps
         assert found[key] == stored[key], key
 
 
+def test_a_run_in_transformers_has_its_names_and_accuracy(finished, colours):
+    transformers = pytest.importorskip("transformers")
+    output, _ = finished
+    images = sorted(colours.glob("test/*/*"))
+    classify = transformers.pipeline("image-classification", model=str(output), device="cpu", top_k=1)
+    right = [classify(str(image))[0]["label"] == image.parent.name for image in images]
+    assert len(right) > 10
+    assert 100 * sum(right) / len(right) == pytest.approx(RunFolder(output).results()["stages"]["experts"]["all"])
+
+
 def test_existing_run_is_kept_and_a_finished_one_resumes_at_once(train, finished, colours, capsys):
     output, _ = finished
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
