@@ -8,17 +8,14 @@ loss, loader and optimizer are built in ride_timm/training/stages.py.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ride_timm import InputError, RunError
 from ride_timm.cli.process import Signals, exit_code
 from ride_timm.hardware import keep_memory, set_threads
 from ride_timm.training.build import (
@@ -29,8 +26,9 @@ from ride_timm.training.build import (
     load_data,
 )
 from ride_timm.training.heartbeat import Heartbeat
-from ride_timm.training.options import Options, parse_arguments
+from ride_timm.training.options import parse_arguments
 from ride_timm.training.preflight import adapt_to_machine, check_options, preflight
+from ride_timm.training.push import Push
 from ride_timm.training.run_folder import RunFolder
 from ride_timm.training.stages import Stage, build_stage
 from ride_timm.training.state import TrainingState
@@ -43,16 +41,13 @@ def train(argv: list[str] | None) -> None:
     set_threads(options.threads)
     keep_memory()
     run = RunFolder(options.output)
-    hub = load_hub() if options.push_to_hub else None
+    push = Push(options.push_to_hub, Path(__file__).with_name("hub"))
     if options.resume and run.has_finished(recipe, options.stages[-1]):
         print(f"{options.output} is finished.\n{run.table()}")
-        if hub and os.environ.get("RANK", "0") == "0":
-            hub.push_run(options.push_to_hub, run.path)
-        return
+        return push.run(run.path)
 
     check_options(recipe, options)
-    if hub:
-        hub.check_push(options.push_to_hub, recipe.model)
+    push.check(recipe)
     recipe = adapt_to_machine(recipe, options)
     accelerator = build_accelerator(recipe, options)
     heartbeat = Heartbeat(accelerator)
@@ -61,25 +56,19 @@ def train(argv: list[str] | None) -> None:
         options = options.from_stage(state.stage)
     data = load_data(recipe, accelerator, state)
     recipe = data.recipe  # with the epochs that so many images call for
-    if hub:
-        hub.check_classes(options.push_to_hub, data.num_classes)
+    push.check_classes(data.num_classes)
     model = build_model(recipe, data, options, state)
     teacher = build_teacher(recipe, data, options, state)
     class_weights = build_class_weights(recipe, data, options, state)
     preflight(recipe, options, data, model, state, accelerator)
     signals = Signals()
     watch = Watch(accelerator, signals, recipe.mixed_precision)
-    resumed = state is not None and options.resume
     state = state or TrainingState(stage=options.stages[0], source=options.source)
     state.class_weights, state.unreadable = class_weights, list(data.longtail.unreadable)
     if teacher is not None:
         state.teacher = teacher.identity
     if accelerator.is_main_process:
-        run.lock()  # the first line that writes
-        if notice := run.notice(state, options.resume):
-            print(notice, file=sys.stderr)
-        if not resumed:
-            run.begin(recipe, state)
+        run.open(recipe, state, options.resume)  # the first line that writes
     if options.trackers:
         start_trackers(accelerator, recipe, run)
 
@@ -96,8 +85,7 @@ def train(argv: list[str] | None) -> None:
         print(run.table())
         if notice := data.longtail.unreadable_notice:
             print(notice, file=sys.stderr)
-        if hub:
-            push(hub, options, run)
+        push.trained(run.path)
 
 
 def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator: Accelerator, watch: Watch) -> None:
@@ -137,25 +125,6 @@ def train_epoch(stage: Stage, epoch: int, accelerator: Accelerator, watch: Watch
         bar.update()
         watch.update(loss)
     return watch.mean()
-
-
-def load_hub() -> Any:
-    """hub/release.py of the clone that this script is part of."""
-    folder = Path(__file__).parent / "hub"
-    if not (folder / "release.py").is_file():
-        raise InputError("--push-to-hub needs the folder hub/ beside this script: train in a clone of the project.")
-    sys.path.insert(0, str(folder))
-    import release
-
-    return release
-
-
-def push(hub: Any, options: Options, run: RunFolder) -> None:
-    """Release a run that has just been trained; what is refused now is no bad input any more."""
-    try:
-        hub.push_run(options.push_to_hub, run.path)
-    except (InputError, RunError) as error:
-        raise RunError(f"{run.path} is finished, but not pushed: {error} To push it, pass --resume.") from error
 
 
 def progress_bar(stage: Stage, epoch: int, accelerator: Accelerator) -> tqdm:

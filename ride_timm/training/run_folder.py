@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,14 @@ class RunFolder:
         if self.occupied != self._claimed_occupied:
             raise InputError(f"output {self.path}: another run has begun here; choose another --output.")
         write_text(owner, f"process {os.getpid()} on {platform.node()}")
+
+    def open(self, recipe: Recipe, state: TrainingState, resume: bool) -> None:
+        """Lock the folder, which `claim` has checked, and begin the run, or say what it resumes from."""
+        self.lock()
+        if notice := self.notice(state, resume):
+            print(notice, file=sys.stderr)
+        if not (resume and self._claimed_occupied):
+            self.begin(recipe, state)
 
     def begin(self, recipe: Recipe, state: TrainingState) -> None:
         """Write the state, then the recipe, so that where a recipe is there is a state to resume from."""

@@ -108,5 +108,5 @@ def test_a_script_or_a_machine_that_cannot_release(train, script, short, tmp_pat
     shutil.copy(script.__file__, tmp_path / "train_accelerate.py")
     monkeypatch.setattr(script, "__file__", str(tmp_path / "train_accelerate.py"))
     assert train([*short, "--push-to-hub", NAME]) == 2
-    assert "needs the folder hub/ beside this script" in capsys.readouterr().err
+    assert "needs the folder hub/ beside the script" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
