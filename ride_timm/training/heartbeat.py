@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from datetime import timedelta
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+
+_CONNECT = timedelta(seconds=20)
 
 
 class Heartbeat:
@@ -17,10 +20,10 @@ class Heartbeat:
     A collective waits half an hour for such a process, as it must for one that is slow. So a thread of each process
     beats every `every` seconds in a store of the main process, which watches all of them; the others watch the main
     process. One that misses `limit` beats has stopped. Beats are counted, not timed: a suspended machine misses none.
-    With one process, does nothing.
+    With one process, or where one cannot connect to the store (its port is any free one), does nothing.
     """
 
-    def __init__(self, accelerator: Accelerator, limit: int = 10, every: float = 2) -> None:
+    def __init__(self, accelerator: Accelerator, limit: int = 25, every: float = 2) -> None:
         self.accelerator, self.limit, self.every = accelerator, limit, every
         self._closed = threading.Event()
         if accelerator.num_processes == 1:
@@ -29,11 +32,25 @@ class Heartbeat:
         if main:
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         port = broadcast_object_list([self._store.port if main else None])[0]
-        if not main:
-            self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        connected = main or self._connect(host, port)
+        if not all(gather_object([connected])):
+            if main:
+                print(
+                    f"notice: port {port} of {host} is closed to some processes; one that stops answering ends the run "
+                    "only after the time limit of torch.distributed.",
+                    file=sys.stderr,
+                )
+            return
         self._beats = dict.fromkeys(range(1, accelerator.num_processes) if main else [0], 0)
         for task in (self._beat, self._watch):
             threading.Thread(target=task, daemon=True).start()
+
+    def _connect(self, host: str, port: int) -> bool:
+        try:
+            self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_CONNECT)
+        except RuntimeError:
+            return False
+        return True
 
     def close(self) -> None:
         """Stop watching, on all processes at once."""

@@ -15,12 +15,12 @@ from ride_timm.training.heartbeat import Heartbeat
 
 def command(argv):
     accelerator = Accelerator(cpu=True)
-    heartbeat = Heartbeat(accelerator, limit=20, every=0.1)
+    heartbeat = Heartbeat(accelerator, limit=40, every=0.1)
     accelerator.reduce(torch.ones(1))
     if accelerator.process_index == int(sys.argv[1]):
         what = sys.argv[2]
         if what == "slow":
-            time.sleep(3)  # longer than the limit, but alive
+            time.sleep(5)  # longer than the limit, but alive
         else:
             os.kill(os.getpid(), getattr(signal, what))
     accelerator.reduce(torch.ones(1))
@@ -47,3 +47,10 @@ def test_the_main_process_is_watched_too():
 
 def test_a_slow_process_is_waited_for():
     assert run_two_ranks("-c", RANK, 1, "slow") == [("done\n", "")] * 2
+
+
+def test_a_closed_port_is_a_notice():
+    code = RANK.replace("def command", "Heartbeat._connect = lambda self, host, port: False\n\ndef command")
+    (out, error), (other, nothing) = run_two_ranks("-c", code, 1, "slow")
+    assert out == other == "done\n" and nothing == ""
+    assert re.fullmatch(r"notice: port \d+ of 127\.0\.0\.1 is closed to some processes; one that .*\n", error)
