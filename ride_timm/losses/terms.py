@@ -50,7 +50,8 @@ def cross_entropy(
     """
     num_experts, num_classes = expert_logits.shape[1:]
     if margins is not None:
-        shift = s * margins[targets, None] * F.one_hot(targets, num_classes)  # [B, C]
+        chosen = torch.arange(num_classes, device=targets.device) == targets[:, None]  # [B, C]; one_hot reads targets
+        shift = s * margins[targets, None] * chosen
         expert_logits = expert_logits - shift[:, None]
     repeated = targets.repeat_interleave(num_experts)
     flat = expert_logits.flatten(0, 1)
