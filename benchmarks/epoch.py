@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from batches import ArrayImages, Clocked, class_counts_of, random_images
@@ -18,30 +19,36 @@ from ride_timm.data.loaders.in_memory import decode
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
     """Build a variant; a call runs its steps and returns seconds per step."""
-    if args.data_dir:
-        train_set = load_longtail("cifar100", args.data_dir).train
-        images = ArrayImages(decode(train_set).numpy(), train_set.labels)
-    else:
-        images = random_images(class_counts_of(100), 32)
-    class_counts = np.bincount(images.labels).tolist()
-    if name == "baseline":
-        from baseline import PlainTraining, plain_loader
+    if name != "baseline":
+        return build_ours(VARIANTS[name], args)
+    from baseline import PlainTraining, plain_loader
 
-        plain = PlainTraining("ride_resnet32", class_counts)
-        loader = plain_loader(images.pixels, images.labels, args.batch_size, args.workers)
+    images = images_of(args)
+    plain = PlainTraining("ride_resnet32", np.bincount(images.labels).tolist())
+    return timed(plain.train_epoch, plain_loader(images.pixels, images.labels, args.batch_size, args.workers), args)
 
-        def loop(batches: Clocked, epoch: int) -> None:
-            plain.train_epoch(batches)
-    else:
-        from ours import Training, make_recipe
 
-        keys = VARIANTS[name]
-        training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images, 100)
-        loop, loader = training.train_batches, training.stage.loader
+def build_ours(keys: dict[str, Any], args: argparse.Namespace) -> Callable[[], float]:
+    """Our steps with their input, under these recipe keys."""
+    from ours import Training, make_recipe
+
+    training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images_of(args), 100)
+    return timed(training.train_batches, training.stage.loader, args)
+
+
+def images_of(args: argparse.Namespace) -> ArrayImages:
+    if not args.data_dir:
+        return random_images(class_counts_of(100), 32)
+    train_set = load_longtail("cifar100", args.data_dir).train
+    return ArrayImages(decode(train_set).numpy(), train_set.labels)
+
+
+def timed(loop: Callable[[Clocked], Any], loader: Any, args: argparse.Namespace) -> Callable[[], float]:
+    """A call runs a loop on a loader's batches, warmed up, and returns its seconds per step."""
 
     def step() -> float:
         clocked = Clocked(loader, args.steps, args.warm_up)
-        loop(clocked, 0)
+        loop(clocked)
         return clocked.per_step
 
     return step

@@ -160,6 +160,7 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow")},
         "processor": processor_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Routed inference on a CPU: ratios of time and of MACs to those of all experts."""
+"""Routed inference: ratios of time and of MACs to those of all experts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import MethodType
 
 import timm
 import torch
+from batches import wait
 from record import alternate, parse, parser, record
 from torch import Tensor
 
@@ -64,9 +65,11 @@ def forced(router: ride_timm.Router, experts_used: Tensor):
 
 
 def seconds_of(call: Callable[[], object], repeats: int) -> float:
+    wait()
     started = time.perf_counter()
     for _ in range(repeats):
         call()
+    wait()
     return (time.perf_counter() - started) / repeats
 
 
@@ -75,6 +78,7 @@ def measure(model: ride_timm.Ride, images: Tensor, used: list[int], rounds: int,
     """Median time ratio of routed inference to all experts, over the rounds."""
     experts_used = torch.repeat_interleave(torch.arange(1, len(used) + 1), torch.tensor(used))
     experts_used = experts_used[torch.randperm(len(experts_used), generator=torch.Generator().manual_seed(0))]
+    experts_used = experts_used.to(images.device)
     with forced(model.router, experts_used):
         assert torch.equal(model.forward_routed(images)[1], experts_used)
         model.forward_experts(images)

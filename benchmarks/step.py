@@ -5,32 +5,52 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from batches import Clocked, class_counts_of, labels_only, random_batch, random_images
 from record import alternate, parse, parser, processes, record, show, summary
+from torch import Tensor
 from variants import VARIANTS, add_variants_flag, default_variants, ratios_of
 
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], float]:
     """Build a variant; a call runs its steps and returns seconds per step."""
-    num_classes = 100 if args.model == "ride_resnet32" else 1000
+    if name != "baseline":
+        return build_ours(VARIANTS[name], args)
+    from baseline import PlainTraining
+
+    num_classes = classes_of(args.model)
+    loop = PlainTraining(args.model, class_counts_of(num_classes), args.num_experts).train_epoch
+    return timed(loop, random_batch(args.batch_size, num_classes, args.image_size), args)
+
+
+def build_ours(keys: dict[str, Any], args: argparse.Namespace) -> Callable[[], float]:
+    """Our training step under these recipe keys, on the device that Accelerate chooses."""
+    from ours import Training, make_recipe
+
+    num_classes = classes_of(args.model)
     class_counts = class_counts_of(num_classes)
+    recipe = make_recipe(args.model, args.batch_size, args.image_size, args.num_experts, **keys)
+    image_set = random_images(class_counts, args.image_size) if args.image_size <= 64 else labels_only(class_counts)
+    training = Training(recipe, image_set, num_classes)
     images, targets = random_batch(args.batch_size, num_classes, args.image_size)
-    if name == "baseline":
-        from baseline import PlainTraining
+    device = training.stage.accelerator.device
+    batch = images.to(device, memory_format=torch.channels_last), targets.to(device)
+    return timed(training.train_batches, batch, args)
 
-        loop = PlainTraining(args.model, class_counts, args.num_experts).train_epoch
-    else:
-        from ours import Training, make_recipe
 
-        recipe = make_recipe(args.model, args.batch_size, args.image_size, args.num_experts, **VARIANTS[name])
-        image_set = random_images(class_counts, args.image_size) if args.image_size <= 64 else labels_only(class_counts)
-        loop = Training(recipe, image_set, num_classes).train_batches
-        images = images.contiguous(memory_format=torch.channels_last)
+def classes_of(model: str) -> int:
+    return 100 if model == "ride_resnet32" else 1000
+
+
+def timed(
+    loop: Callable[[Clocked], Any], batch: tuple[Tensor, Tensor], args: argparse.Namespace
+) -> Callable[[], float]:
+    """A call runs a loop on this batch, warmed up, and returns its seconds per step."""
 
     def run() -> float:
-        clocked = Clocked([(images, targets)] * (args.warm_up + args.steps), args.steps, args.warm_up)
+        clocked = Clocked([batch] * (args.warm_up + args.steps), args.steps, args.warm_up)
         loop(clocked)
         return clocked.per_step
 

@@ -18,6 +18,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers with several threads each ove
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def script():
     """The training script as a module."""

@@ -162,3 +162,17 @@ def test_another_number_of_experts_is_refused(name):
     x, y = draw(E=2)
     with pytest.raises(InputError, match="this loss trains 3 experts, the model has 2"):
         make_loss(name, COUNTS)(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gpu_gives_the_loss_and_gradient_of_the_cpu(name):
+    logits = torch.randn(8 * LOSSES[name].loss.num_views, 3, len(COUNTS))
+    targets = torch.arange(8) % len(COUNTS)
+    results = []
+    for device in ("cpu", "cuda"):
+        given = logits.to(device, copy=True).requires_grad_()
+        value = make_loss(name, COUNTS).to(device)(given, targets.to(device))
+        value.backward()
+        results.append((value.cpu(), given.grad.cpu()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)

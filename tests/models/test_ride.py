@@ -343,3 +343,17 @@ def test_top_choices_are_clamped_with_a_warning():
         model = build(router=True, top_choices_num=30)
     assert model.router.top_choices_num == 11
     assert model.forward_routed(images())[0].shape == (4, 11)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SMALL)
+def test_a_gpu_routes_as_the_cpu(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, x = build(name, num_experts=3, router=True), images(name, B=16)
+    gates = model.router(*model.forward_experts(x)).sigmoid()[:, 0].sort().values
+    threshold = gates[7:9].mean().item()
+    with torch.inference_mode():
+        logits, used = model.forward_routed(x, threshold)
+        on_gpu = model.cuda().forward_routed(x.cuda(), threshold)
+    torch.testing.assert_close(on_gpu[1].cpu(), used)
+    torch.testing.assert_close(on_gpu[0].cpu(), logits, rtol=1e-4, atol=1e-4)

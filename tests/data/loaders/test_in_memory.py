@@ -106,3 +106,15 @@ def test_small_images_held_in_memory_are_decoded_in_full(decoded):
     data = image_set(encoded(smooth(200, 150)))
     list(make_loader(data, "cifar", train=True, batch_size=1, seed=0, reduced_decode=True))
     assert decoded == [(200, 150)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["cifar", STRONG.strong("rand-m9-mstd0.5", cutout=8)], ids=["plain", "strong"])
+def test_a_gpu_yields_the_batches_of_the_cpu(policy):
+    data = png_set(13)
+    common = dict(train=True, batch_size=5, seed=1, views=2 if policy != "cifar" else 1)
+    loaders = [make_loader(data, policy, device=device, **common) for device in ("cpu", "cuda")]
+    for (expected, labels), (found, found_labels) in zip(*loaders, strict=True):
+        assert found.device.type == "cuda" and torch.equal(found_labels.cpu(), labels)
+        # a GPU divides by the reciprocal
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,190 @@
+"""Speed on a device: training steps beside timm's, an epoch with its input, routed inference over its MACs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import epoch
+import routed
+import step
+import timm
+import torch
+import torch.nn.functional as F
+from batches import Clocked, class_counts_of, random_batch
+from gpu_bench import Bench
+from gpu_checks import autocast
+from input import drain
+from ours import Training, make_recipe
+from record import alternate, summary
+
+from ride_timm.inference.options import fuse_conv_bn
+
+KEYS = {"bf16": "bf16", "fp16": "fp16", "tf32": "no", "fp32": "no"}  # mixed_precision of each, the fastest first
+
+
+def settings(bench: Bench, model: str, batch_size: int, size: int) -> argparse.Namespace:
+    steps = 1 if bench.toy else 20
+    shape = dict(model=model, batch_size=batch_size, image_size=size, num_experts=3)
+    return argparse.Namespace(**shape, steps=steps, warm_up=0 if bench.toy else 5, data_dir=None)
+
+
+def our_step(args: argparse.Namespace, precision: str, mode: str | None = None) -> Callable[[], float]:
+    """Our training step; mode: torch.compile's, None for eager."""
+    os.environ["ACCELERATE_DYNAMO_MODE"] = mode or "default"
+    return step.build_ours(dict(mixed_precision=KEYS[precision], fused_norm=False, compile=mode is not None), args)
+
+
+def timm_step(args: argparse.Namespace, precision: str, device: torch.device) -> Callable[[], float]:
+    """A plain training step of timm's ResNeXt-50: cross entropy, fused SGD, channels-last."""
+    model = timm.create_model("resnext50_32x4d", num_classes=1000).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def loop(batches: Clocked) -> None:
+        model.train()
+        for images, targets in batches:
+            with autocast(device, precision):
+                loss = F.cross_entropy(model(images), targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+    images, targets = random_batch(args.batch_size, 1000, args.image_size)
+    return step.timed(loop, (images.to(device, memory_format=torch.channels_last), targets.to(device)), args)
+
+
+def timed(bench: Bench, run: Callable[[], float]) -> dict[str, float]:
+    """Median seconds per step over the rounds, after one that warms up, and peak GPU memory in MiB."""
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    run()
+    seconds = summary(alternate({"": run}, bench.args.rounds)[""])["median"]
+    peak = dict(peak_mib=torch.cuda.max_memory_allocated() / 2**20) if bench.on_gpu else {}
+    return dict(seconds=seconds) | peak
+
+
+def steps(bench: Bench) -> None:
+    """Training steps by network, batch and precision; of ResNeXt-50, images/s over timm's."""
+    for model, batch_size, size in shapes(bench):
+        for precision in ["fp32"] if bench.toy else filter(bench.has, KEYS):
+            args = settings(bench, model, batch_size, size)
+            bench.allow_tf32(precision == "tf32")
+
+            def compare(args: argparse.Namespace = args, precision: str = precision) -> dict[str, float]:
+                ours = timed(bench, our_step(args, precision))
+                row = ours | dict(images_per_second=args.batch_size / ours["seconds"])
+                if args.model != "ride_resnext50":
+                    return row
+                bench.free()
+                theirs = {
+                    f"timm_{key}": value
+                    for key, value in timed(bench, timm_step(args, precision, bench.device)).items()
+                }
+                return row | theirs | dict(images_per_second_over_timm=theirs["timm_seconds"] / ours["seconds"])
+
+            bench.measure(f"{model} x3, batch {batch_size}, {precision}", 10, compare)
+
+
+def shapes(bench: Bench) -> list[tuple[str, int, int]]:
+    """(network, batch size, image size)"""
+    if bench.toy:
+        return [("ride_resnet32", 4, 16), ("ride_resnext50", 2, 32)]
+    return [("ride_resnet32", 128, 32), ("ride_resnext50", 64, 224), ("ride_resnext50", 256, 224)]
+
+
+def compiled(bench: Bench) -> None:
+    """Training steps compiled, and compiled to CUDA graphs, over eager ones; it may take minutes, so it comes last."""
+    precision = "bf16" if bench.has("bf16") else "fp32"
+    bench.allow_tf32(True)
+    for model, batch_size, size in shapes(bench)[:2]:
+        args = settings(bench, model, batch_size, size)
+        for name, mode in {"compiled": "default", "CUDA graphs": "reduce-overhead"}.items():
+
+            def compare(args: argparse.Namespace = args, mode: str = mode) -> dict[str, float]:
+                eager = timed(bench, our_step(args, precision))
+                bench.free()
+                ours = timed(bench, our_step(args, precision, mode))
+                return ours | dict(
+                    eager_seconds=eager["seconds"], eager_over_compiled=eager["seconds"] / ours["seconds"]
+                )
+
+            label = f"{model} x3, batch {batch_size}, {precision}, {name}"
+            if bench.on_gpu:
+                bench.measure(label, 45, compare)
+                torch.compiler.reset()
+            else:
+                bench.skip(label, "a CPU compiles for minutes, and gains nothing")
+
+
+def epochs(bench: Bench) -> None:
+    """An epoch of CIFAR100-LT with its input: plain, and with AutoAugment and Cutout."""
+    batch_size = 4 if bench.toy else 128
+    num_steps = -(-sum(class_counts_of(100)) // batch_size)
+    args = settings(bench, "ride_resnet32", batch_size, 32)
+    args.steps, args.warm_up = (1, 0) if bench.toy else (num_steps, 0)
+    bench.allow_tf32(True)
+    for label, policy in {"plain": {}, "AutoAugment": dict(auto_augment="cifar10", cutout=16)}.items():
+        keys = dict(mixed_precision="bf16" if bench.has("bf16") else "no", fused_norm=False, **policy)
+
+        def compare(keys: dict[str, Any] = keys) -> dict[str, float]:
+            training = Training(make_recipe("ride_resnet32", batch_size, 32, **keys), epoch.images_of(args), 100)
+            loader = training.stage.loader
+            own = timed(bench, epoch.timed(drain, loader, args))["seconds"]
+            row = timed(bench, epoch.timed(training.train_batches, loader, args))
+            row |= dict(seconds_per_epoch=row["seconds"] * num_steps, input_images_per_second=batch_size / own)
+            return row | dict(input_over_step=own / row["seconds"])
+
+        bench.measure(label, 10, compare)
+
+
+def routed_inference(bench: Bench) -> None:
+    """Time of routed inference over that of all experts, and the ratio of their MACs."""
+    bench.allow_tf32(True)
+    for name, size in bench.networks.items():
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=100, num_experts=3, router=True, top_choices_num=30).eval()
+        try:
+            macs = routed.count_macs(model, (3, size, size))
+        except ModuleNotFoundError as error:
+            macs = None
+            bench.skip(f"{name}, MACs", str(error))
+        model = fuse_conv_bn(model).to(bench.device, memory_format=torch.channels_last)
+        for batch_size in (1, 4) if bench.toy else (1, 32, 256, 1024):
+
+            def compare(
+                model: Any = model, batch_size: int = batch_size, size: int = size, macs: Any = macs
+            ) -> dict[str, float]:
+                images = random_batch(batch_size, 2, size)[0].to(bench.device, memory_format=torch.channels_last)
+                time_ratio = macs_ratio = 0.0
+                for weight, used in routed.cases(batch_size, routed.FRACTIONS["paper"]):
+                    seconds = 0 if bench.toy else 0.2
+                    time_ratio += weight * routed.measure(model, images, used, bench.args.rounds, seconds)
+                    fractions = [n / batch_size for n in used]
+                    macs_ratio += weight * macs.expected(fractions) / macs.ensemble if macs else float("nan")
+                return dict(time_ratio=time_ratio, macs_ratio=macs_ratio, time_over_macs=time_ratio / macs_ratio)
+
+            bench.measure(f"{name}, batch {batch_size}", 8, compare)
+
+
+def profile(bench: Bench) -> None:
+    """Device time of a training step over its wall time, kernels, and copies to the host."""
+    args = settings(bench, "ride_resnet32", 4 if bench.toy else 128, 16 if bench.toy else 32)
+
+    def trace() -> dict[str, float]:
+        run = our_step(args, "bf16" if bench.has("bf16") else "fp32")
+        run()
+        kind = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[kind.CPU] + [kind.CUDA] * bench.on_gpu) as traced:
+            seconds = run()
+        num_steps = args.steps + args.warm_up
+        on_device = [event for event in traced.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(event.self_device_time_total for event in on_device) / 1e6 / num_steps
+        to_host = sum("DtoH" in event.name for event in on_device) / num_steps
+        row = dict(seconds=seconds, device_seconds=busy, device_fraction=busy / seconds)
+        return row | dict(kernels_per_step=len(on_device) / num_steps, copies_to_host_per_step=to_host)
+
+    bench.measure("ride_resnet32", 5, trace)

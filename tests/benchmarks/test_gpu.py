@@ -1,0 +1,150 @@
+"""The GPU benchmark at toy size on a CPU: results, errors of a section, time budget, synchronising operators."""
+
+import importlib
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from ride_timm.losses import LOSSES
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def module():
+    """Import a benchmark by name; all are unloaded afterwards."""
+    before, threads = set(sys.modules), torch.get_num_threads()
+    sys.path.insert(0, str(BENCHMARKS))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_CPU", "true")
+        patched.setenv("ACCELERATE_DYNAMO_MODE", "default")  # both are set by the benchmark
+        AcceleratorState._reset_state(True)
+        yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
+    for name in {path.stem for path in BENCHMARKS.glob("*.py")} - before:
+        sys.modules.pop(name, None)
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def gpu(module, monkeypatch, tmp_path):
+    """The benchmark, writing its results to a file of its own."""
+    monkeypatch.setattr(module("record"), "RESULTS", tmp_path / "results.jsonl")
+    return module("gpu")
+
+
+def run(gpu, *flags):
+    return gpu.measure_all(["--toy", "--device", "cpu", "--threads", "1", "--rounds", "1", *flags])
+
+
+def test_every_section_runs_on_a_cpu(gpu, module, capsys):
+    assert run(gpu) == 0
+    printed = capsys.readouterr().out
+    lines = [json.loads(line) for line in module("record").RESULTS.read_text(encoding="utf-8").splitlines()]
+    assert [line["benchmark"] for line in lines] == [f"gpu_{name}" for name in gpu.SECTIONS]
+    figures = {line["benchmark"].removeprefix("gpu_"): line["figures"] for line in lines}
+    assert not any(section["wrong"] for section in figures.values())
+    assert {row["name"] for row in figures["losses"]["rows"]} == set(LOSSES)
+    rows = [row for section in figures.values() for row in section["rows"]]
+    assert all(row["error"] <= row["tolerance"] for row in rows if "error" in row)
+    step = next(row for row in figures["steps"]["rows"] if row["name"].startswith("ride_resnext50"))
+    assert step["images_per_second_over_timm"] == pytest.approx(step["timm_seconds"] / step["seconds"], rel=1e-3)
+    assert "the scaler's state" in figures["mixed_precision"]["left_out"]  # fp16 needs a GPU
+    assert len(figures["compiled"]["left_out"]) == 4
+    assert printed.splitlines()[-1].startswith("wrong 0, left out 5")
+
+
+def broken(bench):
+    bench.check("close", 1e-6, 1e-4)
+    bench.check("not a number", float("nan"), 1e-4)
+    bench.measure("row", 0, lambda: 1 / 0)
+    raise RuntimeError("no kernel image is available\nsecond line")
+
+
+def test_a_failing_section_is_one_line_and_the_others_go_on(gpu, capsys, monkeypatch):
+    monkeypatch.setitem(gpu.SECTIONS, "losses", broken)
+    monkeypatch.setattr(gpu, "CHECKS", (broken,))
+    monkeypatch.setitem(gpu.SECTIONS, "steps", lambda bench: bench.measure("fine", 0, lambda: dict(seconds=1.0)))
+    assert run(gpu, "--sections", "losses", "steps") == 1
+    printed = capsys.readouterr().out
+    assert "  ok: close" in printed and "  WRONG: not a number: nan, at most 0.0001" in printed
+    assert "  FAILED: row: ZeroDivisionError: division by zero\n" in printed
+    assert "  FAILED: losses: RuntimeError: no kernel image is available\n" in printed and "second line" not in printed
+    assert "  fine: seconds 1\n" in printed
+    assert printed.splitlines()[-1] == "wrong 3, left out 0"
+
+
+def test_a_slow_measurement_that_fails_leaves_the_exit_code(gpu, monkeypatch):
+    monkeypatch.setitem(gpu.SECTIONS, "steps", broken)
+    assert run(gpu, "--sections", "steps") == 0
+
+
+def endless(bench):
+    bench.measure("a year", 3e7, dict)
+    while True:
+        time.sleep(0.01)
+
+
+def test_it_stops_in_time_and_says_what_it_left_out(gpu, capsys, monkeypatch):
+    monkeypatch.setitem(gpu.SECTIONS, "steps", endless)
+    started = time.monotonic()
+    assert run(gpu, "--minutes", "0.005", "--sections", "steps", "epochs") == 0
+    assert time.monotonic() - started < 10
+    left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert left_out == ["left out: steps: a year", "left out: steps: the rest", "left out: epochs: epochs"]
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1"])
+def test_no_time_is_rejected(gpu, capsys, minutes):
+    with pytest.raises(SystemExit):
+        run(gpu, "--minutes", minutes)
+    assert "expected more than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("waits", "name"),
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: float(x[0]), "_local_scalar_dense"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: x.masked_select(x > 0), "masked_select"),
+        (lambda x: x.long().unique(), "_unique2"),
+        (lambda x: x.sum().backward() or x.grad.max().item(), "_local_scalar_dense"),
+        (lambda x: torch.repeat_interleave(x, torch.tensor([1, 2])), "repeat_interleave"),
+    ],
+)
+def test_synchronising_operators_are_counted(module, waits, name):
+    x = torch.tensor([1.0, -1.0], requires_grad=True)
+    with module("syncs").Syncs() as syncs:
+        waits(x)
+    assert syncs.found[name] == 1 and name in str(syncs)
+
+
+def test_other_operators_are_not(module):
+    x, rows = torch.randn(4, 3), torch.tensor([0, 2])
+    with module("syncs").Syncs() as syncs:
+        torch.where(x > 0, x[rows][:1], 0).sum().to(torch.float64)
+        x.repeat_interleave(2)
+    assert syncs.total == 0, str(syncs)
+
+
+def test_steps_are_counted_without_their_warm_up(module):
+    counted = module("syncs").Counted([(torch.ones(()), torch.ones(()))] * 4, steps=3, warm_up=1)
+    for images, _ in counted:
+        images.item()
+    assert counted.syncs.found == {"_local_scalar_dense": 3}
+
+
+def test_time_is_left_out_of_a_bench_without_any(module):
+    bench = module("gpu_bench").Bench(Namespace(toy=True), torch.device("cpu"), time.monotonic() + 5)
+    bench.measure("long", 60, lambda: pytest.fail("measured"))
+    assert bench.left_out == ["long"] and 0 < bench.left() < 5
+    assert bench.has("fp32") and not bench.has("fp16") and not bench.has("tf32")
