@@ -31,11 +31,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterable
 
 from ..errors import InputError, RunError, first_line
+from .augment.colours import BatchColours
 from .augment.policies import Policy
 from .image_set import open_stored
 from .lists import AnnotationList, NameKeys
 from .loaders.orders import SAMPLE, Batches, RankSlices
-from .loaders.workers import ViewTransform, collate, loaded, seeded
+from .loaders.workers import Sample, ViewTransform, collate, loaded, seeded
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -139,7 +140,7 @@ def streamed_rows(
 class _StreamSamples(TorchIterable):
     """A part of a stream, decoded and augmented by the worker that reads it.
 
-    Yields (key, ([V, 3, S, S], label)). Random choices depend on the seed, the epoch and the image alone, whatever
+    Yields (key, sample). Random choices depend on the seed, the epoch and the image alone, whatever
     process and worker reads it.
     """
 
@@ -147,25 +148,25 @@ class _StreamSamples(TorchIterable):
         self.part, self.transform, self.seed = part, transform, seed
         self.epoch = 0  # the workers are started anew for every pass, so they see it
 
-    def __iter__(self) -> Iterator[tuple[str, tuple[Tensor, int] | RunError]]:
+    def __iter__(self) -> Iterator[tuple[str, Sample | RunError]]:
         for stored, key, label in self.part:
             with seeded(self.seed, SAMPLE, self.epoch, zlib.crc32(key.encode())):
                 yield key, self._sample(stored, key, label)
 
-    def _sample(self, stored: dict[str, Any], key: str, label: int) -> tuple[Tensor, int] | RunError:
+    def _sample(self, stored: dict[str, Any], key: str, label: int) -> Sample | RunError:
         try:
             opened = open_stored(stored)
             if opened is None:
                 raise OSError(f"{stored['path']} is no local file")
             with opened:
-                return self.transform.augment(self.transform.crop(opened)), label
+                return *self.transform.augment(self.transform.crop(opened)), label
         except Exception as error:  # decoders have no common error
             failed = RunError(f"the image {key} of the stream cannot be read ({first_line(error)})")
             failed.__cause__ = error
             return failed
 
 
-def _collate(samples: list) -> tuple[tuple[str, ...], tuple[Tensor, Tensor]] | RunError:
+def _collate(samples: list) -> tuple[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] | RunError:
     keys, images = zip(*samples, strict=True)
     batch = collate(images)
     return batch if isinstance(batch, RunError) else (keys, batch)
@@ -190,7 +191,7 @@ class StreamBatches(Batches):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(slices, seed, device)
-        self.images, self.num_views = images, len(transform.augments)
+        self.images, self.policy, self.num_views = images, transform.policy, len(transform.views)
         part = images.part(slices.rank, slices.num_processes, images.shuffle_buffer if slices.train else 0, self.seed)
         self.samples = _StreamSamples(part, transform, self.seed)
         self.loader = DataLoader(
@@ -205,10 +206,12 @@ class StreamBatches(Batches):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.samples.epoch = self.epoch
         batches = self._passes() if self.slices.train else self._once()
-        for images, labels in batches:
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        colours = BatchColours(self.policy, self.device)
+        for batch in batches:
+            images, changes, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield colours(images, changes), labels
 
-    def _pass(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pass(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         self.samples.part.set_pass(number)
         met: set[str] = set()
         for keys, batch in loaded(self.loader):
@@ -222,32 +225,32 @@ class StreamBatches(Batches):
                 met.add(key)
             yield batch
 
-    def _once(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _once(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         seen = 0
-        for images, labels in self._pass(0):
-            seen += len(labels)
-            yield images, labels
+        for batch in self._pass(0):
+            seen += len(batch[-1])
+            yield batch
         if self.slices.num_processes == 1 and seen != len(self.images):
             raise RunError(f"the stream gave {seen} of the {len(self.images)} listed images of {self.images.split!r}")
 
-    def _passes(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of this rank's sizes, from as many passes as it takes."""
         sizes = (part.high - part.low for part in self.slices)
-        images, labels, size = [], [], next(sizes)
+        images, changes, labels, size = [], [], [], next(sizes)
         for again in count():
             empty = True
             # further passes are numbered beyond all epochs, so that no epoch has their order
             batches = self._pass(self.epoch + again * 1_000_000)
-            for more_images, more_labels in batches:
+            for more_images, more_changes, more_labels in batches:
                 empty = False
                 images.append(more_images.unflatten(0, (self.num_views, -1)))
+                changes.append(more_changes.unflatten(0, (self.num_views, -1)))
                 labels.append(more_labels)
                 held = sum(map(len, labels))
                 while held >= size:
-                    joined, targets = torch.cat(images, 1), torch.cat(labels)
-                    batch = joined[:, :size].flatten(0, 1)
-                    yield batch.contiguous(memory_format=torch.channels_last), targets[:size]
-                    images, labels = [joined[:, size:]], [targets[size:]]
+                    joined, drawn, targets = torch.cat(images, 1), torch.cat(changes, 1), torch.cat(labels)
+                    yield joined[:, :size].flatten(0, 1), drawn[:, :size].flatten(0, 1), targets[:size]
+                    images, changes, labels = [joined[:, size:]], [drawn[:, size:]], [targets[size:]]
                     held -= size
                     size = next(sizes, 0)
                     if not size:

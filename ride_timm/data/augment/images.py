@@ -206,23 +206,45 @@ def build_crop(
     return RandomResizedCrop(size, decoder, policy.interpolation)
 
 
+def _changes(policy: Policy, train: bool, input_size: int | None) -> list[Callable[[Image.Image], Image.Image]]:
+    """The steps between crop and tensor: RGB PIL image [S, S] -> RGB PIL image [S, S]."""
+    if not train:
+        return []
+    size, changes = policy.input_size(input_size), []
+    if policy.auto_augment is not None:
+        changes = [AutoAugment(policy.auto_augment, size, policy.mean)]
+    if policy.padding is not None:
+        steps = [*changes, T.RandomCrop(size, padding=policy.padding), T.RandomHorizontalFlip()]
+    else:
+        steps = [T.RandomHorizontalFlip(), *changes]
+    steps += [T.RandomRotation(policy.rotation)] if policy.rotation else []
+    if policy.jitter and policy.auto_augment is None:
+        steps.append(T.ColorJitter(policy.jitter, policy.jitter, policy.jitter))
+    return steps
+
+
 def build_augment(policy: str | Policy, train: bool, input_size: int | None = None) -> T.Compose:
     """The steps after the crop: RGB PIL image [S, S] -> normalised float32 [3, S, S]."""
     policy = get_policy(policy)
-    steps = []
-    if train:
-        size, changes = policy.input_size(input_size), []
-        if policy.auto_augment is not None:
-            changes = [AutoAugment(policy.auto_augment, size, policy.mean)]
-        if policy.padding is not None:
-            steps += [*changes, T.RandomCrop(size, padding=policy.padding), T.RandomHorizontalFlip()]
-        else:
-            steps += [T.RandomHorizontalFlip(), *changes]
-        steps += [T.RandomRotation(policy.rotation)] if policy.rotation else []
-        if policy.jitter and policy.auto_augment is None:
-            steps.append(T.ColorJitter(policy.jitter, policy.jitter, policy.jitter))
     cut = [Cutout(policy.cutout)] if train and policy.cutout else []
-    return T.Compose([*steps, T.ToTensor(), *cut, T.Normalize(policy.mean, policy.std)])
+    return T.Compose([*_changes(policy, train, input_size), T.ToTensor(), *cut, T.Normalize(policy.mean, policy.std)])
+
+
+class View:
+    """The steps after the crop, to whole pixels: RGB PIL image [S, S] -> uint8 [3, S, S].
+
+    defer_jitter: leave the colour jitter to the batch, as `jitter`; Cutout must follow it, so not with Cutout.
+    """
+
+    def __init__(self, policy: Policy, train: bool, input_size: int | None = None, defer_jitter: bool = False) -> None:
+        steps, self.jitter = _changes(policy, train, input_size), None
+        if defer_jitter and not policy.cutout and steps and isinstance(steps[-1], T.ColorJitter):
+            self.jitter = steps.pop()
+        cut = [Cutout(policy.cutout)] if train and policy.cutout else []
+        self.steps = T.Compose([*steps, T.PILToTensor(), *cut])
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.steps(image)
 
 
 def build_transform(

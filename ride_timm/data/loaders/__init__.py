@@ -64,7 +64,8 @@ def make_loader(
         raise InputError(f"sampler={sampler}: a sampler is for training")
     slices = RankSlices(len(image_set), batch_size, train, rank, num_processes)
     decoder = decode_reduced if reduced_decode else decode_full
-    transform = ViewTransform(policy, train, size, decoder, views)
+    # the changes of a batch cost a GPU little, and a CPU as much as those of its images, which workers share
+    transform = ViewTransform(policy, train, size, decoder, views, defer_jitter=torch.device(device).type != "cpu")
     if five_crops:
         transform = FiveCrops(policy, size, decoder)
     if isinstance(image_set, BatchSource):

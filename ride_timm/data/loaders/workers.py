@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 from ...errors import InputError, RunError
-from ..augment.images import Decoder, Fit, build_augment, build_crop, decode_full
+from ..augment.colours import BatchColours, draw_jitter, no_jitter
+from ..augment.images import Decoder, Fit, View, build_crop, decode_full
 from ..augment.policies import Policy, get_policy
 from ..image_set import ImageSet
 from .orders import SAMPLE, Batches, Order, RankSlices, check_integer, torch_seed
@@ -30,7 +31,8 @@ def seeded(*key: int) -> Iterator[None]:
 class ViewTransform:
     """Crop an image once, then augment it in each view from the same random state.
 
-    Of two views, the first is that of the weak policy; their crops and flips are the same.
+    Of two views, the first is that of the weak policy; their crops and flips are the same. Pixels stay uint8: the batch
+    is normalised on its device. defer_jitter: so is its colour jitter, drawn here, with the same pixels.
     """
 
     def __init__(
@@ -40,19 +42,23 @@ class ViewTransform:
         input_size: int | None = None,
         decoder: Decoder = decode_full,
         views: int = 1,
+        defer_jitter: bool = False,
     ) -> None:
-        policy = get_policy(policy)
+        self.policy = policy = get_policy(policy)
         self.crop: Callable[[Image], Image] = build_crop(policy, train, input_size, decoder)
         policies = [policy.weak, policy][-views:]
-        self.augments = [build_augment(view, train, input_size) for view in policies]
+        self.views = [View(view, train, input_size, defer_jitter) for view in policies]
+        self.jitters = any(view.jitter is not None for view in self.views)
 
-    def augment(self, image: Image) -> Tensor:
-        """Cropped image -> normalised float32 [V, 3, S, S]."""
-        state, views = torch.get_rng_state(), []
-        for augment in self.augments:
+    def augment(self, image: Image) -> tuple[Tensor, Tensor]:
+        """Cropped image -> uint8 [V, 3, S, S], and the colour changes left to the batch, [V, K, 2]."""
+        state, images, changes = torch.get_rng_state(), [], []
+        for view in self.views:
             torch.set_rng_state(state)
-            views.append(augment(image))
-        return torch.stack(views)
+            images.append(view(image))
+            if self.jitters:
+                changes.append(no_jitter() if view.jitter is None else draw_jitter(view.jitter))
+        return torch.stack(images), torch.stack(changes) if changes else torch.empty(len(images), 0, 2)
 
 
 class FiveCrops(ViewTransform):
@@ -62,7 +68,7 @@ class FiveCrops(ViewTransform):
     """
 
     def __init__(self, policy: str | Policy, input_size: int | None = None, decoder: Decoder = decode_full) -> None:
-        policy = get_policy(policy)
+        self.policy = policy = get_policy(policy)
         size = policy.input_size(input_size)
         if policy.in_memory or policy.resize_at(size) <= size:
             raise InputError(
@@ -71,24 +77,28 @@ class FiveCrops(ViewTransform):
             )
         fit = Fit(size, policy.resize_at(size), decoder, policy.interpolation, policy.squash)
         self.crop, self.crops = fit.resized, T.FiveCrop(size)
-        self.augments = [build_augment(policy, False, size)] * 5
+        self.views = [View(policy, False, size)] * 5
 
-    def augment(self, image: Image) -> Tensor:
-        """Resized image -> normalised float32 [5, 3, S, S]."""
-        return torch.stack([augment(crop) for augment, crop in zip(self.augments, self.crops(image), strict=True)])
+    def augment(self, image: Image) -> tuple[Tensor, Tensor]:
+        """Resized image -> uint8 [5, 3, S, S], and no colour changes."""
+        crops = [view(crop) for view, crop in zip(self.views, self.crops(image), strict=True)]
+        return torch.stack(crops), torch.empty(len(crops), 0, 2)
 
 
-def collate(samples: Sequence) -> tuple[Tensor, Tensor] | RunError:
-    """Collate samples ([V, 3, S, S], label) view by view.
+Sample = tuple[Tensor, Tensor, int]  # uint8 [V, 3, S, S], colour changes [V, K, 2], label
 
-    -> images [V*b, 3, S, S], channels last, and labels [b]; or the first error among the samples
+
+def collate(samples: Sequence[Sample | RunError]) -> tuple[Tensor, Tensor, Tensor] | RunError:
+    """Collate samples view by view.
+
+    -> images uint8 [V*b, 3, S, S], changes [V*b, K, 2] and labels [b]; or the first error among the samples
     """
     failed = next((sample for sample in samples if isinstance(sample, RunError)), None)
     if failed is not None:
         return failed
-    images, labels = zip(*samples, strict=True)
-    batch = torch.stack(images, 1).flatten(0, 1)
-    return batch.contiguous(memory_format=torch.channels_last), torch.tensor(labels, dtype=torch.int64)
+    images, changes, labels = zip(*samples, strict=True)
+    by_view = (torch.stack(parts, 1).flatten(0, 1) for parts in (images, changes))
+    return *by_view, torch.tensor(labels, dtype=torch.int64)
 
 
 def loaded(loader: DataLoader) -> Iterator[Any]:
@@ -105,25 +115,25 @@ def loaded(loader: DataLoader) -> Iterator[Any]:
 class _Samples:
     """Map-style data set for the workers.
 
-    (epoch, position in the epoch, index) -> ([V, 3, S, S], label)
+    (epoch, position in the epoch, index) -> sample
     """
 
     def __init__(self, image_set: ImageSet, transform: ViewTransform, train: bool, seed: int) -> None:
         self.image_set, self.transform, self.train, self.seed = image_set, transform, train, seed
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int] | RunError:
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample | RunError:
         epoch, position, index = key
         if not self.train:
             return self._sample(index)
         with seeded(self.seed, SAMPLE, epoch, position):
             return self._sample(index)
 
-    def _sample(self, index: int) -> tuple[Tensor, int] | RunError:
+    def _sample(self, index: int) -> Sample | RunError:
         try:
             image, label = self.image_set.read(index, self.transform.crop)
         except RunError as error:
             return error  # raised in a worker, it would arrive buried in a traceback
-        return self.transform.augment(image), label
+        return *self.transform.augment(image), label
 
 
 class WorkerBatches(Batches):
@@ -145,6 +155,7 @@ class WorkerBatches(Batches):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(slices, seed, device)
+        self.policy = transform.policy
         num_workers = check_integer(num_workers, "number of workers", 0)
         self.keys = _Keys(order, slices)
         self.loader = DataLoader(
@@ -154,7 +165,7 @@ class WorkerBatches(Batches):
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=num_workers > 0,
-            prefetch_factor=2 if num_workers else None,  # per worker; a batch of 256 at 224 pixels takes 154 MB
+            prefetch_factor=2 if num_workers else None,  # per worker; a batch of 256 at 224 pixels takes 39 MB
             generator=torch.Generator(),  # its own: DataLoader always draws a base seed
         )
 
@@ -163,8 +174,10 @@ class WorkerBatches(Batches):
         self.keys.epoch = self.epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in loaded(self.loader):
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        colours = BatchColours(self.policy, self.device)
+        for batch in loaded(self.loader):
+            images, changes, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield colours(images, changes), labels
 
 
 class _Keys:
