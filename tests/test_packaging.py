@@ -58,3 +58,10 @@ def test_citation_matches_version_and_readme():
     paper, readme = citation["preferred-citation"], (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.search(r"title=\{(.*)\}", readme)[1] == paper["title"]
     assert re.search(r"url=\{(.*)\}", readme)[1] == paper["url"]
+
+
+def test_the_lower_bounds_that_are_tested_are_those_of_setup_cfg():
+    lines = (ROOT / ".ci/lower_bounds.txt").read_text(encoding="utf-8").splitlines()
+    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8").split()
+    bounds = {line.replace("==", ">=") for line in lines if "==" in line}
+    assert bounds - set(setup) == {"pyarrow>=15.0.0"}

@@ -81,7 +81,7 @@ def plain_numbers() -> Any:
     """Minor tick labels of a logarithmic axis: 200, not 2 x 10^2."""
     from matplotlib.ticker import LogFormatter
 
-    return LogFormatter(labelOnlyBase=False)
+    return LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4))  # decades; since matplotlib 3.11, major ticks
 
 
 def legend_below(axes: Any, **options: Any) -> None:
