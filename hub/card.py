@@ -89,7 +89,7 @@ def render(staged: Staged) -> str:
 
 
 def write_card(staged: Staged) -> None:
-    (staged.path / CARD).write_text(render(staged), encoding="utf-8")
+    (staged.path / CARD).write_text(render(staged), encoding="utf-8", newline="\n")
 
 
 def shots_of(results: dict[str, Any], recipe: Recipe | None) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
         mode = partial.stat().st_mode  # what umask and the folder give to new files
         yield partial
         partial.chmod(mode)  # safetensors replaces the file by one that only its owner can read
-        with partial.open("rb") as written:
+        with partial.open("r+b") as written:  # Windows syncs no file that is open for reading only
             os.fsync(written.fileno())
         if keep is not None and path.is_file():
             os.replace(path, keep)
@@ -57,7 +57,7 @@ def expanded(path: str | Path | None) -> Path | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def read_class_values(path: str | Path, class_names: Sequence[str]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -65,6 +66,9 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
     A closed pipe (`| head`) exits with 141, as SIGPIPE would.
     """
     warnings.formatwarning = _format_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe on Windows is not UTF-8, and class names are in any script
     try:
         code = _run(command, argv)
         print(end="", flush=True)  # finds a closed pipe here rather than at interpreter exit

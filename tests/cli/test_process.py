@@ -124,3 +124,10 @@ def test_a_signal_waits_for_the_check(number):
     finally:
         signals.restore()
     assert before == {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+
+def test_a_pipe_that_lacks_characters_gets_others(monkeypatch):
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    assert exit_code(lambda argv: print("bee → ant, é"), None) == 0
+    assert pipe.buffer.getvalue().splitlines() == ["bee ? ant, é".encode("cp1252")]
