@@ -46,6 +46,13 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({processor_name()}, {torch.get_num_threads()} threads)"
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device without waiting: from pageable memory, a copy would block until the GPU is idle."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def bf16_pays() -> bool:
     """True if bfloat16 is faster: as CUDA states, or in a small product on the CPU."""
     if torch.cuda.is_available():

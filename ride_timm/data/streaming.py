@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterable
 
 from ..errors import InputError, RunError, first_line
+from ..hardware import send
 from .augment.colours import BatchColours
 from .augment.policies import Policy
 from .image_set import open_stored
@@ -208,7 +209,7 @@ class StreamBatches(Batches):
         batches = self._passes() if self.slices.train else self._once()
         colours = BatchColours(self.policy, self.device)
         for batch in batches:
-            images, changes, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            images, changes, labels = (send(part, self.device) for part in batch)
             yield colours(images, changes), labels
 
     def _pass(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

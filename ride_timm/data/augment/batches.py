@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...hardware import send
 from .policies import Policy, get_policy
 
 
@@ -69,7 +70,7 @@ class BatchAugment:
 
     def cut(self, images: Tensor, hole: Tensor) -> Tensor:
         """Cutout: uint8 [B, S, S, 3], centres [B, 2] -> the images with a black square around each centre."""
-        start = hole.to(images.device)[..., None] - self.policy.cutout // 2  # [B, 2, 1]
+        start = send(hole, images.device)[..., None] - self.policy.cutout // 2  # [B, 2, 1]
         steps = torch.arange(self.size, device=images.device)
         inside = (steps >= start) & (steps < start + self.policy.cutout)  # [B, 2, S]
         return images.masked_fill((inside[:, 0, :, None] & inside[:, 1, None, :])[..., None], 0)
@@ -132,5 +133,4 @@ class BatchAugment:
         offset = 1 + np.arange(len(flip)) * S * S + y_shift * S + x_shift
         source = np.stack([x_sign, offset, x_low, x_high, y_low, y_high]).astype(np.int32)
         maps = torch.from_numpy(np.concatenate([x_map, y_map, source]))
-        # one copy, from pinned memory: a copy from pageable memory would block until the GPU is idle
-        return maps.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else maps.to(device)
+        return send(maps, device)  # one copy for all of them

@@ -78,5 +78,8 @@ def make_loader(
             order = SampledOrder(image_set.labels, seed, sampler, epochs)
     how = dict(order=order, slices=slices, seed=seed, device=device)
     if policy.in_memory:
-        return TensorBatches(decode(image_set, size), image_set.labels, policy, views=views, **how)
+        if torch.device(device).type == "cpu":
+            num_workers = 0  # training takes all cores
+        pixels = decode(image_set, size)
+        return TensorBatches(pixels, image_set.labels, policy, views=views, num_workers=num_workers, **how)
     return WorkerBatches(image_set, transform, num_workers=num_workers, **how)

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ...errors import InputError
+from ...hardware import send
 from ..augment.auto_augment import AutoAugment
-from ..augment.batches import BatchAugment
+from ..augment.batches import BatchAugment, Draws
 from ..augment.images import Fit
 from ..augment.policies import Policy, get_policy
 from ..image_set import ImageSet
@@ -48,8 +50,8 @@ class TensorBatches(Batches):
 
     Yields (images float32 [V*b, 3, S, S] channels last, labels int64 [b]) on `device`. Random choices are drawn for the
     global batch and then sliced, so they do not depend on the number of processes. A policy with `auto_augment` has
-    draws of its own, and its pixels are held on the CPU, where Pillow augments image by image. Of two views, the first
-    is that of the weak policy.
+    draws of its own; Pillow augments image by image on the CPU, by worker processes if there are any, all else happens
+    on the device. Of two views, the first is that of the weak policy.
 
     pixels: uint8 [N, S, S, 3]; labels: [N].
     """
@@ -65,6 +67,7 @@ class TensorBatches(Batches):
         seed: int,
         device: str | torch.device = "cpu",
         views: int = 1,
+        num_workers: int = 0,
     ) -> None:
         super().__init__(slices, seed, device)
         labels = np.asarray(labels, dtype=np.int64)
@@ -75,38 +78,85 @@ class TensorBatches(Batches):
             raise InputError(f"{len(pixels)} images have {len(labels)} labels")
         policy, size = get_policy(policy), pixels.shape[1]
         self.order = order
-        self.auto_augment = None
-        if slices.train and policy.auto_augment is not None:
-            self.auto_augment = AutoAugment(policy.auto_augment, size, policy.mean)
         self.streams = (BATCH, STRONG) if views == 2 else (BATCH if policy == policy.weak else STRONG,)
-        self.pixels = pixels.cpu() if self.auto_augment else pixels.to(self.device)
-        self.labels = torch.from_numpy(labels).to(self.device)
+        self.pixels, self.labels = pixels.to(self.device), torch.from_numpy(labels).to(self.device)
         self.augments = {BATCH: BatchAugment(policy.weak, size, self.device)}
         self.augments[STRONG] = BatchAugment(policy, size, self.device)
+        self.loader = None
+        if slices.train and policy.auto_augment is not None:
+            self.keys = _Keys(order, slices)
+            self.loader = DataLoader(
+                _AutoAugmented(pixels.cpu(), policy, self.seed),
+                sampler=self.keys,
+                batch_size=None,
+                num_workers=num_workers,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=num_workers > 0,
+                generator=torch.Generator(),  # its own: DataLoader always draws a base seed
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if self.loader is not None:
+            self.keys.epoch = self.epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.epoch
-        order = torch.from_numpy(self.order(epoch))
-        labels = self.labels.index_select(0, order.to(self.device))
-        order = order.to(self.pixels.device)
+        order = send(torch.from_numpy(self.order(epoch)), self.device)
+        labels = self.labels.index_select(0, order)
+        strong = iter(()) if self.loader is None else iter(self.loader)
         for part in self.slices:
             images = self.pixels.index_select(0, order[part.low : part.high])
             if self.slices.train:
-                views = [self._view(images, stream, epoch, part) for stream in self.streams]
+                views = [self._view(images, stream, epoch, part, strong) for stream in self.streams]
                 images = views[0] if len(views) == 1 else torch.cat(views)
             else:
                 images = self.augments[BATCH].normalize(images)
             yield images, labels[part.low : part.high]
 
-    def _view(self, images: Tensor, stream: int, epoch: int, part: Slice) -> Tensor:
-        """Augment a slice, uint8 [b, S, S, 3], with the draws of a stream."""
-        generator = torch.Generator().manual_seed(torch_seed(self.seed, stream, epoch, part.step))
-        num_images, low, high = part.stop - part.start, part.low - part.start, part.high - part.start
+    def _view(self, images: Tensor, stream: int, epoch: int, part: Slice, strong: Iterator[Tensor]) -> Tensor:
+        """Augment a slice, uint8 [b, S, S, 3], with the draws of a stream; strong: the slices after AutoAugment."""
         augment = self.augments[stream]
-        draws = augment.draw(num_images, generator).part(low, high)
-        if stream == STRONG and self.auto_augment:
-            seeds = torch.randint(2**32, (num_images,), generator=generator)[low:high]
-            images = self.auto_augment.batch(images, seeds)
-        if self.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()  # a copy from pageable memory would block until the GPU is idle
-        return augment(images.to(self.device, non_blocking=True), draws)
+        draws, _ = _draw(augment, self.seed, stream, epoch, part)
+        if stream == STRONG and self.loader is not None:
+            images = send(next(strong), self.device)
+        return augment(images, draws)
+
+
+def _draw(augment: BatchAugment, seed: int, stream: int, epoch: int, part: Slice) -> tuple[Draws, torch.Generator]:
+    """The draws of a slice, and the generator that goes on after those of its global batch."""
+    generator = torch.Generator().manual_seed(torch_seed(seed, stream, epoch, part.step))
+    draws = augment.draw(part.stop - part.start, generator)
+    return draws.part(part.low - part.start, part.high - part.start), generator
+
+
+class _AutoAugmented:
+    """Slices of an epoch after AutoAugment, on the CPU: (epoch, slice, rows [b]) -> uint8 [b, S, S, 3]."""
+
+    def __init__(self, pixels: Tensor, policy: Policy, seed: int) -> None:
+        self.pixels, self.seed, size = pixels, seed, pixels.shape[1]
+        self.augment = BatchAugment(policy, size)
+        self.auto_augment = AutoAugment(str(policy.auto_augment), size, policy.mean)
+
+    def __getitem__(self, key: tuple[int, Slice, np.ndarray]) -> Tensor:
+        epoch, part, rows = key
+        _, generator = _draw(self.augment, self.seed, STRONG, epoch, part)
+        seeds = torch.randint(2**32, (part.stop - part.start,), generator=generator)
+        seeds = seeds[part.low - part.start : part.high - part.start]
+        return self.auto_augment.batch(self.pixels[torch.from_numpy(rows)], seeds)
+
+
+class _Keys:
+    """Sampler: (epoch, slice, rows) of every step; it does not refer to its loader, as that of `WorkerBatches`."""
+
+    def __init__(self, order: Order, slices: RankSlices) -> None:
+        self.order, self.slices, self.epoch = order, slices, 0
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[tuple[int, Slice, np.ndarray]]:
+        epoch = self.epoch
+        order = self.order(epoch)
+        for part in self.slices:
+            yield epoch, part, order[part.low : part.high]

@@ -93,14 +93,15 @@ def test_a_batch_of_small_images_is_changed_before_its_crop(colours, monkeypatch
     images = load_longtail(str(colours), imb_type="none").train
     policy = get_policy("cifar").strong("rand-m9-mstd0.5")
     loader = make_loader(images, policy, train=True, batch_size=12, seed=3)
-    seen, change = [], loader.auto_augment.batch
+    auto_augment = loader.loader.dataset.auto_augment
+    seen, change = [], auto_augment.batch
 
     def batch(pixels, seeds):
         seen.append((pixels, seeds, change(pixels, seeds)))
         return seen[-1][-1]
 
     still = Draws(*(torch.full((12,), value) for value in (policy.padding, policy.padding, False, 0.0)))
-    monkeypatch.setattr(loader.auto_augment, "batch", batch)
+    monkeypatch.setattr(auto_augment, "batch", batch)
     monkeypatch.setattr(loader.augments[STRONG], "draw", lambda number, generator: still.part(0, number))
     for (made, _), low in zip(loader, range(0, len(images), 12), strict=True):
         pixels, seeds, changed = seen[-1]

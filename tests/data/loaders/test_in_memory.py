@@ -1,5 +1,7 @@
 """Batches from memory: exact, and independent of the number of processes."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.image_set import ImageSet
 from ride_timm.data.loaders import make_loader
 from ride_timm.data.loaders.in_memory import TensorBatches, decode
-from ride_timm.data.loaders.orders import SAMPLERS
+from ride_timm.data.loaders.orders import SAMPLERS, RankSlices, ShuffledOrder
 from ride_timm.errors import InputError
 
 
@@ -89,17 +91,36 @@ def test_decode():
     assert decode(mixed, 8).shape == (4, 8, 8, 3)
 
 
-@pytest.mark.parametrize(
-    ("train", "policy", "device"), [(True, "cifar", "meta"), (False, "cifar", "meta"), (True, STRONG, "cpu")]
-)
-def test_batches_are_made_where_the_pixels_are_and_wait_for_nothing(train, policy, device):
+CUT = replace(STRONG, cutout=8)
+
+
+@pytest.mark.parametrize(("train", "policy"), [(True, "cifar"), (False, "cifar"), (True, STRONG), (True, CUT)])
+def test_batches_are_made_where_the_pixels_are_and_wait_for_nothing(train, policy):
     """A tensor on "meta" holds no values: asking for one, as a synchronisation would, raises."""
     loader = make_loader(png_set(5), policy, train=train, batch_size=3, seed=0, device="meta")
-    assert loader.pixels.device.type == device and loader.labels.device.type == "meta"
+    assert loader.pixels.device.type == loader.labels.device.type == "meta"
     assert loader.pixels.dtype == torch.uint8
     for (images, labels), size in zip(loader, (3, 2), strict=True):
         assert images.device.type == labels.device.type == "meta"
         assert images.shape == (size, 3, 32, 32) and images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_workers_that_auto_augment_change_nothing(views):
+    data = png_set(13)
+    how = dict(order=ShuffledOrder(13, 1), slices=RankSlices(13, 5, True), seed=1, views=views)
+    loaders = [TensorBatches(decode(data), data.labels, CUT, num_workers=n, **how) for n in (0, 2)]
+    for epoch in (0, 1):  # the workers persist, the epoch reaches them
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        for (expected, _), (found, _) in zip(*loaders, strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 0), ("meta", 2)])
+def test_on_a_cpu_training_keeps_all_cores(device, expected):
+    how = dict(train=True, batch_size=5, seed=1, num_workers=2, device=device)
+    assert make_loader(png_set(5), STRONG, **how).loader.num_workers == expected
 
 
 def test_small_images_held_in_memory_are_decoded_in_full(decoded):
@@ -109,7 +130,7 @@ def test_small_images_held_in_memory_are_decoded_in_full(decoded):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", ["cifar", STRONG.strong("rand-m9-mstd0.5", cutout=8)], ids=["plain", "strong"])
+@pytest.mark.parametrize("policy", ["cifar", CUT], ids=["plain", "strong"])
 def test_a_gpu_yields_the_batches_of_the_cpu(policy):
     data = png_set(13)
     common = dict(train=True, batch_size=5, seed=1, views=2 if policy != "cifar" else 1)
