@@ -233,6 +233,19 @@ def test_sparse_routing_equals_masked_dense(routed, threshold):
     assert kinds == {0.0: {3}, 0.5: {1, 2, 3}, 1.0: {1}}.get(threshold, kinds)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 1.0])
+def test_small_batches_are_masked_where_asked(routed, threshold):
+    model, x = routed
+    with torch.no_grad():
+        expected, counts = model.forward_routed(x, threshold)
+        logits, used = model.forward_routed(x, threshold, masked_below=len(x) + 1)
+        sparse = model.forward_routed(x, threshold, masked_below=len(x))[0]
+        empty, none = model.forward_routed(x[:0], masked_below=1)
+    assert torch.equal(used, counts) and torch.equal(sparse, expected)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert empty.shape == (0, 11) and none.shape == (0,)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_experts_run_only_on_the_samples_sent_to_them(routed, threshold):
     model, x = routed
