@@ -17,6 +17,7 @@ from torch import Tensor
 
 import ride_timm
 from ride_timm.losses import LOSSES, make_loss
+from ride_timm.training.build import Teacher
 from ride_timm.training.objectives import ExpertsObjective
 from ride_timm.training.state import TrainingState
 from ride_timm.training.watch import CHECK_EVERY
@@ -128,12 +129,17 @@ def routing(bench: Bench) -> None:
             model.eval().forward_routed(batch)
             with Syncs() as syncs:
                 found, found_used = model.forward_routed(batch)
+            with Syncs() as masking:
+                masked, masked_used = model.forward_routed(batch, masked_below=len(batch) + 1)
         wrong = (found_used.cpu() != used)[clear].sum().item()
         spread = "/".join(str(int((used == n).sum())) for n in (1, 2, 3))
         bench.check(f"{name} experts_used", float(wrong), 0.0, f"of {int(clear.sum())} images, {spread}")
         error = error_of(found.cpu()[clear], expected[clear])
         bench.check(f"{name} logits", error, TOLERANCES["fp32"][0])
         bench.check(f"{name} synchronisations", float(syncs.total), float(model.num_experts - 1), str(syncs))
+        bench.check(f"{name} masked experts_used", float((masked_used != found_used).cpu()[clear].sum()), 0.0)
+        bench.check(f"{name} masked logits", error_of(masked.cpu()[clear], expected[clear]), TOLERANCES["fp32"][0])
+        bench.check(f"{name} masked synchronisations", float(masking.total), 0.0, str(masking))
 
 
 def mixed_precision(bench: Bench) -> None:
@@ -171,12 +177,15 @@ def spread_gates(routers: list[ride_timm.Router], gate_logits: Tensor) -> None:
             last.weight.mul_(scale)
 
 
-def train_with(bench: Bench, loss: str, precision: str, **keys: Any) -> Training:
+def train_with(
+    bench: Bench, loss: str, precision: str, stage: str = "experts", teacher: Teacher | None = None, **keys: Any
+) -> Training:
     size, batch_size = (16, 4) if bench.toy else (32, 128)
     keys |= dict(auto_augment="rand-m9-mstd0.5") if loss == "mdcs" else {}
-    recipe = make_recipe("ride_resnet32", batch_size, size, mixed_precision=precision, loss=loss, **keys)
+    keys |= dict(mixed_precision=precision, loss=loss, fused_norm=False)
+    keys |= dict(router_batch_size=batch_size, decouple_batch_size=batch_size)
     images = random_images([2] * 100 if bench.toy else class_counts_of(100), size)
-    return Training(recipe.override(dict(fused_norm=False)), images, 100)
+    return Training(make_recipe("ride_resnet32", batch_size, size, **keys), images, 100, stage, teacher)
 
 
 def training_batch(bench: Bench, training: Training) -> tuple[Tensor, Tensor]:
@@ -187,14 +196,18 @@ def training_batch(bench: Bench, training: Training) -> tuple[Tensor, Tensor]:
 
 def synchronisations(bench: Bench) -> None:
     """Training steps, their input included, never wait for the device between two logged losses."""
-    steps = 2 if bench.toy else CHECK_EVERY - 2
-    changes = dict(random_erasing=0.5, mixup_alpha=0.2, cutmix_alpha=1.0, clip_grad=1.0)
+    precision = "bf16" if bench.has("bf16") else "no"
     for name in LOSSES:
-        training = train_with(bench, name, "bf16" if bench.has("bf16") else "no", cutout=4)
-        counted = Counted(training.stage.loader, steps, 1)
-        training.train_batches(counted)
-        bench.check(name, float(counted.syncs.total), 0.0, str(counted.syncs))
-    training = train_with(bench, "ce", "no", **changes)
-    counted = Counted(training.stage.loader, steps, 1)
+        count_syncs(bench, name, train_with(bench, name, precision, cutout=4))
+    changes = dict(random_erasing=0.5, mixup_alpha=0.2, cutmix_alpha=1.0, clip_grad=1.0, ema_decay=0.9)
+    count_syncs(bench, "erasing, mixing, clipping, EMA", train_with(bench, "ce", precision, **changes))
+    teacher = Teacher(timm.create_model("ride_resnet32", num_experts=1, num_classes=100), "teacher")
+    count_syncs(bench, "distillation", train_with(bench, "ce", precision, teacher=teacher, distillation=True))
+    count_syncs(bench, "heads", train_with(bench, "ce", precision, "heads", decouple="crt"))
+    count_syncs(bench, "router", train_with(bench, "ce", precision, "router"))
+
+
+def count_syncs(bench: Bench, name: str, training: Training) -> None:
+    counted = Counted(training.stage.loader, 2 if bench.toy else CHECK_EVERY - 2, 1)
     training.train_batches(counted)
-    bench.check("erasing, mixing, clipping", float(counted.syncs.total), 0.0, str(counted.syncs))
+    bench.check(name, float(counted.syncs.total), 0.0, str(counted.syncs))

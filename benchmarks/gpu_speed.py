@@ -142,7 +142,7 @@ def epochs(bench: Bench) -> None:
 
 
 def routed_inference(bench: Bench) -> None:
-    """Time of routed inference over that of all experts, and the ratio of their MACs."""
+    """Time of routed inference, sparse and masked, over that of all experts, and the ratio of their MACs."""
     bench.allow_tf32(True)
     for name, size in bench.networks.items():
         torch.manual_seed(0)
@@ -165,7 +165,15 @@ def routed_inference(bench: Bench) -> None:
                     time_ratio += weight * routed.measure(model, images, used, bench.args.rounds, seconds)
                     fractions = [n / batch_size for n in used]
                     macs_ratio += weight * macs.expected(fractions) / macs.ensemble if macs else float("nan")
-                return dict(time_ratio=time_ratio, macs_ratio=macs_ratio, time_over_macs=time_ratio / macs_ratio)
+                variants = {
+                    "masked": lambda: routed.seconds_of(lambda: model.forward_routed(images, masked_below=2**31), 5),
+                    "experts": lambda: routed.seconds_of(lambda: model.forward_experts(images), 5),
+                }
+                with torch.inference_mode():
+                    times = alternate(variants, bench.args.rounds)
+                masked, experts = (summary(times[key])["median"] for key in variants)
+                row = dict(time_ratio=time_ratio, macs_ratio=macs_ratio, time_over_macs=time_ratio / macs_ratio)
+                return row | dict(masked_time_ratio=masked / experts)
 
             bench.measure(f"{name}, batch {batch_size}", 8, compare)
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # train_accelerate.py is not installed, and this 
 from ride_timm.cli.process import Signals
 from ride_timm.data.image_set import LongTailData
 from ride_timm.hardware import keep_memory
-from ride_timm.training.build import RunData, build_accelerator, build_model
+from ride_timm.training.build import RunData, Teacher, build_accelerator, build_model
 from ride_timm.training.options import parse_arguments
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.stages import build_stage
@@ -33,9 +33,11 @@ def make_recipe(
 
 
 class Training:
-    """Stage one on an image set, built as the training script builds it."""
+    """A stage on an image set, built as the training script builds it; it learns from a teacher if one is given."""
 
-    def __init__(self, recipe: Recipe, image_set: Any, num_classes: int) -> None:
+    def __init__(
+        self, recipe: Recipe, image_set: Any, num_classes: int, stage: str = "experts", teacher: Teacher | None = None
+    ) -> None:
         AcceleratorState._reset_state(True)  # one process measures several precisions
         options, _ = parse_arguments([])
         accelerator = build_accelerator(recipe, options)
@@ -44,7 +46,7 @@ class Training:
         data = RunData.of(longtail, recipe, accelerator)
         model = build_model(recipe, data, options, None)
         keep_memory()
-        self.stage = build_stage("experts", recipe, data, model, None, accelerator)
+        self.stage = build_stage(stage, recipe, data, model, teacher, accelerator)
         self.watch = Watch(accelerator, Signals(), recipe.mixed_precision)
 
     def train_batches(self, batches: Any, epoch: int = 0) -> float:
