@@ -3,8 +3,8 @@
 python hub/tables.py
 
 fills hub/README.md with the tags, docs/results.md with every measurement and its provenance, docs/methods.md with the
-losses and their keys, and README.md with a summary of both. A tag is published (on the Hub), staged (a folder in hub/),
-convertible (a checkpoint of the authors) or trainable (from a recipe or the authors' configuration).
+losses and their keys, and README.md with a summary of the measurements. A tag is published (on the Hub), staged (a
+folder in hub/), convertible (a checkpoint of the authors) or trainable (from a recipe or the authors' configuration).
 """
 
 from __future__ import annotations
@@ -125,11 +125,6 @@ def _by_paper() -> list[tuple[str, RegisteredLoss]]:
     return sorted(LOSSES.items(), key=lambda item: item[1].paper or "")
 
 
-def render_losses() -> str:
-    rows = [(f"`{name}`", entry.citation.removeprefix("the "), _arxiv(entry.paper)) for name, entry in _by_paper()]
-    return markdown_table([("`--loss`", "method", "paper"), *rows])
-
-
 def render_methods() -> str:
     rows = [
         (f"`{name}`", f"{entry.citation}: {entry.summary}".removeprefix("the "), _arxiv(entry.paper), _keys(entry))
@@ -147,7 +142,6 @@ PAGES = {
     "results": (ROOT / "docs" / "results.md", render_results),
     "methods": (ROOT / "docs" / "methods.md", render_methods),
     "summary": (ROOT / "README.md", render_summary),
-    "losses": (ROOT / "README.md", render_losses),
 }
 
 
