@@ -27,6 +27,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("action", choices=("show", "check", "save"))
     parser.add_argument("subject", metavar="NAME", help=NAMES_HELP)
     parser.add_argument("--output", metavar="DIR", help="save: a new folder for the selected images")
+    parser.add_argument(
+        "--max-side", type=int, metavar="N",
+        help="save: shrink larger images to N pixels at their longer side, as JPEGs; twice the image size loses little",
+    )  # fmt: skip
     parser.add_argument("--recipe", metavar="NAME|FILE", help="take the other settings from this recipe")
     parser.add_argument("--all", action="store_true", help="list every class, or every missing image")
     parser.add_argument(
@@ -38,6 +42,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     recipe = data_recipe(args.recipe, None, flags_given(args) | dict(dataset=args.subject))
+    if args.action != "save" and args.max_side is not None:
+        raise InputError(f"--max-side shrinks the images that save writes: leave it out of {args.action}.")
     if args.action == "save":
         return _save(args, recipe)
     if args.action == "check" and args.subject in LISTED and not is_saved(recipe.data_dir):
@@ -77,7 +83,7 @@ def _save(args: argparse.Namespace, recipe: Recipe) -> None:
     """Save the selected images of a data set and print what was saved."""
     if args.output is None:
         raise InputError("datasets save needs --output DIR, a new folder.")
-    data = save_longtail(args.output, **recipe.data_args)
+    data = save_longtail(args.output, max_side=args.max_side, workers=recipe.workers, **recipe.data_args)
     facts = dict(output=args.output, train=len(data.train), test=len(data.test), val=len(data.val) if data.val else 0)
     if args.json:
         return print_json(facts)

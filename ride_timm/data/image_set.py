@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +17,8 @@ from .augment.images import open_image, upright
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
+
+Loaded = TypeVar("Loaded")
 
 
 def open_stored(stored: dict[str, Any]) -> Image | None:
@@ -54,7 +56,7 @@ class ImageSet:
     def __getitem__(self, i: int) -> tuple[Image, int]:
         return self.read(i, upright)
 
-    def read(self, i: int, load: Callable[[Image], Image]) -> tuple[Image, int]:
+    def read(self, i: int, load: Callable[[Image], Loaded]) -> tuple[Loaded, int]:
         """An image, as loaded by `load`, and its label.
 
         `load` gets the image opened but not decoded, so it may decode a part of it.

@@ -9,13 +9,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from encoded_images import difference, encoded, opened, plainly, smooth
 from listed import LISTS, known_lists, write_images, write_lists, write_rows
+from PIL import Image
 from small_splits import png, split
 
 from ride_timm.cli.main import main
 from ride_timm.data.load import load_longtail
 from ride_timm.data.loaders import make_loader
-from ride_timm.data.save import save_longtail
+from ride_timm.data.save import save_longtail, shrunk
 from ride_timm.errors import InputError, RunError
 
 
@@ -75,6 +77,55 @@ def test_listed_images_are_read_without_lists_and_sources(tmp_path, rows):
     found = load_longtail("imagenet_lt", output)
     for part, images in zip((found.train, found.test), pixels, strict=True):
         assert all(np.array_equal(part[i][0], image) for i, image in enumerate(images))
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation", "expected"),
+    [((300, 200), None, (96, 64)), ((200, 301), 6, (96, 64)), ((96, 20), None, None), ((500, 2), None, (96, 1))],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_is_shrunk_to_its_longer_side_and_stands_upright(size, orientation, expected, kind):
+    data = encoded(smooth(*size), kind, orientation=orientation)
+    found = shrunk(opened(data), 96)
+    if expected is None:
+        assert found is None
+        return
+    image = opened(found)
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", expected)
+    reference = plainly(data).resize(expected, Image.Resampling.BICUBIC)
+    assert difference(image, reference).mean() < 3
+
+
+def test_a_saved_set_of_shrunk_images_keeps_the_small_ones_byte_for_byte(tmp_path):
+    pictures = {"train": [(300, 200), (64, 48)], "test": [(80, 120)]}
+    for name, sizes in pictures.items():
+        for i, size in enumerate(sizes):
+            for label in ("ant", "bee"):
+                path = tmp_path / "source" / name / label / f"{i}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encoded(smooth(*size)))
+    output = tmp_path / "saved"
+    save_longtail(output, str(tmp_path / "source"), max_side=96, workers=2)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "source"] == ["saved"]
+    shutil.rmtree(tmp_path / "source")
+    found = load_longtail(str(output))
+    assert [found.train[i][0].size for i in range(4)] == [(96, 64), (64, 48)] * 2
+    assert [found.test[i][0].size for i in range(2)] == [(64, 96)] * 2
+    assert found.train._stored[1]["image"]["bytes"] == encoded(smooth(64, 48))
+    assert found.train.labels.tolist() == [0, 0, 1, 1] and found.class_names == ("ant", "bee")
+    with pytest.raises(InputError, match="max_side=0: expected 1 or more"):
+        save_longtail(tmp_path / "other", str(output), max_side=0)
+
+
+def test_an_unreadable_image_is_named_when_it_is_to_be_shrunk(tmp_path):
+    for name in ("train", "test"):
+        for label in ("ant", "bee"):
+            path = tmp_path / "source" / name / label / "0.jpg"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(encoded(smooth(300, 200))[: 900 if (name, label) == ("train", "bee") else None])
+    with pytest.raises(RunError, match=r"row 1 of split 'train'.* cannot be read"):
+        save_longtail(tmp_path / "saved", str(tmp_path / "source"), max_side=96)
+    assert not (tmp_path / "saved").exists()
 
 
 def test_another_selection_than_the_saved_one_is_refused(tmp_path):
