@@ -237,7 +237,7 @@ class Ride(nn.Module):
         if self.router is None:
             raise RuntimeError("This model has no router: train one (stage two), or create it with router=True.")
         if len(x) < masked_below:
-            return self._forward_masked(x, threshold)
+            return self._forward_masked(x, self.router, threshold)
         x = self.trunk(x)  # feature map of A samples, at first A = B
         active = torch.arange(len(x), device=x.device)  # [A] rows in the batch
         num_used = torch.ones_like(active)  # [B]
@@ -257,11 +257,11 @@ class Ride(nn.Module):
             num_used.index_fill_(0, active, i + 2)
         return output, num_used
 
-    def _forward_masked(self, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    def _forward_masked(self, x: Tensor, router: Router, threshold: float) -> tuple[Tensor, Tensor]:
         """`forward_routed` by running all experts, without waiting for the device."""
         features, logits = self.forward_experts(x)
         means = logits.cumsum(1) / torch.arange(1, self.num_experts + 1, device=x.device)[:, None]  # [B, E, C]
-        gates = [self.router.gate(i, features[:, i], means[:, i]) for i in range(self.num_experts - 1)]
+        gates = [router.gate(i, features[:, i], means[:, i]) for i in range(self.num_experts - 1)]
         more = torch.stack(gates, 1).sigmoid() > threshold  # [B, E-1]
         num_used = 1 + more.long().cumprod(1).sum(1)
         last = (num_used - 1)[:, None, None].expand(-1, 1, means.shape[2])
