@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from ..data.image_set import ImageSet, LongTailData
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
 from ..data.readable import find_unreadable, leave_out
-from ..errors import InputError, listed
+from ..errors import InputError, first_line, listed
 from ..evaluation.evaluate import evaluation_batch
 from ..files import read_class_values
 from ..models import Ride
@@ -32,15 +33,28 @@ from .state import TrainingState, frozen_sha256, load_trained, weights_sha256
 
 
 def build_accelerator(recipe: Recipe, options: Options) -> Accelerator:
-    """Accelerate's device placement, precision, compilation and trackers for a run."""
-    return Accelerator(
-        # the loop divides the loss itself; the launcher's setting would divide it once more
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        mixed_precision=recipe.mixed_precision,
-        dynamo_backend="inductor" if recipe.compile else None,
-        log_with=list(options.trackers) or None,
-        project_dir=options.output if options.trackers else None,
-    )
+    """Accelerate's device placement, precision, compilation and trackers for a run.
+
+    InputError for a precision that the device does not have.
+    """
+    if recipe.compile:  # two graphs, of the full and of the last batch; one of any size would be slower
+        os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
+    try:
+        return Accelerator(
+            # the loop divides the loss itself; the launcher's setting would divide it once more
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            mixed_precision=recipe.mixed_precision,
+            dynamo_backend="inductor" if recipe.compile else None,
+            log_with=list(options.trackers) or None,
+            project_dir=options.output if options.trackers else None,
+        )
+    except ValueError as error:
+        if "mixed precision" not in str(error):
+            raise
+        raise InputError(
+            f"mixed_precision={recipe.mixed_precision}: this device does not have it; pass --mixed-precision no, or "
+            f"another ({first_line(error)})."
+        ) from error
 
 
 @dataclass(frozen=True)

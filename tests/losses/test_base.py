@@ -164,6 +164,18 @@ def test_another_number_of_experts_is_refused(name):
         make_loss(name, COUNTS)(x, y)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_there_is_one_graph_before_and_one_after_a_change_of_epoch(name):
+    torch._dynamo.reset()
+    loss, graphs = make_loss(name, COUNTS), []
+    compiled = torch.compile(loss, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    for epoch in (*range(6), 180, 181):
+        loss.set_epoch(epoch)
+        compiled(torch.randn(8 * loss.num_views, 3, len(COUNTS)), torch.arange(8))
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_gpu_gives_the_loss_and_gradient_of_the_cpu(name):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ride_timm import InputError
+from ride_timm.training import build
 from ride_timm.training.build import create_model
-from ride_timm.training.recipe import Recipe
+from ride_timm.training.options import parse_arguments
+from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import RunFolder
 from ride_timm.training.state import TrainingState
 
@@ -49,3 +51,15 @@ def test_fixed_size_backbones_are_built_for_the_image_size(backbone, size):
 def test_create_model_errors(values, message):
     with pytest.raises(InputError, match=message):
         create_model(Recipe(**values), 5)
+
+
+def test_a_precision_that_the_device_lacks_is_named(monkeypatch):
+    def lacking(**how):
+        raise ValueError("bf16 mixed precision requires PyTorch >= 1.10 and a supported device.")
+
+    monkeypatch.setattr(build, "Accelerator", lacking)
+    recipe = load_recipe("cifar100_lt").override(dict(mixed_precision="bf16"))
+    with pytest.raises(
+        InputError, match=r"^mixed_precision=bf16: this device does not have it; pass --mixed-precision"
+    ):
+        build.build_accelerator(recipe, parse_arguments([])[0])
