@@ -26,6 +26,7 @@ from ride_timm.training.build import (
     load_data,
 )
 from ride_timm.training.heartbeat import Heartbeat
+from ride_timm.training.memory import enough_memory
 from ride_timm.training.options import parse_arguments
 from ride_timm.training.preflight import adapt_to_machine, check_options, preflight
 from ride_timm.training.push import Push
@@ -117,11 +118,12 @@ def train_epoch(stage: Stage, epoch: int, accelerator: Accelerator, watch: Watch
     watch.begin_epoch(stage.name, epoch, len(stage.loader), stage.settings.epochs)
     for images, targets, num_batches, is_last in stage.micro_batches():
         images, targets = stage.transform_batch(images, targets)
-        with nullcontext() if is_last else accelerator.no_sync(stage.wrapped):
-            loss = stage.wrapped(images, targets)["loss"]
-            accelerator.backward(loss / num_batches)
-        if is_last:
-            stage.step()
+        with enough_memory(stage):
+            with nullcontext() if is_last else accelerator.no_sync(stage.wrapped):
+                loss = stage.wrapped(images, targets)["loss"]
+                accelerator.backward(loss / num_batches)
+            if is_last:
+                stage.step()
         bar.update()
         watch.update(loss)
     return watch.mean()

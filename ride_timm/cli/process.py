@@ -20,6 +20,9 @@ from ..errors import InputError, RunError, first_line
 _DEATHS = {
     "DataLoader worker (pid": "a loader process died, perhaps for want of memory: try fewer --workers, or a smaller "
     "--batch-size",
+    "can't allocate memory": "out of memory: try a smaller --batch-size",
+    "busy or unavailable": "another process has the GPU for itself: wait for it, or choose another GPU by "
+    "CUDA_VISIBLE_DEVICES",
     "gloo/transport": "another process of this run has died; --resume continues after the last finished epoch",
 }
 
@@ -97,7 +100,7 @@ def _run(command: Callable[[list[str] | None], None], argv: list[str] | None) ->
     except RunError as error:
         code, message = 1, str(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        code, message = 1, f"out of memory: try a smaller --batch-size ({error})"
+        code, message = 1, f"out of memory: try a smaller --batch-size ({first_line(error)})"
     except RuntimeError as error:
         what = next((what for text, what in _DEATHS.items() if text in str(error)), None)
         if what is None:

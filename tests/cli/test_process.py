@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from ride_timm import InputError, RunError
@@ -50,6 +51,20 @@ class _Dies:
 def test_a_loader_process_that_is_killed_is_one_line(capsys):
     assert exit_code(lambda argv: list(DataLoader(_Dies(), num_workers=1)), None) == 1
     assert re.fullmatch(r"error: a loader process died.*fewer --workers.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of memory: try a smaller --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: try a smaller"),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel"), "another process"),
+    ],
+)
+def test_a_machine_that_is_full_or_busy_is_one_line(error, expected, capsys):
+    assert exit_code(_raise(error), None) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {expected}") and "more" not in line and "kernel" not in line
 
 
 def test_other_errors_keep_their_traceback():
