@@ -14,7 +14,7 @@ from torchvision import transforms as T
 
 from ...errors import InputError, RunError
 from ..augment.colours import BatchColours, draw_jitter, no_jitter
-from ..augment.images import Decoder, Fit, View, build_crop, decode_full
+from ..augment.images import Decoder, Fit, TensorCrop, View, build_crop, decode_full
 from ..augment.policies import Policy, get_policy
 from ..image_set import ImageSet
 from .orders import SAMPLE, Batches, Order, RankSlices, check_integer, torch_seed
@@ -32,7 +32,8 @@ class ViewTransform:
     """Crop an image once, then augment it in each view from the same random state.
 
     Of two views, the first is that of the weak policy; their crops and flips are the same. Pixels stay uint8: the batch
-    is normalised on its device. defer_jitter: so is its colour jitter, drawn here, with the same pixels.
+    is normalised on its device. defer_jitter, for a GPU: so is its colour jitter, drawn here, with the same pixels; and
+    where only flips remain here, JPEGs are cropped and resized by `TensorCrop`.
     """
 
     def __init__(
@@ -45,12 +46,15 @@ class ViewTransform:
         defer_jitter: bool = False,
     ) -> None:
         self.policy = policy = get_policy(policy)
-        self.crop: Callable[[Image], Image] = build_crop(policy, train, input_size, decoder)
         policies = [policy.weak, policy][-views:]
         self.views = [View(view, train, input_size, defer_jitter) for view in policies]
+        self.crop: Callable[[Image], Image | Tensor] = build_crop(policy, train, input_size, decoder)
+        flips = train and policy.padding is None and all(view.only_flips for view in self.views)
+        if defer_jitter and flips and decoder is decode_full:
+            self.crop = TensorCrop(policy.input_size(input_size), interpolation=policy.interpolation)
         self.jitters = any(view.jitter is not None for view in self.views)
 
-    def augment(self, image: Image) -> tuple[Tensor, Tensor]:
+    def augment(self, image: Image | Tensor) -> tuple[Tensor, Tensor]:
         """Cropped image -> uint8 [V, 3, S, S], and the colour changes left to the batch, [V, K, 2]."""
         state, images, changes = torch.get_rng_state(), [], []
         for view in self.views:

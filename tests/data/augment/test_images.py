@@ -15,6 +15,7 @@ from ride_timm.data.augment.images import (
     Cutout,
     Fit,
     RandomResizedCrop,
+    TensorCrop,
     build_augment,
     build_crop,
     build_transform,
@@ -82,6 +83,30 @@ def test_a_backbones_images_are_those_of_its_cfg_bit_for_bit(backbone):
     crop = T.RandomResizedCrop(size, interpolation=T.InterpolationMode.BICUBIC)(image)
     torch.manual_seed(0)
     assert difference(build_crop(policy, True, size)(image), crop).max() == 0
+
+
+@pytest.mark.parametrize("interpolation, most", [("bilinear", 1), ("bicubic", 4)])
+@pytest.mark.parametrize("kind", ["JPEG", "progressive", "turned", "L", "CMYK", "PNG"])
+def test_a_crop_by_torch_is_that_of_pillow_to_rounding(kind, interpolation, most):
+    mode = kind if kind in ("L", "CMYK") else "RGB"
+    options = {"progressive": dict(progressive=True), "turned": dict(orientation=6)}.get(kind, {})
+    data = encoded(smooth(301, 203, mode), "PNG" if kind == "PNG" else "JPEG", **options)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        expected, after = RandomResizedCrop(40, interpolation=interpolation)(opened(data)), torch.rand(1)
+        torch.manual_seed(seed)
+        found = TensorCrop(40, interpolation=interpolation)(opened(data))
+        assert found.dtype == torch.uint8 and found.shape == (3, 40, 40) and torch.equal(torch.rand(1), after)
+        apart = difference(Image.fromarray(found.permute(1, 2, 0).numpy()), expected)
+        assert apart.max() <= (most if kind in ("JPEG", "progressive") else 0) and apart.mean() < 0.2
+
+
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.9])
+def test_a_truncated_jpeg_is_refused_by_torch_as_by_pillow(part):
+    data = encoded(smooth(301, 203))
+    for crop in (RandomResizedCrop, TensorCrop):
+        with pytest.raises((OSError, RuntimeError, SyntaxError)):
+            crop(40)(opened(data[: int(part * len(data))]))
 
 
 @pytest.mark.parametrize("backbone, words", [("resnt50", "no such model"), ("resnet50.nothing", "nothing")])
