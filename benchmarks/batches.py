@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -36,12 +37,39 @@ class ArrayImages:
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[i]), int(self.labels[i])
 
+    def read(self, i: int, load: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, int]:
+        image, label = self[i]
+        return load(image), label
+
 
 def random_images(class_counts: list[int], size: int) -> ArrayImages:
     """Random images, `class_counts[c]` of class c."""
     labels = np.repeat(np.arange(len(class_counts)), class_counts)
     pixels = np.random.default_rng(0).integers(0, 256, (len(labels), size, size, 3), dtype=np.uint8)
     return ArrayImages(pixels, labels)
+
+
+class Photographs(ArrayImages):
+    """JPEGs in memory; the same few stand for all images."""
+
+    def __init__(self, files: list[bytes], num_images: int) -> None:
+        super().__init__(np.empty((num_images, 0)), np.zeros(num_images, dtype=np.int64))
+        self.files = files
+
+    def read(self, i: int, load: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, int]:
+        with Image.open(io.BytesIO(self.files[i % len(self.files)])) as image:
+            return load(image), 0
+
+
+def random_photographs(num_images: int, width: int = 500, height: int = 375) -> Photographs:
+    """JPEGs of random, smooth pixels."""
+    generator, files = np.random.default_rng(0), []
+    for _ in range(16):
+        coarse = Image.fromarray(generator.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return Photographs(files, num_images)
 
 
 def labels_only(class_counts: list[int]) -> ArrayImages:

@@ -33,7 +33,14 @@ CHECKS = (
     gpu_checks.mixed_precision,
     gpu_checks.synchronisations,
 )
-SPEEDS = (gpu_speed.steps, gpu_speed.epochs, gpu_speed.routed_inference, gpu_speed.profile, gpu_speed.compiled)
+SPEEDS = (
+    gpu_speed.steps,
+    gpu_speed.epochs,
+    gpu_speed.routed_inference,
+    gpu_speed.photographs,
+    gpu_speed.profile,
+    gpu_speed.compiled,
+)
 SECTIONS: dict[str, Callable[[Bench], None]] = {one.__name__: one for one in (*CHECKS, *SPEEDS)}
 
 

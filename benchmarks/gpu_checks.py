@@ -47,7 +47,8 @@ def pair(bench: Bench, name: str, **how: Any) -> tuple[ride_timm.Ride, ride_timm
 
 
 def batch_of(bench: Bench, size: int) -> tuple[Tensor, Tensor]:
-    return random_batch(4 if bench.toy else 16, 100, size)
+    """Few small images: a CPU computes them in float64."""
+    return random_batch(4 if bench.toy else 8, 100, min(size, 96))
 
 
 def outputs(bench: Bench) -> None:
@@ -203,11 +204,12 @@ def synchronisations(bench: Bench) -> None:
     count_syncs(bench, "erasing, mixing, clipping, EMA", train_with(bench, "ce", precision, **changes))
     teacher = Teacher(timm.create_model("ride_resnet32", num_experts=1, num_classes=100), "teacher")
     count_syncs(bench, "distillation", train_with(bench, "ce", precision, teacher=teacher, distillation=True))
+    count_syncs(bench, "photographs", train_with(bench, "ce", precision, augment="imagenet"))
     count_syncs(bench, "heads", train_with(bench, "ce", precision, "heads", decouple="crt"))
     count_syncs(bench, "router", train_with(bench, "ce", precision, "router"))
 
 
 def count_syncs(bench: Bench, name: str, training: Training) -> None:
-    counted = Counted(training.stage.loader, 2 if bench.toy else CHECK_EVERY - 2, 1)
+    counted = Counted(training.stage.loader, min(2 if bench.toy else 5, CHECK_EVERY - 2), 1)
     training.train_batches(counted)
     bench.check(name, float(counted.syncs.total), 0.0, str(counted.syncs))

@@ -13,22 +13,24 @@ import step
 import timm
 import torch
 import torch.nn.functional as F
-from batches import Clocked, class_counts_of, random_batch
+from batches import Clocked, class_counts_of, random_batch, random_photographs
 from gpu_bench import Bench
 from gpu_checks import autocast
 from input import drain
 from ours import Training, make_recipe
 from record import alternate, summary
 
+from ride_timm.data.loaders import make_loader
 from ride_timm.inference.options import fuse_conv_bn
 
 KEYS = {"bf16": "bf16", "fp16": "fp16", "tf32": "no", "fp32": "no"}  # mixed_precision of each, the fastest first
 
 
 def settings(bench: Bench, model: str, batch_size: int, size: int) -> argparse.Namespace:
-    steps = 1 if bench.toy else 20
+    """Arguments of `step` and `epoch`; the fewer steps, the longer they take."""
     shape = dict(model=model, batch_size=batch_size, image_size=size, num_experts=3)
-    return argparse.Namespace(**shape, steps=steps, warm_up=0 if bench.toy else 5, data_dir=None)
+    steps = 1 if bench.toy else 20 if size <= 64 else max(4, 640 // batch_size)
+    return argparse.Namespace(**shape, steps=steps, warm_up=0 if bench.toy else 2, data_dir=None)
 
 
 def our_step(args: argparse.Namespace, precision: str, mode: str | None = None) -> Callable[[], float]:
@@ -128,7 +130,7 @@ def epochs(bench: Bench) -> None:
     args.steps, args.warm_up = (1, 0) if bench.toy else (num_steps, 0)
     bench.allow_tf32(True)
     for label, policy in {"plain": {}, "AutoAugment": dict(auto_augment="cifar10", cutout=16)}.items():
-        keys = dict(mixed_precision="bf16" if bench.has("bf16") else "no", fused_norm=False, **policy)
+        keys = dict(mixed_precision="bf16" if bench.has("bf16") else "no", fused_norm=False, workers=8, **policy)
 
         def compare(keys: dict[str, Any] = keys) -> dict[str, float]:
             training = Training(make_recipe("ride_resnet32", batch_size, 32, **keys), epoch.images_of(args), 100)
@@ -139,6 +141,23 @@ def epochs(bench: Bench) -> None:
             return row | dict(input_over_step=own / row["seconds"])
 
         bench.measure(label, 10, compare)
+
+
+def photographs(bench: Bench) -> None:
+    """Images/s of the loader of photographs, JPEGs of 500x375 pixels cropped to 224, by number of workers."""
+    batch_size, size = (2, 32) if bench.toy else (64, 224)
+    images = random_photographs(2 * batch_size if bench.toy else 32 * batch_size)
+    for num_workers in (0,) if bench.toy else (2, 8, 16):
+        args = settings(bench, "", batch_size, size)
+        how = dict(train=True, batch_size=batch_size, seed=0, input_size=size, device=bench.device)
+
+        def drained(
+            args: argparse.Namespace = args, how: Any = how | dict(num_workers=num_workers)
+        ) -> dict[str, float]:
+            row = timed(bench, epoch.timed(drain, make_loader(images, "imagenet", **how), args))
+            return row | dict(images_per_second=args.batch_size / row["seconds"])
+
+        bench.measure(f"workers {num_workers}", 15, drained)
 
 
 def routed_inference(bench: Bench) -> None:
@@ -160,11 +179,12 @@ def routed_inference(bench: Bench) -> None:
             ) -> dict[str, float]:
                 images = random_batch(batch_size, 2, size)[0].to(bench.device, memory_format=torch.channels_last)
                 time_ratio = macs_ratio = 0.0
+                model.forward_experts(images)  # warm-up
                 for weight, used in routed.cases(batch_size, routed.FRACTIONS["paper"]):
                     seconds = 0 if bench.toy else 0.2
                     time_ratio += weight * routed.measure(model, images, used, bench.args.rounds, seconds)
-                    fractions = [n / batch_size for n in used]
-                    macs_ratio += weight * macs.expected(fractions) / macs.ensemble if macs else float("nan")
+                    if macs is not None:
+                        macs_ratio += weight * macs.expected([n / batch_size for n in used]) / macs.ensemble
                 variants = {
                     "masked": lambda: routed.seconds_of(lambda: model.forward_routed(images, masked_below=2**31), 5),
                     "experts": lambda: routed.seconds_of(lambda: model.forward_experts(images), 5),
@@ -172,8 +192,10 @@ def routed_inference(bench: Bench) -> None:
                 with torch.inference_mode():
                     times = alternate(variants, bench.args.rounds)
                 masked, experts = (summary(times[key])["median"] for key in variants)
-                row = dict(time_ratio=time_ratio, macs_ratio=macs_ratio, time_over_macs=time_ratio / macs_ratio)
-                return row | dict(masked_time_ratio=masked / experts)
+                row = dict(time_ratio=time_ratio, masked_time_ratio=masked / experts)
+                if macs is None:
+                    return row
+                return row | dict(macs_ratio=macs_ratio, time_over_macs=time_ratio / macs_ratio)
 
             bench.measure(f"{name}, batch {batch_size}", 8, compare)
 
