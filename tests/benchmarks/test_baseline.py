@@ -135,6 +135,7 @@ TINY = {
     "epoch": [*PLAIN, "--steps", "1", "--warm-up", "1", "--batch-size", "4"],
     "input": ["--steps", "1", "--warm-up", "1", "--batch-size", "4", "--train-steps", "1"],
     "routed": ["--models", "ride_resnet32", "--batch-sizes", "1", "4", "--seconds", "0"],
+    "photos": ["--images", "8", "--batch-size", "4", "--image-size", "32", "--workers", "1"],
     "split": ["--files", "30000"],
     "import_time": [],
     "memory": [*PLAIN, "--steps", "1", "--batch-size", "2"],
