@@ -55,6 +55,7 @@ def _training(script):
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
+    AcceleratorState._reset_state(True)  # of a test that used Accelerate itself
     with pytest.MonkeyPatch.context() as patched:
         patched.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         # half the time of a tiny run; `run_script` plots
