@@ -29,7 +29,7 @@ ONE, EACH = 200, 40  # thresholds tried: of a single one, of each gate
 
 @dataclass(frozen=True)
 class Images:
-    """What the ways decide by, for N images.
+    """Outcomes and scores of N images, which every way routes by.
 
     right bool [N, E]: the mean of the first 1, 2, … experts is; gates [N, E-1]: probabilities of the router; margins
     [N, E-1]: of the same means' probabilities; agree bool [N]: the first two experts do; targets [N].

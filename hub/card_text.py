@@ -145,10 +145,9 @@ def selection(recipe: Recipe, stages: dict[str, Any]) -> str:
 
 def training(recipe: Recipe, results: dict[str, Any]) -> str:
     """The sentences on the stages, their length and the weights they started from."""
-    names = {"experts": "the experts", "heads": "the classifiers of trained experts", "router": "the router"}
-    if "experts" in results["stages"]:
-        names["heads"] = "their classifiers"
     stages, parts = results["stages"], []
+    heads = "their classifiers" if "experts" in stages else "the classifiers of trained experts"
+    names = {"experts": "the experts", "heads": heads, "router": "the router"}
     for name, metrics in stages.items():
         epochs = metrics["epochs"]
         parts.append(f"{names[name]} for {_epochs(epochs)}" if epochs else f"{names[name]} in closed form")

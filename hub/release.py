@@ -75,7 +75,7 @@ def check_push(repo: str, network: str) -> None:
     if found != network:
         raise InputError(f"push_to_hub={repo!r} names a {found}, the recipe trains a {network}.")
     if (provenance()["commit"] or "").endswith("+dirty"):
-        raise InputError("--push-to-hub: the clone has uncommitted changes, so nobody could reproduce the release.")
+        raise InputError("--push-to-hub: the clone has uncommitted changes, which make the release irreproducible.")
     if find_spec("matplotlib") is None:
         raise InputError("--push-to-hub draws the plots of the card: pip install matplotlib.")
     repo = repository(name, namespace)

@@ -19,6 +19,7 @@ from ..evaluation.test_prior import log_prior_of
 from ..losses import make_loss
 from ..priors import log_prior
 from ..training.recipe import Recipe
+from ..training.recipe_keys import LEARNT
 from .load import own_recipe
 
 
@@ -50,7 +51,7 @@ def run_log_prior(recipe: Recipe, class_counts: Sequence[int], class_weights: Se
     proportional to s * w * exp(-o); of RIDE and LDAM, as they end training, margins and diversity aside. Re-trained or
     tau-normalised heads count as balanced.
     """
-    if recipe.decouple in ("crt", "lws", "balanced_softmax", "tau_norm"):
+    if recipe.decouple in (*LEARNT, "tau_norm"):
         return torch.full((len(class_counts),), 1 / len(class_counts)).log()
     weights = {} if class_weights is None else dict(weights=class_weights)
     loss = make_loss(recipe.loss, class_counts, **recipe.loss_args, **weights)

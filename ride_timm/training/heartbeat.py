@@ -55,7 +55,7 @@ class Heartbeat:
     def close(self) -> None:
         """Stop watching, on all processes at once."""
         self._closed.set()
-        self.accelerator.wait_for_everyone()  # the main process keeps the store until nobody watches it
+        self.accelerator.wait_for_everyone()  # the store lives in the main process, and all watch it
 
     def _beat(self) -> None:
         """Beat, and read the others' beats; waits without end where the main process has stopped."""

@@ -165,7 +165,7 @@ class HeadsObjective(Objective):
     trained: names of the parameters that learn, such as every expert's classifier. The loss is cross entropy per
     expert, summed. Without an offset the batches are class-balanced and the model stays in eval mode (Kang et al. 2020,
     arXiv:1910.09217, section 4). offset [C]: added to the logits, log(prior) for balanced softmax on ordinary batches,
-    where BatchNorm goes on with the batch's statistics (Jin et al. 2023, arXiv:2304.01279, section 4.1).
+    where BatchNorm stays in train mode (Jin et al. 2023, arXiv:2304.01279, section 4.1).
     Raises `InputError` for a name that the model does not have.
     """
 

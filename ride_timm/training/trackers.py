@@ -1,6 +1,6 @@
-"""What experiment trackers receive: the recipe, numbers of every epoch, and the results and plots of a run.
+"""Log a run to experiment trackers: the recipe, the metrics of every epoch, its results and plots.
 
-The two stages are apart by the prefix of their numbers. A step is an epoch, counted over both stages.
+The metrics of each stage have its name as a prefix. A step is an epoch, counted over both stages.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class TensorBatches(Batches):
 
 
 def _draw(augment: BatchAugment, seed: int, stream: int, epoch: int, part: Slice) -> tuple[Draws, torch.Generator]:
-    """The draws of a slice, and the generator that goes on after those of its global batch."""
+    """The random draws of a slice, and the generator after those of its global batch."""
     generator = torch.Generator().manual_seed(torch_seed(seed, stream, epoch, part.step))
     draws = augment.draw(part.stop - part.start, generator)
     return draws.part(part.low - part.start, part.high - part.start), generator

@@ -1,4 +1,4 @@
-"""What the demo computes: the model's own numbers, the router's decisions, files that are not images."""
+"""Predictions of the demo: equal to the model's, routed as by the router; files that are not images."""
 
 import json
 import shutil
