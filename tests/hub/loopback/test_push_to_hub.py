@@ -92,8 +92,8 @@ def test_a_release_that_exists_is_not_trained_again(train, short, published, tmp
 
 def test_a_tag_of_other_classes(train, short, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    assert train([*short, "--model", "ride_resnet32", "--push-to-hub", "alice/ride_resnet32.fashion_lt"]) == 2
-    assert "the source has 3 classes, the tag ride_resnet32.fashion_lt has 10" in capsys.readouterr().err
+    assert train([*short, "--model", "ride_resnet32", "--push-to-hub", "alice/ride_resnet32.cifar100_lt100"]) == 2
+    assert "the source has 3 classes, the tag ride_resnet32.cifar100_lt100 has 100" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
