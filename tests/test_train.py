@@ -5,22 +5,13 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from journeys import (
-    SCRIPT,
-    damage,
-    environment_with,
-    flags_of,
-    rows_of,
-    run_script,
-    run_two_processes,
-)
+from forked import Python, run_python
+from journeys import SCRIPT, damage, flags_of, launch_two_processes, rows_of
 
 from ride_timm.cli.main import main
 from ride_timm.training.run_folder import RunFolder
@@ -98,9 +89,9 @@ def _kill_when(process, output, stage, epoch, number):
         time.sleep(0.05)
         rows = rows_of(output) if (output / "metrics.csv").exists() else []
         if any(row["stage"] == stage and int(row["epoch"]) >= epoch for row in rows):
-            process.send_signal(number)
+            os.kill(process.pid, number)
             return process.wait(60)
-        assert process.poll() is None, process.stderr.read()
+        assert process.exit_code is None, process.stderr
     raise AssertionError("the epoch was not written")
 
 
@@ -108,13 +99,12 @@ def test_killed_run_resumes_bit_identical(train, finished, colours, tmp_path, ca
     """Resumed after SIGTERM in stage one, and after SIGKILL in stage two from the state before a damaged one."""
     reference, _ = finished
     output = tmp_path / "interrupted"
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment_with())
-    process = subprocess.Popen([sys.executable, SCRIPT, *flags_of(colours, output)], **pipes)
+    process = Python(SCRIPT, *flags_of(colours, output))
     assert _kill_when(process, output, "experts", 1, signal.SIGTERM) == 143
-    error = process.stderr.read().splitlines()[-1]
+    error = process.stderr.splitlines()[-1]
     assert error.startswith("error: interrupted") and "--resume" in error
     assert RunFolder(output).state().stage == "experts"
-    process = subprocess.Popen([sys.executable, SCRIPT, "--output", str(output), "--resume", "--threads", "1"], **pipes)
+    process = Python(SCRIPT, "--output", output, "--resume", "--threads", "1")
     assert _kill_when(process, output, "router", 1, signal.SIGKILL) == -signal.SIGKILL
     damage(output / "state.pt")
     assert train(["--output", output, "--resume", "--threads", "1"]) == 0
@@ -154,7 +144,7 @@ def test_nothing_piles_up_over_the_epochs(train, colours, tmp_path, monkeypatch)
 
 def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp_path, capsys):
     output = tmp_path / "two"
-    done = run_two_processes("29531", *flags_of(colours, output))
+    done = launch_two_processes("29531", *flags_of(colours, output))
     assert done.returncode == 0, done.stderr
     results = RunFolder(output).results()
     assert results["num_processes"] == 2
@@ -176,8 +166,8 @@ def test_annotation_lists_with_a_validation_split(train, colours, tmp_path, caps
         (lists / f"colours_{split}.txt").write_text("".join(lines))
     output = tmp_path / "run [a]*?#"  # paths are not patterns
     flags = flags_of("colours", output, "--annotations", lists, "--data-dir", colours, "--stage", "experts")
-    done = run_script(*flags, "--use-val", "--select", "best", "--few-shot", "10", "--many-shot", "20")
-    assert done.returncode == 0, done.stderr
+    done = run_python(SCRIPT, *flags, "--use-val", "--select", "best", "--few-shot", "10", "--many-shot", "20")
+    assert done.exit_code == 0, done.stderr
     found = RunFolder(output).results()
     assert found["class_counts"] == [30, 16, 8] and found["stages"]["experts"]["epochs"] in (2, 3)
     assert [row["held_out"] != "" for row in rows_of(output)] == [False, True, True]

@@ -6,12 +6,8 @@ import signal
 
 import pytest
 import torch
-from journeys import (
-    flags_of,
-    rows_of,
-    run_two_processes,
-    stop_after_epoch,
-)
+from journeys import SCRIPT, flags_of, rows_of, stop_after_epoch
+from two_ranks import run_two_ranks
 
 from ride_timm.cli.main import main
 from ride_timm.cli.process import Interrupted
@@ -288,8 +284,7 @@ def test_teacher_in_train_mode_on_two_ranks_equals_ghost_batches(train, colours,
         more += ("--teacher", tmp_path / "teacher", "--teacher-mode", mode, "--mixed-precision", "no")
         return flags_of(colours, tmp_path / name, *more)
 
-    done = run_two_processes("29533", *flags("two", "train"))
-    assert done.returncode == 0, done.stderr
+    run_two_ranks(SCRIPT, *flags("two", "train"))
     assert train([*flags("one", "train"), "--ghost-batch", "9"]) == 0
     assert train([*flags("eval", "eval"), "--ghost-batch", "9"]) == 0
     two, one, other = (RunFolder(tmp_path / name).state().model for name in ("two", "one", "eval"))

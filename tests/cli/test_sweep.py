@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import run_python
 
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
@@ -126,7 +127,14 @@ def test_ctrl_c_stops_the_run_and_the_sweep(sweep, tmp_path):
     command = [sys.executable, "-m", "ride_timm", "sweep", "--script", str(tmp_path / "fake.py")]
     command += ["--recipes", "cifar100_lt", "--output", str(tmp_path / "out")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     for _ in range(1200):
         if (tmp_path / "waiting").exists() or process.poll() is not None:
             break
@@ -167,7 +175,12 @@ def test_nothing_finished_is_no_row(tmp_path):
     assert collect(tmp_path, ["cifar100_lt"], [0]) == []
 
 
-def test_a_real_run_and_its_resumption(colours, tmp_path, capsys):
+def test_a_real_run_and_its_resumption(colours, tmp_path, monkeypatch, capsys):
+    def run(command):
+        done = run_python(*command[1:])
+        return subprocess.CompletedProcess(command, done.exit_code, done.stdout, done.stderr)
+
+    monkeypatch.setattr(subprocess, "run", run)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("model: test_ride_resnet\nnum_experts: 2\nimb_type: none\nloss: balpoe\nepochs: 1\n"
                       "batch_size: 16\nwarmup_epochs: 1\nlr: 0.02\n")  # fmt: skip

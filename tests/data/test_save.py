@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from commands import output, refusal
 from encoded_images import difference, encoded, opened, plainly, smooth
 from listed import LISTS, known_lists, write_images, write_lists, write_rows
 from PIL import Image
@@ -145,13 +144,13 @@ def test_another_selection_than_the_saved_one_is_refused(tmp_path):
 
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path):
     source = balanced(tmp_path / "cifar")
-    for output, settings, message in (
+    for target, settings, message in (
         (source, {}, "exists: pass a new one as --output"),
         (tmp_path / "saved", dict(streaming=True), "leave --streaming out"),
         (tmp_path / "saved", dict(imb_factor=0.001), "leaves no image"),
     ):
         with pytest.raises(InputError, match=message):
-            save_longtail(output, "cifar10", source, **settings)
+            save_longtail(target, "cifar10", source, **settings)
     root = write_lists(write_images(tmp_path / "images"))
     (root / LISTS["train"][1].split()[0]).unlink()
     with pytest.raises(RunError, match=r"saved' could not be written: FileNotFoundError"):
@@ -163,19 +162,13 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_the_command_saves_a_folder_that_commands_read(tmp_path, capsys):
-    source, output = balanced(tmp_path / "cifar"), tmp_path / "new" / "saved"
-    flags = ["--data-dir", str(source), "--imb-factor", "0.1", "--json"]
-    command = [sys.executable, "-m", "ride_timm", "datasets", "save", "cifar10", *flags, "--output", str(output)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout) == dict(output=str(output), train=28, test=60, val=0)
-    capsys.readouterr()
-    main(["datasets", "show", str(output), "--json"])
-    assert json.loads(capsys.readouterr().out)["class_counts"] == [20, 6, 2]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 2 and "exists: pass a new one" in again.stderr and "Traceback" not in again.stderr
-    with pytest.raises(InputError, match="needs --output DIR"):
-        main(["datasets", "save", "cifar10"])
+    source, target = balanced(tmp_path / "cifar"), tmp_path / "new" / "saved"
+    flags = ["--data-dir", source, "--imb-factor", "0.1", "--json"]
+    command = ["datasets", "save", "cifar10", *flags, "--output", target]
+    assert json.loads(output(capsys, *command)) == dict(output=str(target), train=28, test=60, val=0)
+    assert json.loads(output(capsys, "datasets", "show", target, "--json"))["class_counts"] == [20, 6, 2]
+    assert "exists: pass a new one" in refusal(capsys, *command)
+    assert "needs --output DIR" in refusal(capsys, "datasets", "save", "cifar10")
 
 
 def test_a_saved_set_of_lists_is_checked_by_reading_it(tmp_path, capsys):

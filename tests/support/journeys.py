@@ -17,21 +17,11 @@ TINY += ["--epochs", "3", "--router-epochs", "2", "--warmup-epochs", "1", "--bat
 TINY += ["--router-batch-size", "32", "--drop-rate", "0.1", "--eval-every", "2"]
 
 
-def environment_with(**more):
-    quiet = dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    return {**os.environ, **quiet, **more, "PYTHONPATH": str(ROOT)}
-
-
-def run_script(*flags, launcher=(sys.executable,), **kwargs):
-    command = [*launcher, SCRIPT, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment_with(), **kwargs)
-
-
-def run_two_processes(port, *flags):
+def launch_two_processes(port, *flags):
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     command = [*launcher, "--main_process_port", port, SCRIPT, *map(str, flags)]
-    environment = environment_with(ACCELERATE_USE_CPU="1")
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    quiet = dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", ACCELERATE_USE_CPU="1", PYTHONPATH=str(ROOT))
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | quiet)
 
 
 def flags_of(colours, output, *more):

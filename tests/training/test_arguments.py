@@ -1,9 +1,9 @@
 """Flags of the recipe keys."""
 
 import argparse
-import subprocess
-import sys
 from dataclasses import fields
+
+from forked import run_python
 
 from ride_timm.training.arguments import add_flags, flags_given, keys_of
 from ride_timm.training.recipe import Recipe
@@ -61,5 +61,5 @@ print(make_loss(recipe.loss, [5, 3], **recipe.loss_args).strength, "strength: 3.
 
 
 def test_new_loss_needs_only_its_own_file():
-    ran = subprocess.run([sys.executable, "-c", NEW_LOSS], capture_output=True, text=True, timeout=120)
+    ran = run_python("-c", NEW_LOSS)
     assert ran.stdout == "3.0 True\n", ran.stderr

@@ -2,16 +2,16 @@
 
 import contextlib
 import json
-import os
 import platform
 import re
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from forked import Python
 from journeys import damage
 
 from ride_timm import InputError, RunError, files
@@ -245,23 +245,17 @@ def test_uncommitted_changes_mark_the_commit_dirty(tmp_path, monkeypatch):
 
 
 def test_running_process_locks_its_folder(tmp_path):
-    code = "import sys; from ride_timm.training.run_folder import RunFolder; folder = RunFolder(sys.argv[1])"
-    code += "; folder.lock(); print('locked', flush=True); sys.stdin.read()"
-    path = os.pathsep.join(part for part in sys.path if part)
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "run")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-    )
+    code = "import sys, time; from ride_timm.training.run_folder import RunFolder; folder = RunFolder(sys.argv[1])"
+    code += "; folder.lock(); print('locked', flush=True); time.sleep(600)"
+    other = Python("-c", code, tmp_path / "run")
     try:
-        assert other.stdout.readline() == "locked\n"
+        while other.stdout != "locked\n":
+            assert other.exit_code is None, other.stderr
+            time.sleep(0.05)
         with pytest.raises(InputError, match=rf"run: process {other.pid} on {platform.node()} is training here"):
             RunFolder(tmp_path / "run").lock()
     finally:
         other.kill()
-        other.wait()
     folder = RunFolder(tmp_path / "run")
     folder.lock()
     folder.begin(TINY, TrainingState())
