@@ -51,10 +51,11 @@ def seconds_to_scan(root: Path, num_files: int) -> float:
 def make_folder(root: Path, num_files: int) -> None:
     """Create empty files by class, as many in each class as the number allows."""
     num_classes = KNOWN["inat18"].lists.num_classes
+    folders = [root / f"{c:05d}_Plantae" for c in range(num_classes)]
+    for folder in folders:
+        folder.mkdir(parents=True)
     for i in range(num_files):
-        path = root / f"{i % num_classes:05d}_Plantae" / f"{i:032x}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        (folders[i % num_classes] / f"{i:032x}.jpg").touch()
 
 
 def make_list(path: Path, published: Lists, split: str, rng: np.random.Generator) -> None:

@@ -1,15 +1,20 @@
 """Baseline against ours, and a tiny run of every benchmark."""
 
 import importlib.util
+import io
+import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from forked import run_python
 
 from ride_timm import hardware
 from ride_timm.losses import make_loss
@@ -38,6 +43,27 @@ def benchmark():
         sys.modules.pop(name, None)
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(True)  # the next test may want another precision
+
+
+@pytest.fixture
+def small(benchmark, monkeypatch):
+    """Run in this process what a benchmark runs in its own; read the shorter of the published lists."""
+
+    @contextmanager
+    def processes(builders, threads):
+        yield {name: build() for name, build in builders.items()}
+
+    def run(command, **_):
+        code, *flags = command[1:]
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(flags[0], {}) if code == "-c" else benchmark(Path(code).stem).main(flags)
+        return subprocess.CompletedProcess(command, 0, stdout=printed.getvalue())
+
+    for name in ("step", "epoch"):
+        monkeypatch.setattr(benchmark(name), "processes", processes)
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(benchmark("record"), "_git", lambda *_: None)
+    monkeypatch.setattr(benchmark("split"), "LISTS", {"ImageNet-LT": "imagenet_lt"})
 
 
 def plain_name(name):
@@ -134,9 +160,9 @@ TINY = {
     "step": [*PLAIN, "--steps", "1", "--warm-up", "0", "--batch-size", "4"],
     "epoch": [*PLAIN, "--steps", "1", "--warm-up", "1", "--batch-size", "4"],
     "input": ["--steps", "1", "--warm-up", "1", "--batch-size", "4", "--train-steps", "1"],
-    "routed": ["--models", "ride_resnet32", "--batch-sizes", "1", "4", "--seconds", "0"],
+    "routed": ["--models", "ride_resnet32", "--batch-sizes", "2", "--seconds", "0"],
     "photos": ["--images", "8", "--batch-size", "4", "--image-size", "32", "--workers", "1"],
-    "split": ["--files", "30000"],
+    "split": ["--files", "24426"],
     "import_time": [],
     "memory": [*PLAIN, "--steps", "1", "--batch-size", "2"],
     "adapters": ["--backbone", "test_vit", "--image-size", "160", "--batch-size", "2", "--steps", "1"],
@@ -151,12 +177,18 @@ def test_every_benchmark_is_run():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_last_line_is_the_result(benchmark, capsys, uncompiled, name):
+def test_last_line_is_the_result(benchmark, capsys, uncompiled, small, name):
     results = BENCHMARKS / "results.jsonl"
     before = results.read_bytes() if results.exists() else None
     benchmark(name).main(["--rounds", "1", "--no-record", *TINY[name]])
     assert re.fullmatch(LAST.get(name, r"ratio [\d.]+"), capsys.readouterr().out.splitlines()[-1])
     assert before == (results.read_bytes() if results.exists() else None)
+
+
+def test_variants_have_processes_of_their_own(benchmark):
+    with benchmark("record").processes(dict.fromkeys("ab", partial(partial, os.getpid)), 1) as variants:
+        found = [variants[name]() for name in "abab"]
+    assert found[:2] == found[2:] and len({os.getpid(), *found}) == 3
 
 
 @pytest.mark.parametrize(
@@ -173,10 +205,11 @@ def test_bf16_is_a_default_only_where_it_is_faster(benchmark, monkeypatch, pays,
 
 def test_memory_of_the_baseline_excludes_ride_timm():
     code = (
-        "import sys, memory; memory.train = lambda *_: None; memory.main(['--variant', 'baseline']);"
+        "import memory; memory.train = lambda *_: None; memory.main(['--variant', 'baseline']);"
         "assert 'ride_timm' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=BENCHMARKS)
+    ran = run_python("-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {code}")
+    assert ran.exit_code == 0, ran.stderr
 
 
 @pytest.mark.parametrize("flag", ["--rounds", "--threads"])
