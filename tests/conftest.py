@@ -1,5 +1,6 @@
 """Fixtures common to all tests."""
 
+import gc
 import importlib.util
 import io
 import os
@@ -12,10 +13,18 @@ import pytest
 
 # tests run offline; the Hub's clients read this at import
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers with several threads each oversubscribe the cores
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a core each: commands take all that they find
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_finish():
+    """Leave the libraries out of full collections, which take longer than the epochs of a tiny run."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
@@ -58,7 +67,7 @@ def _training(script):
     AcceleratorState._reset_state(True)  # of a test that used Accelerate itself
     with pytest.MonkeyPatch.context() as patched:
         patched.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-        # half the time of a tiny run; `run_script` plots
+        # half the time of a tiny run; a process of its own plots
         patched.setattr("ride_timm.training.stages.plot_run", lambda *_: None)
         yield lambda argv: exit_code(script.train, [str(part) for part in argv])
     for number, handler in handlers.items():

@@ -12,13 +12,6 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def threads():
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)  # the commands take all cores
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return run_folder(tmp_path_factory.mktemp("run"))

@@ -13,7 +13,7 @@ from ride_timm.training.state import TrainingState
 
 pytest.importorskip("peft")
 
-BACKBONE = "eva02_tiny_patch14_224"
+BACKBONE = "test_vit"
 CLASSES = tuple("abcdefg")
 
 
@@ -28,7 +28,7 @@ def adapted(tmp_path):
     run = RunFolder(tmp_path / "adapted")
     recipe = Recipe(model="ride", backbone=BACKBONE, adapter="lora", threshold=0.4)
     run.begin(recipe, TrainingState())
-    run.export(model, dict(input_size=(3, 56, 56), mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=0.9), CLASSES)
+    run.export(model, dict(input_size=(3, 160, 160), mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=0.9), CLASSES)
     run.write_results(recipe, torch.device("cpu"), {"experts": dict(all=50.0, macs=10**9)})
     return run.path
 
@@ -66,7 +66,7 @@ def test_adapters_are_exported_unmerged(adapted, tmp_path, routed):
     from ride_timm.inference.onnx_driver import OnnxRouted
 
     model, x = timm.create_model(f"local-dir:{adapted}", pretrained=True).eval(), images(BACKBONE, 3)
-    folder = export(model, tmp_path / "onnx", routed, 0.5, 56)
+    folder = export(model, tmp_path / "onnx", routed, 0.5, 160)
     if routed == "none":
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
         (logits,), expected = session.run(None, {"images": x.numpy()}), model(x)

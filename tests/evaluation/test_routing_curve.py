@@ -176,13 +176,6 @@ def test_a_model_without_a_router():
 # python -m ride_timm evaluate --routed --macs-budget … --curve …
 
 
-@pytest.fixture(autouse=True, scope="module")
-def threads():
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
-
-
 def run_folder(path, colours, router=True, **recipe):
     torch.manual_seed(0)
     model = timm.create_model("ride_resnet32", num_classes=3, router=router, top_choices_num=3)

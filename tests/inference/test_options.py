@@ -149,13 +149,6 @@ def test_the_stopwatch_leaves_out_the_first_call():
 # the command line
 
 
-@pytest.fixture(autouse=True, scope="module")
-def threads():
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, colours):
     folder = RunFolder(tmp_path_factory.mktemp("run"))

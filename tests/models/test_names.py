@@ -132,9 +132,9 @@ def test_dropout_and_checkpointing(name):
 
 
 @torch.no_grad()
-@every_name
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ride_swin_small" or NAMES is FULL])  # as tiny
 def test_compile_export_bfloat16_and_channels_last(name):
-    model, x = build(name), images(name)
+    model, x = build(name, num_experts=2), images(name)
     expected = model(x)
     torch._dynamo.reset()  # networks of other tests count towards its limit
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
