@@ -40,7 +40,8 @@ class ImageSet:
     Item i is (RGB image, label); images are decoded on access.
 
     images: the complete split; rows int64 [n]: its rows that belong to this set, in order; labels int64 [n];
-    annotations: the list whose lines are the rows of the split, if there is one.
+    annotations: the list whose lines are the rows of the split, if there is one; advice: the end of the error for an
+    image that cannot be read.
     """
 
     images: Dataset
@@ -49,6 +50,7 @@ class ImageSet:
     image_column: str
     split: str = "train"
     annotations: Path | None = None
+    advice: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,8 +80,8 @@ class ImageSet:
             path = stored["path"] if stored else None
             if self.annotations is None and path and path not in str(error):
                 where += f", {path},"
-            raise RunError(f"{where} cannot be read ({first_line(error)})") from error
-        raise RunError(f"{where} is missing: the row holds none")
+            raise RunError(f"{where} cannot be read ({first_line(error)}){self.advice}") from error
+        raise RunError(f"{where} is missing: the row holds none{self.advice}")
 
     @cached_property
     def _stored(self) -> Dataset:

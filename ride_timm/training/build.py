@@ -31,6 +31,8 @@ from .options import Options
 from .recipe import Recipe, StageSettings
 from .state import TrainingState, frozen_sha256, load_trained, weights_sha256
 
+_ADVICE = "; replace it and pass --resume, or begin anew with --max-unreadable N, which leaves out up to N such images"
+
 
 def build_accelerator(recipe: Recipe, options: Options) -> Accelerator:
     """Accelerate's device placement, precision, compilation and trackers for a run.
@@ -145,6 +147,8 @@ def load_data(recipe: Recipe, accelerator: Accelerator, state: TrainingState | N
     if accelerator.is_main_process:
         for notice in filter(None, (longtail.notice, longtail.unreadable_notice)):
             print(notice, file=sys.stderr)
+    if not recipe.streaming:
+        longtail = replace(longtail, train=replace(longtail.train, advice=_ADVICE))
     return RunData.of(longtail, recipe, accelerator)
 
 
