@@ -17,9 +17,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..errors import first_line
-from .release import check_finite
-
-_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
+from .release import DATA_CONFIG, check_finite
 
 
 def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | str | Path) -> nn.Module:
@@ -112,7 +110,7 @@ def differences(name: str, other: str) -> list[str]:
         elif getattr(a, "padding", None) != getattr(b, "padding", None):
             found.append(f"{type(a).__name__} with padding {a.padding} for {b.padding}")
     cfgs = [get_pretrained_cfg(net) for net in (name, other)]
-    for key in _INPUT:
+    for key in DATA_CONFIG:
         values = [getattr(cfg, key) for cfg in cfgs]
         if values[0] != values[1]:
             found.append(f"{key} {values[0]} for {values[1]}")

@@ -17,7 +17,7 @@ from ..augment.batches import BatchAugment, Draws
 from ..augment.images import Fit
 from ..augment.policies import Policy, get_policy
 from ..image_set import ImageSet
-from .orders import BATCH, STRONG, Batches, Order, RankSlices, Slice, torch_seed
+from .orders import BATCH, STRONG, Batches, EpochKeys, Order, RankSlices, Slice, torch_seed
 
 
 def decode(image_set: ImageSet, size: int | None = None) -> Tensor:
@@ -84,7 +84,7 @@ class TensorBatches(Batches):
         self.augments[STRONG] = BatchAugment(policy, size, self.device)
         self.loader = None
         if slices.train and policy.auto_augment is not None:
-            self.keys = _Keys(order, slices)
+            self.keys = EpochKeys(order, slices)
             self.loader = DataLoader(
                 _AutoAugmented(pixels.cpu(), policy, self.seed),
                 sampler=self.keys,
@@ -144,19 +144,3 @@ class _AutoAugmented:
         seeds = torch.randint(2**32, (part.stop - part.start,), generator=generator)
         seeds = seeds[part.low - part.start : part.high - part.start]
         return self.auto_augment.batch(self.pixels[torch.from_numpy(rows)], seeds)
-
-
-class _Keys:
-    """Sampler: (epoch, slice, rows) of every step; it does not refer to its loader, as that of `WorkerBatches`."""
-
-    def __init__(self, order: Order, slices: RankSlices) -> None:
-        self.order, self.slices, self.epoch = order, slices, 0
-
-    def __len__(self) -> int:
-        return len(self.slices)
-
-    def __iter__(self) -> Iterator[tuple[int, Slice, np.ndarray]]:
-        epoch = self.epoch
-        order = self.order(epoch)
-        for part in self.slices:
-            yield epoch, part, order[part.low : part.high]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -201,6 +201,26 @@ class RankSlices:
         if self.train:
             return steps - (0 < rest < self.num_processes)
         return sum(1 for _ in self)
+
+
+class EpochKeys:
+    """Sampler: (epoch, slice, this rank's images, int64 [b]) of every step.
+
+    It does not refer to its loader: in a reference cycle, the queues of a `DataLoader` would be finalised before its
+    workers are stopped, and each would take five seconds to notice.
+    """
+
+    def __init__(self, order: Order, slices: RankSlices) -> None:
+        self.order, self.slices, self.epoch = order, slices, 0
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self.epoch
+        order = self.order(epoch)
+        for part in self.slices:
+            yield epoch, part, order[part.low : part.high]
 
 
 def torch_seed(*key: int) -> int:

@@ -17,7 +17,7 @@ from ..augment.colours import BatchColours, draw_jitter, no_jitter
 from ..augment.images import Decoder, Fit, TensorCrop, View, build_crop, decode_full
 from ..augment.policies import Policy, get_policy
 from ..image_set import ImageSet
-from .orders import SAMPLE, Batches, Order, RankSlices, check_integer, torch_seed
+from .orders import SAMPLE, Batches, EpochKeys, Order, RankSlices, check_integer, torch_seed
 
 
 @contextmanager
@@ -161,7 +161,7 @@ class WorkerBatches(Batches):
         super().__init__(slices, seed, device)
         self.policy = transform.policy
         num_workers = check_integer(num_workers, "number of workers", 0)
-        self.keys = _Keys(order, slices)
+        self.keys = _SampleKeys(order, slices)
         self.loader = DataLoader(
             _Samples(image_set, transform, slices.train, self.seed),
             batch_sampler=self.keys,
@@ -184,21 +184,9 @@ class WorkerBatches(Batches):
             yield colours(images, changes), labels
 
 
-class _Keys:
-    """Batch sampler: this rank's (epoch, position, index) of every step.
-
-    The keys carry the epoch to the workers. It does not refer to its `WorkerBatches`: in a reference cycle, the queues
-    would be finalised before the workers are stopped, and each would take five seconds to notice.
-    """
-
-    def __init__(self, order: Order, slices: RankSlices) -> None:
-        self.order, self.slices, self.epoch = order, slices, 0
-
-    def __len__(self) -> int:
-        return len(self.slices)
+class _SampleKeys(EpochKeys):
+    """Batch sampler: this rank's (epoch, position, index) of every step; the keys carry the epoch to the workers."""
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        epoch = self.epoch
-        order = self.order(epoch)
-        for part in self.slices:
-            yield [(epoch, position, int(order[position])) for position in range(part.low, part.high)]
+        for epoch, part, indices in super().__iter__():
+            yield [(epoch, position, int(index)) for position, index in enumerate(indices, part.low)]
