@@ -16,6 +16,12 @@ import safetensors
 from .errors import InputError, RunError
 
 
+def sync(path: Path) -> None:
+    """Force a file to the disk; OSError where it does not take it."""
+    with path.open("r+b") as written:  # Windows syncs no file that is open for reading only
+        os.fsync(written.fileno())
+
+
 @contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """A partial file beside `path` to fill, renamed to `path` where the block ends without an error.
@@ -29,8 +35,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
         mode = partial.stat().st_mode  # what umask and the folder give to new files
         yield partial
         partial.chmod(mode)  # safetensors replaces the file by one that only its owner can read
-        with partial.open("r+b") as written:  # Windows syncs no file that is open for reading only
-            os.fsync(written.fileno())
+        sync(partial)
         if keep is not None and path.is_file():
             os.replace(path, keep)
         os.replace(partial, path)

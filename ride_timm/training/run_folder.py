@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from .recipe import Recipe, load_recipe
 from .state import TrainingState
 
 _ROUTER_KEYS = ("pos_weight", "top_choices_num", "share_expert_help_pred_fc", "threshold")
-_STATE, _PREVIOUS = "state.pt", "state.previous.pt"
-_FIRST_FILES = {".lock", ".owner", _STATE, _PREVIOUS, f".{_STATE}.partial", "..owner.partial", ".recipe.yaml.partial"}
+_STATE, _PREVIOUS, _LOCK, _OWNER = "state.pt", "state.previous.pt", ".lock", ".owner"
+_FIRST_FILES = {_LOCK, _OWNER, _STATE, _PREVIOUS, f".{_STATE}.partial", "..owner.partial", ".recipe.yaml.partial"}
 
 
 class RunFolder:
@@ -60,7 +61,7 @@ class RunFolder:
         Raises `InputError` where neither the last state nor the one before it can be read.
         """
         last, previous = self.path / _STATE, self.path / _PREVIOUS
-        problems = []
+        self._damage, problems = None, []
         for path in (last, previous):
             if not path.is_file():
                 continue
@@ -95,10 +96,13 @@ class RunFolder:
         """Check that a run may use this folder, without writing; returns the state to resume from, if any.
 
         stage: "both", "experts" or "router"; router_in_place: the router is trained on this folder's experts.
-        Raises `InputError` where the folder holds other files, another run, or one of another recipe.
+        Raises `InputError` where the folder holds other files, another run, or one of another recipe, and where another
+        process trains there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output {self.path} is a file: name a folder.")
+        if (self.path / _LOCK).is_file() and (lock := self._acquire()):  # before data are loaded
+            lock.release()
         self._claimed_occupied = self.occupied
         state = self.state() if self.occupied else None
         finished = state is not None and recipe.ensemble_stage in state.results
@@ -149,24 +153,37 @@ class RunFolder:
     def lock(self) -> None:
         """Keep other runs out of the folder until this process ends, however it ends; creates the folder.
 
-        Raises `InputError` where another process trains here, naming it. NFS honours the lock from version 4 on.
+        Raises `InputError` where another process trains here, naming it. A file system without locks is a notice.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output {self.path} cannot be created ({error.strerror}).") from error
-        self._lock = FileLock(self.path / ".lock")
-        owner = self.path / ".owner"
+        self._lock = self._acquire()
+        if self._lock is None:
+            print(f"notice: {self.path} is on a file system without locks; start no second run there.", file=sys.stderr)
+        if self.occupied != self._claimed_occupied:
+            raise InputError(f"output {self.path}: another run has begun here; choose another --output.")
+        write_text(self.path / _OWNER, f"process {os.getpid()} on {platform.node()}")
+
+    def _acquire(self) -> FileLock | None:
+        """The lock of the folder, held; None where the file system has no locks."""
+        lock, owner = FileLock(self.path / _LOCK), self.path / _OWNER
         try:
-            self._lock.acquire(timeout=0)
+            with warnings.catch_warnings():
+                # it would fall back to a file that stays when its process is killed
+                warnings.filterwarnings("error", "flock not supported")
+                lock.acquire(timeout=1)  # processes of one run look at the same moment
         except Timeout as error:
             name = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
             raise InputError(f"output {self.path}: {name} is training here; choose another --output.") from error
         except OSError as error:
-            raise InputError(f"output {self.path} cannot be locked ({error.strerror}).") from error
-        if self.occupied != self._claimed_occupied:
-            raise InputError(f"output {self.path}: another run has begun here; choose another --output.")
-        write_text(owner, f"process {os.getpid()} on {platform.node()}")
+            raise InputError(
+                f"output {self.path} cannot be locked ({error.strerror}): choose another --output."
+            ) from error
+        except (UserWarning, NotImplementedError):  # of filelock from 3.21 on, and before
+            return None
+        return lock
 
     def open(self, recipe: Recipe, state: TrainingState, resume: bool) -> None:
         """Lock the folder, which `claim` has checked, and begin the run, or say what it resumes from."""
@@ -183,8 +200,9 @@ class RunFolder:
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
 
     def save(self, state: TrainingState) -> None:
-        """Write state.pt and metrics.csv; the last state stays next to the new one."""
-        write_atomically(self.path / _STATE, state.write, keep=self.path / _PREVIOUS)
+        """Write state.pt and metrics.csv; the last state stays next to the new one, unless it is known as damaged."""
+        write_atomically(self.path / _STATE, state.write, keep=None if self._damage else self.path / _PREVIOUS)
+        self._damage = None
         if state.history:
             text = io.StringIO()
             table = csv.DictWriter(text, list(state.history[0]), lineterminator="\n")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import sync
 from ..models import Ride
 
 
@@ -141,8 +142,9 @@ class TrainingState:
         self.loss = {}
 
     def write(self, path: Path) -> None:
-        """Write a state to a file, and read it back to check it."""
+        """Write a state to the disk, and read it back to check it."""
         torch.save(vars(self), path)
+        sync(path)  # before the check, so that a disk that takes it only in part is found
         check_archive(path)
 
     @classmethod

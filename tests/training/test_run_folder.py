@@ -1,10 +1,13 @@
 """The run folder and the loading of models."""
 
 import contextlib
+import errno
 import json
+import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from journeys import damage
 
 from ride_timm import InputError, RunError, files
 from ride_timm.models.load import load_model
-from ride_timm.training import run_folder
+from ride_timm.training import run_folder, state
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import RunFolder, provenance
 from ride_timm.training.state import TrainingState
@@ -105,6 +108,29 @@ def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path, harm):
     damage(folder.path / "state.previous.pt")
     with pytest.raises(InputError, match=r"is not a readable state.*choose another --output"):
         folder.state()
+
+
+def test_a_damaged_state_does_not_replace_the_one_before_it(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(TINY, TrainingState())
+    for epoch in (1, 2):
+        folder.save(_state(epoch=epoch))
+    last, previous = folder.path / "state.pt", folder.path / "state.previous.pt"
+    damage(last)
+    resumed = RunFolder(folder.path)
+    resumed.claim(TINY, "both", resume=True, router_in_place=False)
+    for epoch, before in ((2, 1), (3, 2)):  # the second save follows a good one
+        resumed.save(_state(epoch=epoch))
+        assert [TrainingState.read(path).epoch for path in (last, previous)] == [epoch, before]
+
+
+def test_a_state_is_on_the_disk_before_it_is_read_back(tmp_path, monkeypatch):
+    steps, fsync, check = [], os.fsync, state.check_archive
+    monkeypatch.setattr(os, "fsync", lambda file: (steps.append("fsync"), fsync(file)))
+    monkeypatch.setattr(state, "check_archive", lambda path: (steps.append("read"), check(path)))
+    monkeypatch.setattr(os, "replace", lambda *paths: steps.append("rename"))
+    RunFolder(tmp_path).save(TrainingState())
+    assert steps[:2] == ["fsync", "read"] and steps[-1] == "rename"
 
 
 def test_a_state_that_reads_back_otherwise_does_not_replace_the_last(tmp_path, monkeypatch):
@@ -246,17 +272,45 @@ def test_uncommitted_changes_mark_the_commit_dirty(tmp_path, monkeypatch):
 
 def test_running_process_locks_its_folder(tmp_path):
     code = "import sys, time; from ride_timm.training.run_folder import RunFolder; folder = RunFolder(sys.argv[1])"
-    code += "; folder.lock(); print('locked', flush=True); time.sleep(600)"
+    code += "; folder.lock(); (folder.path / 'recipe.yaml').touch(); print('locked', flush=True); time.sleep(600)"
     other = Python("-c", code, tmp_path / "run")
     try:
         while other.stdout != "locked\n":
             assert other.exit_code is None, other.stderr
             time.sleep(0.05)
-        with pytest.raises(InputError, match=rf"run: process {other.pid} on {platform.node()} is training here"):
-            RunFolder(tmp_path / "run").lock()
+        for resume in (False, True):
+            with pytest.raises(InputError, match=rf"run: process {other.pid} on {platform.node()} is training here"):
+                RunFolder(tmp_path / "run").claim(TINY, "both", resume, router_in_place=False)
     finally:
         other.kill()
+    (tmp_path / "run" / "recipe.yaml").unlink()
     folder = RunFolder(tmp_path / "run")
+    assert folder.claim(TINY, "both", resume=False, router_in_place=False) is None
     folder.lock()
     folder.begin(TINY, TrainingState())
     assert folder.occupied
+
+
+def test_of_two_runs_that_start_at_once_one_begins(tmp_path):
+    first, second, third = (RunFolder(tmp_path / "run") for _ in range(3))
+    for folder in (first, second, third):
+        assert folder.claim(TINY, "both", resume=False, router_in_place=False) is None
+    first.open(TINY, TrainingState(), resume=False)
+    with pytest.raises(InputError, match=rf"process {os.getpid()} on .* is training here; choose another --output"):
+        second.open(TINY, TrainingState(), resume=False)
+    first._lock.release()  # its process has ended
+    with pytest.raises(InputError, match="another run has begun here; choose another --output"):
+        third.open(TINY, TrainingState(), resume=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks files otherwise")
+def test_a_file_system_without_locks_is_a_notice(tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for resume in (False, True):  # after the first, as if its process had been killed
+        folder = RunFolder(tmp_path / "run")
+        folder.open(TINY, folder.claim(TINY, "both", resume, router_in_place=False) or TrainingState(), resume)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "locks" in line]
+        assert lines == [f"notice: {folder.path} is on a file system without locks; start no second run there."]
