@@ -65,7 +65,8 @@ def train(argv: list[str] | None) -> None:
     signals = Signals()
     watch = Watch(accelerator, signals, recipe.mixed_precision)
     state = state or TrainingState(stage=options.stages[0], source=options.source)
-    state.class_weights, state.unreadable = class_weights, list(data.longtail.unreadable)
+    state.class_weights = class_weights
+    state.contents, state.unreadable = data.contents, list(data.longtail.unreadable)
     if teacher is not None:
         state.teacher = teacher.identity
     if accelerator.is_main_process:

@@ -157,7 +157,7 @@ def test_resume_on_other_classes_is_rejected(train, colours, tmp_path, capsys):
     assert train([*flags, "--stage", "experts"]) == 0
     shutil.copytree(data / "train" / "class2", data / "train" / "class3")
     assert train([*flags, "--stage", "both", "--resume"]) == 2
-    assert "do not fit a network of the 4 classes that the data have now" in capsys.readouterr().err
+    assert "the training data have changed since the run began: 4 classes, 3 then; restore" in capsys.readouterr().err
 
 
 def test_recipe_not_in_utf8_is_rejected(train, tmp_path, capsys):
@@ -229,7 +229,16 @@ def test_unreadable_images_end_the_run_or_are_left_out(train, colours, tmp_path,
         assert train([*flags, "--max-unreadable", "2"]) == 143
     shutil.copy(sorted((root / "train" / "class2").iterdir())[1], torn[1])  # the resumed run leaves it out as before
     capsys.readouterr()
-    assert train(["--output", output, "--resume", "--stage", "experts", "--threads", "1"]) == 0
+    resume = ["--output", output, "--resume", "--stage", "experts", "--threads", "1"]
+    content = torn[0].read_bytes()
+    torn[0].unlink()  # later images move up one row
+    assert train(resume) == 2
+    changed = (
+        "error: the training data have changed since the run began: class 'class1' has 15 images, 16 then; restore"
+    )
+    assert capsys.readouterr().err.startswith(changed)
+    torn[0].write_bytes(content)
+    assert train(resume) == 0
     notices = re.findall("notice: unreadable training images left out, 2: .*", capsys.readouterr().err)
     assert len(notices) == 2 and all(str(path) in notices[-1] for path in torn)
     results = RunFolder(output).results()

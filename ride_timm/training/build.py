@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +66,7 @@ class RunData:
 
     train: images trained on; held_out: those that select the epoch; size: of the input, in pixels.
     policy, train_policy: augmentation without and with AutoAugment. recipe: with the epochs for so many images.
+    contents: numbers of training images, for the state of the run.
     """
 
     longtail: LongTailData
@@ -75,6 +77,7 @@ class RunData:
     size: int
     recipe: Recipe
     accelerator: Accelerator
+    contents: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, longtail: LongTailData, recipe: Recipe, accelerator: Accelerator) -> RunData:
@@ -136,11 +139,13 @@ def load_data(recipe: Recipe, accelerator: Accelerator, state: TrainingState | N
     """Read the recipe's data set, and hold out the training images that select the epoch.
 
     Unreadable training images are left out where the recipe allows it; a resumed run leaves out those that it began
-    without.
+    without, and is refused where its data are others.
     """
     with accelerator.local_main_process_first():  # the other processes read its cache
         longtail = load_longtail(**recipe.data_args)
+    contents = dict(available=longtail.available, class_counts=longtail.class_counts)
     if state is not None and state.begun:
+        _check_unchanged(contents, state.contents, longtail.class_names)
         longtail = leave_out(longtail, state.unreadable)
     elif recipe.max_unreadable is not None:
         longtail = _readable(longtail, recipe.max_unreadable, recipe.workers, accelerator)
@@ -149,7 +154,24 @@ def load_data(recipe: Recipe, accelerator: Accelerator, state: TrainingState | N
             print(notice, file=sys.stderr)
     if not recipe.streaming:
         longtail = replace(longtail, train=replace(longtail.train, advice=_ADVICE))
-    return RunData.of(longtail, recipe, accelerator)
+    return replace(RunData.of(longtail, recipe, accelerator), contents=contents)
+
+
+def _check_unchanged(now: dict[str, Any], then: dict[str, Any] | None, class_names: Sequence[str]) -> None:
+    """InputError where the training images have other numbers than when the run began."""
+    if then is None or now == then:
+        return
+    counts, before = now["class_counts"], then["class_counts"]
+    if len(counts) != len(before):
+        change = f"{len(counts)} classes, {len(before)} then"
+    elif counts != before:
+        rows = zip(class_names, counts, before, strict=True)
+        change = listed(f"class {name!r} has {n} images, {m} then" for name, n, m in rows if n != m)
+    else:
+        change = f"{now['available']} images to select from, {then['available']} then"
+    raise InputError(
+        f"the training data have changed since the run began: {change}; restore them, or choose another --output."
+    )
 
 
 def _readable(data: LongTailData, limit: int, workers: int, accelerator: Accelerator) -> LongTailData:
@@ -195,14 +217,7 @@ def build_model(recipe: Recipe, data: RunData, options: Options, state: Training
     weights = _without_router(state.model)
     if any(".fc.affine." in name for name in weights):
         model.add_class_affine()
-    try:
-        load_trained(model, weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"the weights in {options.output} do not fit a network of the {data.num_classes} classes that the data "
-            f"have now ({reason}): restore the data, or choose another --output."
-        ) from error
+    load_trained(model, weights)
     return model
 
 

@@ -76,7 +76,8 @@ class TrainingState:
     stage, epoch: the stage in progress ("done" after the last) and how many of its epochs are finished.
     model, ema: their trained tensors; frozen: SHA-256 of the others, None where all are trained.
     source, teacher: `--from`, and the teacher as {"spec", "sha256"} of its weights.
-    unreadable: training images left out, as row of the split and error.
+    contents: training images as {"available", "class_counts"}, before the long-tailed selection and after it.
+    unreadable: those of them left out, as row of the split and error.
     class_weights: of the loss, [C], where the recipe has them: a resumed run reads no file again.
     loss: buffers of a loss that follow from its batches so far.
     scaler: fp16's, which one stage passes to the next. history: one row of metrics.csv per epoch, over all stages.
@@ -89,6 +90,7 @@ class TrainingState:
     frozen: str | None = None
     source: str | None = None
     teacher: dict[str, str] | None = None
+    contents: dict[str, Any] | None = None
     unreadable: list[tuple[int, str]] = field(default_factory=list)
     class_weights: list[float] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from ride_timm import InputError
 from ride_timm.training import build
@@ -28,6 +29,26 @@ def test_create_model_is_seeded_and_takes_weights(tmp_path):
     assert torch.equal(started.trunk.conv1.weight, other.trunk.conv1.weight)
     with pytest.raises(InputError, match=r"holds another model than the recipe's"):
         create_model(TINY.override({"num_experts": 3}), 5, str(folder.path))
+
+
+@pytest.mark.parametrize(
+    ("available", "counts", "change"),
+    [
+        (54, [30, 16], "3 classes, 2 then"),
+        (54, [30, 15, 9], "class 'class1' has 16 images, 15 then, class 'class2' has 8 images, 9 then"),
+        (55, [30, 16, 8], "54 images to select from, 55 then"),
+    ],
+)
+def test_a_resumed_run_has_the_data_it_began_with(colours, available, counts, change):
+    recipe = TINY.override(dict(dataset=str(colours), imb_type="none", augment="cifar"))
+    accelerator = Accelerator(cpu=True)
+    state = TrainingState(epoch=1, contents=build.load_data(recipe, accelerator).contents)
+    assert build.load_data(recipe, accelerator, state).contents == dict(available=54, class_counts=[30, 16, 8])
+    state.contents = dict(available=available, class_counts=counts)
+    with pytest.raises(InputError, match=rf"changed since the run began: {change}; restore them, or choose another"):
+        build.load_data(recipe, accelerator, state)
+    state.epoch = 0  # begins again
+    assert build.load_data(recipe, accelerator, state).num_classes == 3
 
 
 @pytest.mark.parametrize(("backbone", "size"), [("test_vit", 64), ("test_vit", 160), ("test_resnet", 64)])
