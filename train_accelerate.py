@@ -33,7 +33,7 @@ from ride_timm.training.push import Push
 from ride_timm.training.run_folder import RunFolder
 from ride_timm.training.stages import Stage, build_stage
 from ride_timm.training.state import TrainingState
-from ride_timm.training.trackers import log_epoch, log_results, start_trackers
+from ride_timm.training.trackers import end_trackers, log_epoch, log_results, start_trackers
 from ride_timm.training.watch import Watch
 
 
@@ -44,6 +44,7 @@ def train(argv: list[str] | None) -> None:
     run = RunFolder(options.output)
     push = Push(options.push_to_hub, Path(__file__).with_name("hub"))
     if options.resume and run.has_finished(recipe, options.stages[-1]):
+        run.conclude()  # where it was killed just before
         print(f"{options.output} is finished.\n{run.table()}")
         return push.run(run.path)
 
@@ -81,7 +82,7 @@ def train(argv: list[str] | None) -> None:
         log_results(accelerator, run, step=len(state.history))
     heartbeat.close()
     signals.restore()  # nothing is lost from here on
-    accelerator.end_training()
+    end_trackers(accelerator)
     if accelerator.is_main_process:
         run.conclude()
         print(run.table())
@@ -104,9 +105,9 @@ def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator:
         state.history.append(row)
         state.seconds += time.perf_counter() - started
         state.capture(stage, epoch)
-        log_epoch(accelerator, row, step=len(state.history))
         if accelerator.is_main_process:
             run.save(state)  # atomic: a kill costs at most the running epoch
+        log_epoch(accelerator, row, step=len(state.history))
         watch.check()
     bar.close()
     stage.finish(epoch, state, run, watch)

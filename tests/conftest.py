@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def _training(script):
         patched.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         # half the time of a tiny run; a process of its own plots
         patched.setattr("ride_timm.training.stages.plot_run", lambda *_: None)
+        patched.setattr("threading.excepthook", threading.excepthook)  # trackers set it
         yield lambda argv: exit_code(script.train, [str(part) for part in argv])
     for number, handler in handlers.items():
         signal.signal(number, handler)

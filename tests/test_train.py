@@ -14,6 +14,7 @@ from forked import Python, run_python
 from journeys import SCRIPT, damage, flags_of, launch_two_processes, rows_of
 
 from ride_timm.cli.main import main
+from ride_timm.cli.process import Interrupted
 from ride_timm.training.run_folder import RunFolder
 
 
@@ -119,6 +120,29 @@ def test_killed_run_resumes_bit_identical(train, finished, colours, tmp_path, ca
     assert (output / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     resumed, expected = (RunFolder(path).results()["stages"] for path in (output, reference))
     assert resumed == expected
+
+
+def test_a_run_that_is_killed_after_its_last_epoch_is_completed(train, colours, tmp_path, monkeypatch, capsys):
+    """While it plots, and before it deletes the state before the last."""
+    output, plotted = tmp_path / "run", []
+
+    def killed(*_):
+        raise Interrupted(signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ride_timm.training.stages.plot_run", killed)
+        assert train(flags_of(colours, output, "--stage", "experts", "--epochs", "1")) == 128 + signal.SIGKILL
+    resume = ["--output", output, "--resume", "--stage", "experts", "--threads", "1"]
+    results = {path: (output / path).read_bytes() for path in ("model.safetensors", "metrics.csv")}
+    with monkeypatch.context() as patched:
+        patched.setattr("ride_timm.training.stages.plot_run", lambda folder, *_: plotted.append(folder))
+        patched.setattr(RunFolder, "conclude", killed)
+        assert train(resume) == 128 + signal.SIGKILL
+    assert plotted == [output] and (output / "state.previous.pt").exists()
+    assert results == {path: (output / path).read_bytes() for path in results}
+    capsys.readouterr()
+    assert train(resume) == 0
+    assert "is finished" in capsys.readouterr().out and not (output / "state.previous.pt").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")

@@ -211,8 +211,10 @@ class RunFolder:
             write_text(self.path / "metrics.csv", text.getvalue())
 
     def conclude(self) -> None:
-        """Delete the state before the last, which a finished run does not need."""
-        (self.path / _PREVIOUS).unlink(missing_ok=True)
+        """Delete the state before the last, which a finished run does not need; with a stage in progress, nothing."""
+        state = self.state()
+        if state is not None and state.epoch == 0 and self._damage is None:
+            (self.path / _PREVIOUS).unlink(missing_ok=True)
 
     def write_results(self, recipe: Recipe, device: torch.device, stages: dict[str, Any], **facts: Any) -> None:
         """Write results.json: metrics by stage with all that they depend on; `facts` are further keys."""

@@ -154,8 +154,8 @@ class Stage:
             facts |= dict(seconds=round(state.seconds, 1))
             facts |= {key: value for key in ("source", "teacher", "class_weights") if (value := getattr(state, key))}
             run.write_results(self.recipe, self.accelerator.device, state.results, **facts)
-            run.save(state)
             plot_run(run.path, state.history, run.results(), self.data.longtail, self.recipe.shots)
+            run.save(state)  # last, so that a run which is resumed before it does all of this again
         self.accelerator.wait_for_everyone()
 
     def settle(self) -> None:

@@ -6,6 +6,9 @@ The metrics of each stage have its name as a prefix. A step is an epoch, counted
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,27 @@ _TABLE = "results/table"
 def start_trackers(accelerator: Accelerator, recipe: Recipe, run: RunFolder) -> None:
     """Start the trackers that the accelerator was built with; RunError for one that does not start."""
     of_the_folder = dict(name=run.path.resolve().name, dir=str(run.path), resume="auto")  # also after --resume
-    try:
+    with _failing(accelerator, "did not start", "log in, or leave --tracker out, and pass --resume"):
         accelerator.init_trackers(PROJECT, hyperparameters(recipe), init_kwargs=dict(wandb=of_the_folder))
+    threading.excepthook = _print_error
+
+
+@contextmanager
+def _failing(
+    accelerator: Accelerator, what: str = "failed", way: str = "pass --resume, without --tracker if it fails again"
+) -> Iterator[None]:
+    """Raise RunError for any error of the trackers."""
+    try:
+        yield
     except Exception as error:  # they raise what they like
         names = ", ".join(map(str, accelerator.log_with))
-        raise RunError(
-            f"tracker {names} did not start ({first_line(error)}): log in, or leave --tracker out, and pass --resume."
-        ) from error
+        raise RunError(f"tracker {names} {what} ({first_line(error)}): {way}.") from error
+
+
+def _print_error(arguments: threading.ExceptHookArgs) -> None:
+    """Print the error of a thread, except that of TensorBoard's writer, which the next call raises."""
+    if not type(arguments.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(arguments)
 
 
 def hyperparameters(recipe: Recipe) -> dict[str, int | float | str | bool]:
@@ -42,12 +59,30 @@ def hyperparameters(recipe: Recipe) -> dict[str, int | float | str | bool]:
 
 
 def log_epoch(accelerator: Accelerator, row: dict[str, Any], step: int) -> None:
-    """Log the numbers of a row of metrics.csv, such as `experts/loss`; an epoch that is not tested has no accuracy."""
-    accelerator.log(_numbers(row["stage"], row), step=step)
+    """Log the numbers of a row of metrics.csv, such as `experts/loss`; an epoch that is not tested has no accuracy.
+
+    RunError where a tracker fails; the epoch is saved before.
+    """
+    with _failing(accelerator):
+        accelerator.log(_numbers(row["stage"], row), step=step)
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Write what is still to be logged, and leave the other processes; RunError where a tracker fails."""
+    with _failing(accelerator):
+        accelerator.end_training()
 
 
 def log_results(accelerator: Accelerator, run: RunFolder, step: int) -> None:
-    """Log the final metrics, such as `results/router/all`, and for TensorBoard and W&B the table and the plots."""
+    """Log the final metrics, such as `results/router/all`, and for TensorBoard and W&B the table and the plots.
+
+    RunError where a tracker fails; the results are saved before.
+    """
+    with _failing(accelerator):
+        _log_results(accelerator, run, step)
+
+
+def _log_results(accelerator: Accelerator, run: RunFolder, step: int) -> None:
     stages = run.results()["stages"]
     final = {stage: _final(metrics) for stage, metrics in stages.items()}
     for stage, values in final.items():

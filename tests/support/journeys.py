@@ -1,5 +1,6 @@
 """Runs of the training script on small images, complete or interrupted."""
 
+import contextlib
 import csv
 import os
 import signal
@@ -38,6 +39,16 @@ def damage(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def fill(folder):
+    """Fill the disk of a folder by a file, which is returned."""
+    path = folder / "ballast"
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as ballast:
+        for size in (2**16, 1):
+            while ballast.write(bytes(size)):
+                pass
+    return path
 
 
 def stop_after_epoch(monkeypatch, of="experts", last=1):

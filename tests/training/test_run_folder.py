@@ -1,6 +1,5 @@
 """The run folder and the loading of models."""
 
-import contextlib
 import errno
 import json
 import os
@@ -15,7 +14,7 @@ import pytest
 import timm
 import torch
 from forked import Python
-from journeys import damage
+from journeys import damage, fill
 
 from ride_timm import InputError, RunError, files
 from ride_timm.models.load import load_model
@@ -149,23 +148,6 @@ def test_a_state_that_reads_back_otherwise_does_not_replace_the_last(tmp_path, m
     assert folder.state().epoch == 1 and folder.notice(folder.state(), True) is None
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 16 MB."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", tmp_path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a disk")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", tmp_path], check=True)
-
-
-def _fill(path):
-    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as ballast:
-        for size in (2**16, 1):
-            while ballast.write(bytes(size)):
-                pass
-
-
 @pytest.mark.parametrize(
     "name", [".owner", "state.pt", "recipe.yaml", "metrics.csv", "results.json", "model.safetensors", "config.json"]
 )
@@ -186,7 +168,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_files(disk, name, monkeypa
 
     def filling(path, keep=None):
         if path.name == name:
-            _fill(disk / "ballast")
+            fill(disk)
         return replacing(path, keep)
 
     with monkeypatch.context() as patched:

@@ -1,13 +1,18 @@
 """Trackers: both stages apart, numbers as numbers, and at the end the results and the plots."""
 
+import threading
+
 import numpy as np
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from journeys import fill
 from PIL import Image
 
 from ride_timm import RunError
 from ride_timm.training.recipe import load_recipe
 from ride_timm.training.run_folder import RunFolder
-from ride_timm.training.trackers import hyperparameters, log_results, start_trackers
+from ride_timm.training.trackers import end_trackers, hyperparameters, log_epoch, log_results, start_trackers
 
 EXPERTS = dict(all=50.0, many=60.0, medium=None, few=40.0, top5=90.0, macs=3000, epochs=3, per_class=[60.0, 40.0])
 ROUTER = EXPERTS | dict(macs=2000, epochs=2, threshold=0.5, experts_used=[0.5, 0.25, 0.25])
@@ -32,11 +37,30 @@ def test_a_tracker_that_does_not_start_says_so(tmp_path):
         start_trackers(Accelerator(), load_recipe("fashion_lt"), RunFolder(tmp_path))
 
 
+def test_a_full_disk_ends_the_run_with_one_line(disk, monkeypatch, capsys):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restored after the test
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=disk)
+    start_trackers(accelerator, load_recipe("fashion_lt"), RunFolder(disk))
+    log_epoch(accelerator, dict(stage="experts", loss=1.0), step=1)
+    ballast = fill(disk)
+    with pytest.raises(
+        RunError, match=r"^tracker tensorboard failed \(OSError: .*No space left.*\): pass --resume, wi"
+    ):
+        for step in range(2, 1000):  # the last block of the file has room for some
+            log_epoch(accelerator, dict(stage="experts", loss=1.0), step)
+    with pytest.raises(RunError, match="tracker tensorboard failed"):
+        end_trackers(accelerator)
+    ballast.unlink()
+    assert capsys.readouterr().err == ""
+
+
 class Tracker:
     """A tracker, and an accelerator with only this one, that keeps what it is given."""
 
     def __init__(self, name):
         self.name, self.numbers, self.tables, self.images, self.trackers = name, {}, {}, {}, [self]
+        self.log_with = [name]
 
     def log(self, values, step):
         self.numbers |= values
