@@ -53,10 +53,17 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64, on the CPU where its device has none: Apple's."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def bf16_pays() -> bool:
-    """True if bfloat16 is faster: as CUDA states, or in a small product on the CPU."""
+    """True if bfloat16 is faster: as CUDA states, or in a small product on the CPU; not on Apple's GPUs."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return False
     return _seconds_of_product(torch.bfloat16) < _seconds_of_product(torch.float32)
 
 

@@ -70,6 +70,11 @@ def test_a_gpu_decides_for_itself(supported, monkeypatch):
     assert hardware.bf16_pays() is supported
 
 
+def test_apples_gpus_have_no_float64_and_train_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert not hardware.bf16_pays() and hardware.double(torch.ones(2)).dtype == torch.float64
+
+
 def test_threads(monkeypatch):
     before = torch.get_num_threads()
     try:

@@ -47,7 +47,7 @@ class Counts:
 
 
 class CountAccumulator:
-    """Accumulates `Counts` on the device: `update` by batch, then `reduce` once.
+    """Accumulates `Counts` on the device, or on the CPU for one without float64: `update` by batch, `reduce` once.
 
     num_experts: of a routed model, whose updates pass the number of experts used; num_members: of an ensemble whose
     updates pass the logits of every member. Each process updates with its own samples.
@@ -71,7 +71,8 @@ class CountAccumulator:
         self._shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         # one tensor, so that one all_reduce sums everything
         total = sum(shape.numel() for shape in self._shapes.values())
-        self._counts = torch.zeros(total, dtype=torch.int64, device=device)
+        self._device = torch.device("cpu" if device is None or torch.device(device).type == "mps" else device)
+        self._counts = torch.zeros(total, dtype=torch.int64, device=self._device)
         self._views = self._split(self._counts)
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []  # targets, predictions, probabilities
         self._samples: tuple[np.ndarray, ...] = ()
@@ -100,6 +101,7 @@ class CountAccumulator:
         shape = None if member_logits is None else tuple(member_logits.shape)
         if shape != expected:
             raise InputError(f"expected member_logits {expected}, got {shape}")
+        logits, targets = logits.to(self._device), targets.to(self._device)
         views, one = self._views, torch.ones_like(targets)
         predictions = logits.argmax(1)
         right = (predictions == targets).to(targets.dtype)
@@ -110,9 +112,9 @@ class CountAccumulator:
         probabilities = self._update_bins(logits, targets, right)
         self._batches.append((targets, predictions, probabilities))
         if experts_used is not None:
-            views["used"].view(-1).index_add_(0, targets * self.num_experts + experts_used.long() - 1, one)
+            views["used"].view(-1).index_add_(0, targets * self.num_experts + experts_used.to(targets) - 1, one)
         if member_logits is not None:
-            self._update_members(logits, targets, member_logits)
+            self._update_members(logits, targets, member_logits.to(self._device))
 
     def _update_bins(self, logits: Tensor, targets: Tensor, right: Tensor) -> Tensor:
         confidence = logits.float().softmax(1).amax(1).double().nan_to_num(0)

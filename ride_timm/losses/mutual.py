@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..hardware import double
 from ..keys import key
 from .balpoe import BalPoELoss
 from .base import register_loss
@@ -72,10 +73,10 @@ class MutualLoss(BalPoELoss):
     @torch.no_grad()
     def _follow(self, right: Tensor, targets: Tensor) -> None:
         """Move the running accuracies of a batch's classes, over all processes."""
-        seen = torch.zeros(2, len(self.accuracy), dtype=torch.float64, device=targets.device)
-        rows = torch.stack([right.double().mean(1), torch.ones_like(targets, dtype=torch.float64)])
-        seen.index_add_(1, targets, rows)
+        fractions = double(right).mean(1)
+        seen = fractions.new_zeros(2, len(self.accuracy))
+        seen.index_add_(1, targets.to(seen.device), torch.stack([fractions, torch.ones_like(fractions)]))
         sum_processes(seen)
         accuracy = seen[0] / seen[1].clamp_min(1)
-        step = MOMENTUM * (seen[1] > 0) * (accuracy - self.accuracy)
-        self.accuracy.add_(step.to(self.accuracy.dtype))
+        step = MOMENTUM * (seen[1] > 0) * (accuracy - self.accuracy.to(seen.device))
+        self.accuracy.add_(step.to(self.accuracy))

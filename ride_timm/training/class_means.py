@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..hardware import double
 from ..models import CosineClassifier, Ride
 from ..models.heads import COSINE_SCALE
 
@@ -58,7 +59,7 @@ def class_means(model: Ride, batches: Iterable[Any], accelerator: Accelerator) -
     sums = counts = norms = None
     for images, labels in tqdm(batches, desc="class means", disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            features = model.forward_experts(images.to(accelerator.device))[0].double()  # [B, E, D]
+            features = double(model.forward_experts(images.to(accelerator.device))[0])  # [B, E, D]
         labels = labels.to(features.device)
         if sums is None or counts is None or norms is None:
             sums = features.new_zeros(C, *features.shape[1:])

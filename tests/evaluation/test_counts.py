@@ -43,6 +43,12 @@ def brute_force(logits, targets, counts):
     return metrics | {"class_mean": pytest.approx(sum(tested) / len(tested))}
 
 
+def test_counts_of_a_device_without_float64_are_on_the_cpu():
+    counts = CountAccumulator(3, num_experts=2, device="mps")
+    counts.update(torch.eye(3), torch.arange(3), experts_used=torch.tensor([1, 2, 2], dtype=torch.int32))
+    assert counts.reduce().right.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("size", [300, 7, 1])
 def test_batches_of_any_size_give_the_brute_force_metrics(size):
     logits, targets, _ = draw()
