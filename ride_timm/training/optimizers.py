@@ -18,7 +18,7 @@ def check_optimizer(name: str, device: torch.device) -> None:
         raise InputError(f"optimizer={name!r}: timm knows {', '.join(list_optimizers())}.")
     weight = torch.nn.Parameter(torch.ones(2, 2, device=device))
     try:
-        optimizer = create_optimizer_v2([weight], opt=name, lr=0.1, weight_decay=0.1, momentum=0.9)
+        optimizer = create_optimizer_v2([weight], opt=name, lr=0.1, weight_decay=0.1, momentum=0.9, **_fused(name))
         weight.square().sum().backward()
         optimizer.step()
     except Exception as error:  # missing packages, missing devices, second derivatives: each has its own
@@ -44,5 +44,8 @@ def make_optimizer(stage: StageSettings, objective: Objective, momentum: float) 
         exempt = {f"model.{name}" for name in exempt}
         parameters = param_groups_weight_decay(objective, stage.weight_decay, no_weight_decay_list=exempt)
     settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=momentum)
-    settings |= dict(fused=True) if stage.optimizer in _FUSED else {}
-    return create_optimizer_v2(parameters, opt=stage.optimizer, **settings)
+    return create_optimizer_v2(parameters, opt=stage.optimizer, **settings, **_fused(stage.optimizer))
+
+
+def _fused(name: str) -> dict[str, bool]:
+    return dict(fused=True) if name in _FUSED else {}

@@ -30,6 +30,15 @@ def test_unusable_optimizers_are_rejected(name, message):
         check_optimizer(name, torch.device("cpu"))
 
 
+def test_it_is_tried_as_it_will_be_used(monkeypatch):
+    def fused(*args, fused=False, **kwargs):
+        raise RuntimeError(f"{fused=} is not for this device")
+
+    monkeypatch.setattr(optimizers, "create_optimizer_v2", fused)
+    with pytest.raises(InputError, match="fused=True is not for this device"):
+        check_optimizer("sgd", torch.device("cpu"))
+
+
 def test_missing_package_is_reported(monkeypatch):
     def missing(*args, **kwargs):
         raise ImportError("no bitsandbytes")
