@@ -47,7 +47,7 @@ class Base(NamedTuple):
 def base_of(recipe: Recipe | None, results: dict[str, Any]) -> Base | None:
     """The backbone that was pretrained, or the release that training started from; None for neither, or a private run.
 
-    The licence is the backbone's, "unknown" where timm states none.
+    The licence is the backbone's, MIT that of this project's releases, and "unknown" where neither is known.
     """
     source, backbone = results.get("source"), None
     if recipe is not None and recipe.pretrained and (name := _backbone(recipe)):
@@ -57,7 +57,8 @@ def base_of(recipe: Recipe | None, results: dict[str, Any]) -> Base | None:
     if source is None:
         return backbone
     repo = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"{NAMESPACE}/{source}"
-    return Base(repo.partition("@")[0], backbone.licence if backbone else "mit")
+    licence = "mit" if repo.startswith(f"{NAMESPACE}/") else "unknown"
+    return Base(repo.partition("@")[0], backbone.licence if backbone else licence)
 
 
 def _backbone(recipe: Recipe) -> str | None:

@@ -194,6 +194,9 @@ MIT = dict(license="mit")
         ({}, "ride_resnet32.cifar100_lt100", "ride-timm/ride_resnet32.cifar100_lt100", "finetune", MIT),
         (dict(model="ride", backbone="convnextv2_tiny", backbone_pretrained=True), "hf-hub:alice/beetles@v1",
          "alice/beetles", "finetune", dict(license="cc-by-nc-4.0")),
+        ({}, "hf-hub:alice/beetles", "alice/beetles", "finetune",
+         dict(license="other", license_name="unknown", license_link="https://huggingface.co/alice/beetles")),
+        ({}, "hf-hub:ride-timm/ride_resnet32.mine", "ride-timm/ride_resnet32.mine", "finetune", MIT),
     ],
 )  # fmt: skip
 def test_the_base_model_and_its_licence_are_carried_on(staged, changes, source, base, relation, licence):
