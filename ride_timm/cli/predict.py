@@ -19,7 +19,7 @@ from ..evaluation.evaluate import evaluation_batch
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..hardware import choose_device
 from ..inference.image_files import ImageFiles, find_images
-from ..inference.load import SPEC, check_channels, load_ride, threshold_for
+from ..inference.load import SPEC, check_channels, class_names, load_ride, threshold_for
 from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
 from ..inference.options import (
     add_inference_flags,
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = resolve_model_data_config(model)
     size = config["input_size"][-1]
-    names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
+    names = class_names(model)
     tap = FeatureTap(model, experts) if args.features else None
     one_by_one = None if args.experts is None else experts
     predict = prepare(model.to(device), inference, routed, threshold, size, one_by_one)

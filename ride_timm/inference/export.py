@@ -27,6 +27,7 @@ from .. import __version__
 from ..errors import InputError, RunError
 from ..models import Ride, Router
 from ..models.release import DATA_CONFIG
+from .load import class_names
 
 KINDS = {"none": "ensemble", "masked": "masked", "driver": "driver"}  # by the value of --routed
 
@@ -109,7 +110,7 @@ def export(
         num_classes=model.num_classes,
         num_experts=model.num_experts,
         threshold=None if routed == "none" else threshold,
-        labels=list(cfg.get("label_names") or map(str, range(model.num_classes))),
+        labels=class_names(model),
         versions={"ride-timm": __version__, **{name: version(name) for name in ("torch", "onnx")}},
     )
     try:

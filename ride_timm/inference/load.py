@@ -29,6 +29,12 @@ def check_channels(model: Ride, spec: str) -> None:
         raise InputError(f"{spec} takes {model.in_chans} channels: image files have 1 (grey) or 3 (RGB).")
 
 
+def class_names(model: Ride) -> list[str]:
+    """Names of the model's classes; their numbers from 0 where it states none, or those of other classes."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))
+
+
 def own_recipe(spec: str | None) -> Recipe | None:
     """The recipe in the folder of a run or release; None for any other SPEC."""
     path = _recipe_file(spec)

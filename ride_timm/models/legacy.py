@@ -190,6 +190,7 @@ def load_legacy(path: str | Path) -> Ride:
         tag = next((t for t, cfg in tags.items() if cfg.num_classes == kwargs["num_classes"]), None)
         model = timm.create_model(tag or name, **(dict(router=False) | kwargs))  # a tag may ask for a router
         model.load_state_dict(convert_state_dict(state_dict, model))
+        model.pretrained_cfg = {**model.pretrained_cfg, "hf_hub_id": None}  # the tag's release is another network
     except (ValueError, TypeError, RuntimeError) as error:  # also of shapes that no network can be built with
         raise InputError(f"checkpoint {path}: {error}") from error
     return model.eval()

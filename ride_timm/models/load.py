@@ -63,7 +63,7 @@ def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # of any type: from timm, the Hub's client or torch
-        raise InputError(f"model {str(spec)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"model {str(spec)!r} could not be loaded: {first_line(error)}") from error
     if not isinstance(model, Ride):  # those of a Ride are checked where they are read
         check_finite(model.state_dict(), f"model {str(spec)!r}")
     return model.eval()

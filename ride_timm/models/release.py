@@ -219,6 +219,9 @@ def read_config(path: Path, where: str, variant: str | None = None) -> tuple[dic
         raise InputError(f"{where}: {CONFIG} states input_size={size!r}, expected [channels, height, width].")
     if not isinstance(num_classes, int) or num_classes < 0:
         raise InputError(f"{where}: {CONFIG} states num_classes={num_classes!r}, expected a whole number.")
+    names = cfg.get("label_names")
+    if names is not None and len(names) != num_classes:
+        raise InputError(f"{where}: {CONFIG} states {len(names)} label_names for num_classes={num_classes}.")
     # a folder that transformers saved repeats the sha256 of the weights that it had loaded
     sha256 = "" if "transformers_version" in config else config.get("sha256", "")
     if sha256 and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)):
@@ -275,7 +278,7 @@ def save_config(model: Ride, path: Path, **facts: Any) -> None:
         args["backbone_pretrained"] = False  # the saved weights replace the backbone's
     save_config_for_hf(model, str(path), model_args=args, **facts)
     config = without_implied_args(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_folder(folder: Path, variant: str | None = None) -> Release:

@@ -163,6 +163,13 @@ def test_networks_far_larger_than_the_weights_are_not_built(folder, changes, sta
         create(folder)
 
 
+def test_names_of_other_classes_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(label_names=["a", "b", "c"])))
+    with pytest.raises(InputError, match=r"states 3 label_names for num_classes=4"):
+        create(folder)
+
+
 def test_teachers_that_are_not_finite_are_refused(tmp_path):
     teacher = timm.create_model("test_vit", num_classes=4)
     torch.nn.init.constant_(teacher.norm.weight, float("nan"))

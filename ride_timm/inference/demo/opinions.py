@@ -22,7 +22,7 @@ from ...hardware import choose_device
 from ...models import Ride
 from ...models.download import download_if_there
 from ..image_files import ImageFiles
-from ..load import check_channels, load_ride, own_recipe
+from ..load import check_channels, class_names, load_ride, own_recipe
 from ..model_prior import run_results
 
 TOP, OWN = 5, 3  # classes shown of the ensemble, and of each expert
@@ -68,7 +68,7 @@ class Demo:
 
     labels, train_images [C]: the latter empty where unknown; settings: points of the router's curve, the cheapest
     first, with None for what was not measured; empty without a router. default: index of the model's own setting;
-    accuracy: of the ensemble on the test set, in percent; dataset: as in recipes.
+    accuracy: of the ensemble on the test set, in percent; dataset: as in recipes; examples: the release's images.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Demo:
     default: int
     accuracy: float | None = None
     dataset: str | None = None
+    examples: tuple[Path, ...] = ()
 
     @cached_property
     def _transform(self) -> Callable[[Image], Tensor]:
@@ -127,10 +128,9 @@ def load_demo(spec: str, device: str | None = None) -> Demo:
     chosen = choose_device(device)
     model = load_ride(spec, routed=False)
     check_channels(model, spec)
-    names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
     recipe = own_recipe(spec)
     try:
-        results = _results(spec, model)
+        results, examples = _results(spec, model)
         stages, data = results.get("stages", {}), results.get("data", {})
         counts = tuple(map(int, results.get("class_counts") or ()))
         if len(counts) not in (0, model.num_classes):
@@ -144,22 +144,27 @@ def load_demo(spec: str, device: str | None = None) -> Demo:
         name=Path(spec.removeprefix("hf-hub:").removeprefix("local-dir:")).resolve().name,
         macs=count_macs(model, tuple(model.pretrained_cfg["input_size"])),
         model=model.to(chosen),
-        labels=tuple(map(str, names)),
+        labels=tuple(class_names(model)),
         train_images=counts,
         settings=settings,
         default=default,
         accuracy=accuracy,
         dataset=dataset,
+        examples=examples,
     )
 
 
-def _results(spec: str, model: Ride) -> dict[str, Any]:
-    """results.json of a run or release, in a folder or on the Hub; empty where there is none."""
+def _results(spec: str, model: Ride) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """results.json of a run or release and its example images, in a folder or on the Hub; empty where it has none."""
     repository = model.pretrained_cfg.get("hf_hub_id")
-    if not repository:
-        return run_results(spec)
-    path = download_if_there(repository, "results.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    results = run_results(spec)
+    if repository:
+        path = download_if_there(repository, "results.json")
+        results = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    names = [Path(str(example["file"])).name for example in results.get("examples", ())]
+    folder = Path(spec.removeprefix("local-dir:"))
+    paths = [download_if_there(repository, name) if repository else folder / name for name in names]
+    return results, tuple(path for path in paths if path and path.is_file())
 
 
 def _settings(results: Mapping[str, Any]) -> tuple[tuple[Point, ...], int]:

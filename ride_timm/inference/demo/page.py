@@ -20,8 +20,9 @@ LARGEST = "20mb"  # of an uploaded file
 def build_page(demo: Demo) -> gr.Blocks:
     """The page; its endpoint /predict: (image, setting from 1) -> HTML of decision, setting and classes."""
 
-    def predict(image: dict[str, Any] | None, setting: int = demo.default + 1) -> tuple[str, str, str]:
-        point = demo.settings[min(max(setting, 1), len(demo.settings)) - 1] if demo.settings else None
+    def predict(image: dict[str, Any] | None, setting: float | None = None) -> tuple[str, str, str]:
+        chosen = demo.default + 1 if setting is None else round(setting)
+        point = demo.settings[min(max(chosen, 1), len(demo.settings)) - 1] if demo.settings else None
         about = setting_html(demo, point) if point else ""
         if image is None:
             return hint_html("Drop an image to see what it is."), about, ""
@@ -37,7 +38,7 @@ def build_page(demo: Demo) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 image = gr.Image(label="Image", sources=["upload", "clipboard"], height=280, elem_id="image")
                 with tempfile.TemporaryDirectory() as folder:
-                    if examples := write_examples(demo.dataset, Path(folder)):
+                    if examples := demo.examples or write_examples(demo.dataset, Path(folder)):
                         gr.Examples([[str(path)] for path in examples], image, label="Examples")  # copied
             with gr.Column(scale=3, min_width=300):
                 decision = gr.HTML(elem_id="decision", padding=False)

@@ -87,6 +87,18 @@ def test_a_network_without_a_router_or_names(tmp_path, photo):
     assert {candidate.label for candidate in opinions.ensemble} == {"0", "1", "2"}
 
 
+def test_the_examples_are_those_of_the_release(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "release")
+    examples = [dict(file=name) for name in ("example_head.png", "../example_tail.png", "gone.png")]
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | dict(examples=examples)))
+    for name in ("example_head.png", "example_tail.png"):
+        (folder / name).touch()
+        (tmp_path / name).touch()
+    found = load_demo(f"local-dir:{folder}").examples
+    assert found == (folder / "example_head.png", folder / "example_tail.png")  # none outside of it
+
+
 @pytest.mark.parametrize("name", ["words.png", "empty.jpg", "cut.png", "drawing.svg", "missing.png"])
 def test_files_that_are_not_images(demo, photo, tmp_path, name):
     contents = {"words.png": b"hello", "empty.jpg": b"", "cut.png": photo.read_bytes()[:200], "drawing.svg": b"<svg/>"}

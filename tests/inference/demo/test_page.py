@@ -49,7 +49,10 @@ def test_an_image(url, photo):
     assert "3 experts" in decision and "44.0" in setting and "Expert 3" in classes
 
 
-@pytest.mark.parametrize(("setting", "accuracy"), [(1, "40.0"), (3, "45.5"), (-5, "40.0"), (99, "45.5")])
+SETTINGS = [(1, "40.0"), (3, "45.5"), (-5, "40.0"), (99, "45.5"), (2.8, "45.5"), (None, "44.0")]
+
+
+@pytest.mark.parametrize(("setting", "accuracy"), SETTINGS)
 def test_the_slider(url, setting, accuracy):
     decision, about, classes = predict(url, None, setting)
     assert "Drop an image" in decision and accuracy in about and classes == ""
