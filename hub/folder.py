@@ -93,7 +93,7 @@ def _has(found: Any, key: str, kind: Any) -> bool:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_recipe(path: Path, way_out: str = "stage it again") -> Recipe:
@@ -171,7 +171,7 @@ def read_releases() -> dict[str, Any]:
 
 def _write_releases(table: dict[str, Any]) -> None:
     lines = [f"  {json.dumps(tag)}: {json.dumps(row)}" for tag, row in sorted(table.items())]
-    RELEASES.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    RELEASES.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8", newline="\n")
     release_table.cache_clear()
 
 

@@ -24,7 +24,7 @@ def build_space(repo: str, folder: Path) -> None:
     for file in FILES:
         text = (SPACE / file).read_text(encoding="utf-8").replace(MODEL, repo)
         text = text.replace(MODEL.partition("/")[2], repo.partition("/")[2])
-        (folder / file).write_text(text, encoding="utf-8")
+        (folder / file).write_text(text, encoding="utf-8", newline="\n")
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 

@@ -109,7 +109,7 @@ def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
         seed=recipe.split_seed,
         class_counts=counts,
     )
-    (folder / CARD).write_text(card.content.rstrip() + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card.content.rstrip() + "\n", encoding="utf-8", newline="\n")
     return folder
 
 

@@ -139,9 +139,9 @@ def build(
     write_json(new / CONFIG, config)
     write_json(new / RESULTS, results)
     if recipe is not None and is_run:
-        (new / RECIPE).write_text(_public(recipe).to_yaml(), encoding="utf-8")
+        (new / RECIPE).write_text(_public(recipe).to_yaml(), encoding="utf-8", newline="\n")
     for file, text in (files or {}).items():
-        (new / file).write_text(text, encoding="utf-8")
+        (new / file).write_text(text, encoding="utf-8", newline="\n")
     if not (new / GOLDEN).is_file():
         pair = golden_pair(model)
         write_atomically(new / GOLDEN, lambda partial: safetensors.torch.save_file(pair, partial))

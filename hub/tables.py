@@ -161,7 +161,7 @@ def refresh() -> None:
     for name, (path, render) in PAGES.items():
         pages[path] = fill(pages.get(path) or path.read_text(encoding="utf-8"), name, render())
     for path, page in pages.items():
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", newline="\n")
         print(f"rendered {path}")
 
 
