@@ -1,5 +1,6 @@
 """Trackers: both stages apart, numbers as numbers, and at the end the results and the plots."""
 
+import json
 import threading
 
 import numpy as np
@@ -116,3 +117,24 @@ def test_plots_are_batches_of_one_image(run, name, options):
     log_results(tracker, run, step=5)
     assert tracker.images.keys() == {"plots/curves"} and tracker.options == options
     np.testing.assert_array_equal(tracker.images["plots/curves"], np.full((1, 4, 6, 3), (255, 0, 0), np.uint8))
+
+
+def test_wandb_takes_numbers_table_and_plots_without_a_network(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from accelerate import Accelerator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(RunFolder, "results", lambda self: dict(stages=dict(experts=EXPERTS, router=ROUTER)))
+    Image.new("RGB", (6, 4)).save(tmp_path / "curves.png")
+    accelerator = Accelerator(cpu=True, log_with=["wandb", "tensorboard"], project_dir=tmp_path)
+    run = RunFolder(tmp_path)
+    start_trackers(accelerator, load_recipe("fashion_lt"), run)
+    log_epoch(accelerator, dict(stage="experts", epoch=1, loss=0.5), step=1)
+    log_results(accelerator, run, step=2)
+    summary, config = dict(wandb.run.summary), dict(wandb.run.config)
+    accelerator.end_training()
+    assert summary["experts/loss"] == 0.5 and isinstance(config["lr"], float)
+    (table,) = (tmp_path / "wandb").rglob("*.table.json")
+    assert json.loads(table.read_text())["data"][1] == ["routed", 50.0, 60.0, None, 40.0, 90.0, 2000, 2, 0.5, 1.75]
+    (plot,) = (tmp_path / "wandb").rglob("plots/*.png")
+    assert Image.open(plot).size == (6, 4) and list((tmp_path / "ride_timm").glob("events*"))
