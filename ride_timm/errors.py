@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+_SAYS_NOTHING = re.compile(r"(An error occurred while generating the dataset)?")
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; found before any long work starts. The script exits with 2."""
@@ -19,7 +21,12 @@ def listed(names: Iterable[object]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Kind and first line of an error from elsewhere, without addresses of objects."""
+    """Kind and first line of an error from elsewhere, without addresses of objects.
+
+    One without a text of its own, as `datasets` raises, gives way to its cause.
+    """
+    while isinstance(error.__cause__, Exception) and _SAYS_NOTHING.fullmatch(str(error).strip()):
+        error = error.__cause__
     text = str(error).strip().partition("\n")[0]
     text = re.sub(r" <[\w.]+ object at 0x\w+>", "", text)[:200].rstrip(".")  # an address is of no use
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

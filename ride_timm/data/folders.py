@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError, listed
+from ..errors import InputError, first_line, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,6 +109,24 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
     return {split: files_as_dataset(paths, labels.get(split), names) for split, paths in files.items() if paths}
 
 
+def check_zips(root: Path) -> None:
+    """Raise `InputError` for zip files of images without metadata: `datasets` reads no classes from their folders."""
+    for path in files_below(root):
+        if not path.lower().endswith(".zip"):
+            continue
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{path} is not a whole zip file: {first_line(error)}") from error
+        image = next(filter(is_image, names), None)
+        if image is not None and not any(name.rpartition("/")[2] in _METADATA for name in names):
+            raise InputError(
+                f"{path} holds images, such as {image}, whose classes are not read from a zip file: unpack it, to "
+                "train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg alone"
+            )
+
+
 def files_as_dataset(paths: Any, labels: np.ndarray | None = None, names: list[str] | None = None) -> Dataset:
     """Image files as a data set with the column "image", and "label" if given; none is opened.
 
@@ -117,9 +136,8 @@ def files_as_dataset(paths: Any, labels: np.ndarray | None = None, names: list[s
     from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
 
     paths = pa.array(paths, pa.string())
-    columns: dict[str, Any] = {
-        "image": pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
-    }
+    stored = [pa.nulls(len(paths), pa.binary()), paths]
+    columns: dict[str, Any] = {"image": pa.StructArray.from_arrays(stored, ["bytes", "path"], mask=paths.is_null())}
     features = Features(image=Image())
     if labels is not None:
         columns["label"], features["label"] = pa.array(labels), ClassLabel(names=names)
@@ -132,11 +150,7 @@ def files_as_dataset(paths: Any, labels: np.ndarray | None = None, names: list[s
 def files_below(folder: str | Path) -> Iterator[str]:
     """Paths of the files in a folder and below, in the order of their paths; hidden ones are left out."""
     with os.scandir(folder) as entries:
-        names = sorted(
-            entry.name + "/" if entry.is_dir() else entry.name
-            for entry in entries
-            if not _is_hidden(entry) and not (entry.is_symlink() and _leads_back(entry.path))
-        )
+        names = sorted(_marked(entry) for entry in entries if not _is_hidden(entry) and not _leads_back(entry))
     for name in names:
         path = f"{folder}/{name}"
         if name.endswith("/"):
@@ -157,9 +171,17 @@ def _image_extensions() -> frozenset[str]:
     return frozenset(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
-def _leads_back(link: str) -> bool:
+def _marked(entry: os.DirEntry[str]) -> str:
+    """The name, ending in / for a folder or a link to one; a link that leads nowhere is a file."""
+    is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+    return entry.name + "/" if is_folder else entry.name
+
+
+def _leads_back(entry: os.DirEntry[str] | Path) -> bool:
     """True for a link to a folder that it is in."""
-    return Path(link).parent.resolve().is_relative_to(Path(link).resolve())
+    if not entry.is_symlink() or not os.path.isdir(entry):
+        return False
+    return Path(entry).parent.resolve().is_relative_to(Path(entry).resolve())
 
 
 def _is_hidden(entry: os.DirEntry[str] | Path) -> bool:
@@ -168,4 +190,4 @@ def _is_hidden(entry: os.DirEntry[str] | Path) -> bool:
 
 
 def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not _is_hidden(path) and not (path.is_symlink() and _leads_back(str(path)))
+    return path.is_dir() and not _is_hidden(path) and not _leads_back(path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line, listed
 from .datasets import EMBEDDED, KNOWN
-from .folders import files_below, scan_classes, split_folders, split_of
+from .folders import check_zips, files_below, scan_classes, split_folders, split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -32,9 +32,9 @@ def read_splits(
     They come from `data_dir`, the package, a local path or the Hub, the first that applies. config, revision: of a Hub
     data set; a local folder may have configurations, too.
     """
-    path = Path(dataset if data_dir is None else data_dir).expanduser()
+    path = local_path(dataset, data_dir)
     hub_id = KNOWN[dataset].hub_id if dataset in KNOWN else dataset
-    if data_dir is not None or (dataset and dataset not in KNOWN and path.exists()):
+    if path is not None:
         if revision is not None:
             raise InputError(f"dataset_revision={revision!r}: {str(path)!r} is local, not a Hub data set; leave it out")
         return read_local(path, config=config)
@@ -48,6 +48,29 @@ def read_splits(
         f"unknown data set {dataset!r}: neither one of {', '.join(KNOWN)}, nor a Hub id owner/name, nor an existing "
         "folder"
     )
+
+
+def local_path(dataset: str, data_dir: str | Path | None) -> Path | None:
+    """The local path that a data set is read from; None for the package and the Hub."""
+    path = Path(dataset if data_dir is None else data_dir).expanduser()
+    with _file_errors(path):
+        return path if data_dir is not None or (dataset and dataset not in KNOWN and path.exists()) else None
+
+
+def path_roots(path: Path | None) -> tuple[Path, ...]:
+    """The folders where relative paths in the rows of a local path may start."""
+    if path is None:
+        return ()
+    return (path.parent,) if path.is_file() else (path, path / "data")
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    """`InputError` for files and folders that the file system does not give, such as those without permission."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {first_line(error)}") from error
 
 
 def _read_embedded(dataset: str) -> dict[str, Dataset]:
@@ -101,15 +124,18 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
     """The splits of a folder, or of a parquet or CSV file; `InputError` if unreadable."""
     import datasets
 
-    if not path.exists():
-        raise InputError(f"data set folder {str(path)!r} does not exist")
-    if path.is_file() and path.suffix not in (".parquet", ".csv"):
-        raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, a .parquet or a .csv")
-    saved, by_card = is_saved_to_disk(path), _has_card(path)
-    if config is not None and not by_card:
-        raise InputError(f"dataset_config={config!r}: {str(path)!r} has no card with configurations; leave it out")
-    if not (streaming or by_card or holds_rows(path)) and (scanned := scan_classes(path)) is not None:
-        return dict(scanned)
+    with _file_errors(path):
+        if not path.exists():
+            raise InputError(f"data set folder {str(path)!r} does not exist")
+        if path.is_file() and path.suffix not in (".parquet", ".csv"):
+            raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, a .parquet or a .csv")
+        saved, by_card = is_saved_to_disk(path), _has_card(path)
+        if config is not None and not by_card:
+            raise InputError(f"dataset_config={config!r}: {str(path)!r} has no card with configurations; leave it out")
+        if not (by_card or holds_rows(path)):
+            if not streaming and (scanned := scan_classes(path)) is not None:
+                return dict(scanned)
+            check_zips(path)
     if saved and streaming:
         raise InputError(f"{str(path)!r} was written by save_to_disk, which needs no streaming: leave --streaming out")
     how = dict(streaming=True) if streaming else {}
@@ -167,8 +193,13 @@ def _data_files(files: dict[str, list[Path]]) -> dict[str, DataFilesList]:
 
 def _has_card(path: Path) -> bool:
     """True if a card in the folder defines its configurations."""
-    cards = (path / "README.md", path / ".huggingface.yaml")
-    return any(re.search(r"^configs:", card.read_text("utf-8"), re.M) for card in cards if card.is_file())
+    for card in (path / "README.md", path / ".huggingface.yaml"):
+        try:
+            if card.is_file() and re.search(r"^configs:", card.read_text("utf-8"), re.M):
+                return True
+        except UnicodeDecodeError as error:
+            raise InputError(f"{str(card)!r} is not UTF-8 ({first_line(error)}): save it as UTF-8") from error
+    return False
 
 
 @contextmanager
@@ -203,7 +234,10 @@ def is_saved_to_disk(path: Path) -> bool:
 
 def is_saved(path: str | Path | None) -> bool:
     """True for a folder of `save_longtail`."""
-    return path is not None and (Path(path).expanduser() / SELECTION).is_file()
+    if path is None:
+        return False
+    with _file_errors(Path(path)):
+        return (Path(path).expanduser() / SELECTION).is_file()
 
 
 def read_selection(path: Path) -> dict[str, Any]:

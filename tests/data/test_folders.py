@@ -141,6 +141,17 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert list(scan_classes(root)["train"]["label"]) == [0, 0, 1, 2]
 
 
+def test_links_that_lead_nowhere_are_files(tmp_path):
+    root = write(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", data=png())
+    for name, target in {"train/a/self": "self", "train/a/gone": "nowhere", "train/b/2.png": "2.png"}.items():
+        (root / name).symlink_to(target)
+    with pytest.warns(UserWarning, match=r"are not read, 2 in all: no extension \(2\)"):
+        data = load_longtail(str(root))
+    assert data.class_counts == [1, 2]
+    with pytest.raises(RunError, match=r"row 2 .* cannot be read \(OSError: .*symbolic links: .*2\.png"):
+        data.train[2]
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [

@@ -1,11 +1,15 @@
 """The splits of folders and of parquet files."""
 
+import errno
+import os
+import zipfile
 from itertools import count
 
 import datasets
 import pytest
 from small_splits import png, split
 
+from ride_timm.data import folders
 from ride_timm.data.hub import read_local
 from ride_timm.data.load import load_longtail
 from ride_timm.errors import InputError
@@ -197,3 +201,75 @@ def test_a_loading_script_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: load_dataset(str(tmp_path / "old" / "old.py")))
     with pytest.raises(InputError, match=r"by a script, old\.py, .* --dataset-revision refs/convert/parquet"):
         load_longtail("me/old")
+
+
+def write_zip(path, names, more=()):
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(name, png(i))
+        for name, text in more:
+            archive.writestr(name, text)
+
+
+@pytest.mark.parametrize(
+    ("archive", "names"),
+    [
+        ("train.zip", ["a/0.png", "b/1.png"]),
+        ("images.zip", ["train/a/0.png", "train/b/1.png", "test/a/2.png"]),
+        ("a.ZIP", ["0.png"]),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_zip_files_of_class_folders_are_refused(tmp_path, archive, names, streaming):
+    write_zip(tmp_path / archive, names)
+    with pytest.raises(InputError, match=rf"{archive} holds images, such as {names[0]}, .*: unpack it, to train/CLASS"):
+        read_local(tmp_path, streaming)
+
+
+def test_zip_files_with_metadata_are_read(tmp_path):
+    for part in ("train", "test"):
+        csv = "file_name,label\n0.png,cat\n1.png,dog\n"
+        write_zip(tmp_path / f"{part}.zip", ["0.png", "1.png"], [("metadata.csv", csv)])
+    data = load_longtail(str(tmp_path))
+    assert data.class_names == ("cat", "dog") and data.class_counts == [1, 1] and data.test.split == "test"
+    assert data.test[1][0].getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_a_broken_zip_file_is_named(tmp_path):
+    (tmp_path / "train.zip").write_bytes(b"PK and no more")
+    with pytest.raises(InputError, match=r"train\.zip is not a whole zip file: BadZipFile"):
+        read_local(tmp_path)
+
+
+def test_the_cause_is_told_where_datasets_tells_nothing(tmp_path):
+    root = write_folders(tmp_path / "data", ".")
+    (root / "metadata.csv").write_text("file_name,label\n../a.png,0\n")
+    with pytest.raises(InputError, match=r"cannot read a data set from .*: ValueError: Invalid metadata file_name '"):
+        read_local(root)
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    """Simulated, since root may read everything."""
+    root, scandir = write_folders(tmp_path / "data", "."), os.scandir
+
+    def deny(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(folders.os, "scandir", deny)
+    with pytest.raises(InputError, match=r"cannot read '.*data': PermissionError: .*Permission denied: '.*/bee'"):
+        load_longtail(str(root))
+
+
+@pytest.mark.parametrize("arguments", [("x" * 300,), ("cifar10", "x" * 300)])
+def test_a_path_that_no_file_system_takes(arguments):
+    with pytest.raises(InputError, match=r"cannot read 'xxx.*': OSError: .*File name too long"):
+        load_longtail(*arguments)
+
+
+def test_a_card_that_is_not_utf8_is_named(tmp_path):
+    root = write_folders(tmp_path / "data", ".")
+    (root / "README.md").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(InputError, match=r"data/README\.md' is not UTF-8 \(UnicodeDecodeError: .*\): save it as UTF-8"):
+        load_longtail(str(root))
