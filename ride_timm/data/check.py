@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, listed
-from .columns import choose_image_column
+from .columns import choose_image_column, image_rows
 from .datasets import SplitFacts, lists_of
-from .hub import holds_rows, read_local
+from .hub import holds_rows, path_roots, read_local
 from .lists import AnnotationList, find_lists, hub_split, image_root, read_list, rows_of
 
 
@@ -42,7 +42,7 @@ def check_installation(dataset: str, data_dir: Path | None, annotations: Path | 
         missing: list[dict[str, Any]] = []
         if rows is not None:
             found["root"] = str(data_dir)
-            found["problems"] += _missing_rows(split, part, rows)
+            found["problems"] += _missing_rows(split, part, rows, path_roots(data_dir))
         elif data_dir is not None:
             root = image_root(dataset, data_dir, part)
             found["root"] = str(root)
@@ -130,10 +130,11 @@ def _missing_by_class(split: str, part: AnnotationList, missing: list[dict[str, 
     ]
 
 
-def _missing_rows(split: str, part: AnnotationList, rows: dict[str, Any]) -> list[str]:
+def _missing_rows(split: str, part: AnnotationList, rows: dict[str, Any], roots: tuple[Path, ...]) -> list[str]:
     try:
         name = hub_split(part, split, list(rows))
-        rows_of(part, rows[name], choose_image_column(rows[name], None), name)
+        column = choose_image_column(rows[name])
+        rows_of(part, image_rows(rows[name], column, roots), column, name)
     except InputError as error:
         return [f"{split}: {error}"]
     return []

@@ -16,22 +16,29 @@ from .longtail import check_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label", "labels")
+_BYTES, _TEXT = ("binary", "large_binary", "binary_view"), ("string", "large_string", "string_view")
+_EXPECTED = "bytes, {bytes, path}, paths or URLs of image files"
+_SEEN = 10  # first rows, one of which should hold an image
 
 
 def sets_of_columns(
-    splits: dict[str, Dataset], image_column: str | None, label_column: str | None
+    splits: dict[str, Dataset],
+    image_column: str | None,
+    label_column: str | None,
+    folders: Sequence[Path] = (),
 ) -> tuple[list[ImageSet], tuple[str, ...]]:
     """Complete sets of these splits, training first, and its class names.
 
-    Labels that are text, or true and false, become classes in sorted order, named as they are.
+    Labels that are text, or true and false, become classes in sorted order, named as they are. folders: see
+    `image_rows`.
     """
     (train_split, train), *_ = splits.items()
-    image_column = choose_image_column(train, image_column)
     label_column = _choose_label_column(train, label_column)
+    image_column = choose_image_column(train, image_column, label_column)
     train_names = getattr(train.features[label_column], "names", None)
     sets: list[ImageSet] = []
     for name, split in splits.items():
@@ -60,7 +67,8 @@ def sets_of_columns(
             except InputError as error:
                 raise InputError(f"split {name!r}, column {label_column!r}: {error}") from error
         check_unseen(labels, num_classes, f"split {name!r}")
-        sets.append(ImageSet(split.select_columns([image_column]), np.arange(len(labels)), labels, image_column, name))
+        images = image_rows(split, image_column, folders)
+        sets.append(ImageSet(images, np.arange(len(labels)), labels, image_column, name))
     return sets, tuple(train_names or map(str, range(num_classes)))
 
 
@@ -71,68 +79,117 @@ def check_unseen(labels: np.ndarray, num_classes: int, what: str) -> None:
         raise InputError(f"{what} has classes without a training image: {listed(unseen.tolist())}")
 
 
-def choose_image_column(split: Dataset, column: str | None) -> str:
-    """The named column, or the first that holds images; `InputError` if there is none."""
+def choose_image_column(
+    split: Dataset | IterableDataset, column: str | None = None, label_column: str | None = None
+) -> str:
+    """The named column, or the first of images; `InputError` if there is none.
+
+    Where no column has the type of images, the first but the labels whose first rows hold image files: bytes,
+    {bytes, path}, paths or URLs. A named one may hold paths without an extension.
+    """
     from datasets import Image
 
-    found = [name for name, feature in split.features.items() if isinstance(feature, Image)]
-    if column is None:
-        column = next((name for name in (*IMAGE_COLUMNS, *found) if name in found), None)
-        if column is None:
-            raise InputError(
-                f"the data set has no image column; it has {listed(split.column_names)}; "
-                "expected one of image files: bytes, {bytes, path}, paths or URLs"
-            )
-    elif column not in split.column_names:
-        raise InputError(f"the data set has no column {column!r}; it has {listed(split.column_names)}")
-    if column not in found:
-        raise InputError(
-            f"column {column!r} does not hold images: expected bytes, {{bytes, path}}, paths or URLs of image files"
-        )
-    return column
+    if split.features is None:  # a stream of CSV
+        split = first_rows(split)
+    names = list(split.features)
+    if column is not None and column not in names:
+        raise InputError(f"the data set has no column {column!r}; it has {listed(names)}")
+    images = [name for name in names if isinstance(split.features[name], Image)]
+    if column in images or (images and column is None):
+        return column or next(name for name in (*IMAGE_COLUMNS, *images) if name in images)
+    rows = first_rows(split)
+    if column is not None:
+        if not _may_hold_images(rows.features[column]):
+            raise InputError(f"column {column!r} does not hold images but {_kind(rows, column)}: expected {_EXPECTED}")
+        return column
+    labels = LABEL_COLUMNS if label_column is None else (label_column,)
+    for name in (*IMAGE_COLUMNS, *names):
+        if name in names and name not in labels and _holds_images(rows, name):
+            return name
+    raise InputError(
+        f"the data set has no image column: it has {listed(f'{name} ({_kind(rows, name)})' for name in names)}, and "
+        f"the first rows hold no image file; expected {_EXPECTED}, or the column's name as --image-column"
+    )
 
 
-def with_images(split: Dataset, folders: Sequence[Path] = ()) -> Dataset:
-    """A split whose columns of image bytes, {bytes, path}, file paths or URLs are images, as of pandas' files.
+def first_rows(split: Dataset | IterableDataset) -> Dataset:
+    """The first few rows, images undecoded; of a stream, no more are read."""
+    from datasets import Dataset, DatasetInfo, Features
+
+    features = split.features
+    table = next(iter(split.with_format("arrow").iter(_SEEN)), None)
+    if table is None:
+        table = (features or Features()).arrow_schema.empty_table()
+    return Dataset(table, info=DatasetInfo(features=features))
+
+
+def image_rows(split: Dataset, column: str, folders: Sequence[Path] = ()) -> Dataset:
+    """The image column of a split alone, as images of `datasets`: bytes and paths are not read.
 
     folders: where relative paths may start; the first that has the first file is chosen. `InputError` if none has it.
     """
-    from datasets import Image, Value, concatenate_datasets
+    from datasets import Image, Value
 
-    for name, feature in split.features.items():
-        if isinstance(feature, Image):
-            continue
-        first = next(iter(split.select_columns([name]).with_format("arrow")[:1].column(name).to_pylist()), None)
-        if feature == Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
-            stored = first if isinstance(first, dict) else dict(bytes=first, path=None)
-            if name in IMAGE_COLUMNS or _opens(stored):
-                split = split.cast_column(name, Image())
-        elif feature in (Value("string"), Value("large_string")) and first and is_image(urlsplit(first).path):
-            images = files_as_dataset(
-                _resolved(split.with_format("arrow")[:].column(name).to_pylist(), first, folders, name)
-            )
-            split = concatenate_datasets([split.remove_columns(name), images.rename_column("image", name)], axis=1)
-    return split
+    images, feature = split.select_columns([column]), split.features[column]
+    if isinstance(feature, Image):
+        return images
+    if _is_value(feature, _TEXT):
+        found = files_as_dataset(_resolved(images.with_format("arrow")[:].column(column).to_pylist(), folders, column))
+        return found if column == "image" else found.rename_column("image", column)
+    if feature == Value("binary_view"):  # which `datasets` does not cast to images
+        images = images.cast_column(column, Value("binary"))
+    return images.cast_column(column, Image())
+
+
+def _is_value(feature: Any, kinds: tuple[str, ...]) -> bool:
+    from datasets import Value
+
+    return isinstance(feature, Value) and feature.dtype in kinds
+
+
+def _may_hold_images(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return "bytes" in feature or "path" in feature
+    return _is_value(feature, _BYTES + _TEXT)
+
+
+def _holds_images(rows: Dataset, column: str) -> bool:
+    """True for a column of image files in one of its first rows, and for bytes under a usual name."""
+    feature = rows.features[column]
+    if not _may_hold_images(feature):
+        return False
+    values = [value for value in rows.data.column(column).to_pylist() if value]
+    if _is_value(feature, _TEXT):
+        return bool(values) and is_image(urlsplit(values[0]).path)
+    if column in IMAGE_COLUMNS:
+        return True
+    return any(_opens(value if isinstance(value, dict) else dict(bytes=value)) for value in values)
+
+
+def _kind(rows: Dataset, column: str) -> str:
+    return str(rows.data.schema.field(column).type)
 
 
 def _opens(stored: dict[str, Any]) -> bool:
     try:
-        return open_stored(stored) is not None
+        return open_stored(dict(bytes=stored.get("bytes"), path=stored.get("path"))) is not None
     except Exception:  # decoders have no common error
         return False
 
 
-def _resolved(paths: list[str | None], first: str, folders: Sequence[Path], column: str) -> list[str | None]:
-    """Paths from the first folder that has the first file; URLs and absolute paths as they are."""
-    if "://" in first or Path(first).is_absolute():
-        return paths
+def _resolved(paths: list[str | None], folders: Sequence[Path], column: str) -> list[str | None]:
+    """Paths from the first folder that has the first file; URLs and absolute paths as they are; None without one."""
+    first = next(filter(None, paths), None)
+    if first is None or "://" in first or Path(first).is_absolute():
+        return [path or None for path in paths]
     root = next((folder for folder in folders if (folder / first).is_file()), None)
     if root is None:
         raise InputError(
-            f"column {column!r} holds paths of images, and there is no {first} in {listed(folders) or 'a Hub set'}: "
-            "expected paths from the folder of the file, or absolute ones"
+            f"column {column!r} is read as paths of images, and there is no {first} in "
+            f"{listed(folders) or 'a Hub set'}: expected paths from the folder of the file, or absolute ones; "
+            "--image-column names another column"
         )
-    return [path if path is None or "://" in path else str(root / path) for path in paths]
+    return [str(root / path) if path and "://" not in path else path or None for path in paths]
 
 
 def _choose_label_column(split: Dataset, column: str | None) -> str:
@@ -169,6 +226,8 @@ def _label_values(split: Dataset, column: str, name: str) -> pa.ChunkedArray:
     kind = values.type
     if pa.types.is_dictionary(kind):
         values = values.cast(kind.value_type)
+    if pa.types.is_string_view(values.type):
+        values = values.cast(pa.string())
     if pa.types.is_boolean(values.type):
         return pc.if_else(values, "true", "false")
     if pa.types.is_floating(values.type):

@@ -10,12 +10,13 @@ from PIL.Image import Image
 
 from ..files import expanded
 from .augment.images import open_image, upright_size
-from .columns import choose_image_column
+from .columns import choose_image_column, first_rows, image_rows
 from .datasets import EMBEDDED, KNOWN, lists_of
 from .folders import files_below, is_image, split_folders
-from .hub import holds_rows, is_hub_id, is_saved_to_disk, read_hub, read_local, read_splits
+from .hub import holds_rows, is_hub_id, is_saved_to_disk, local_path, path_roots, read_hub, read_local, read_splits
 from .image_set import open_stored
 from .lists import find_lists, image_root, read_list
+from .split_roles import training_split
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -57,9 +58,9 @@ def _first_image(
     config: str | None,
     revision: str | None,
 ) -> Image | None:
-    path = data_dir
-    if path is None and dataset and dataset not in KNOWN and (own := Path(dataset).expanduser()).exists():
-        path = own
+    from datasets import Image as ImageFeature
+
+    path = local_path(dataset, data_dir)
     if path is not None and not holds_rows(path):
         if annotations is not None or lists_of(dataset) is not None:
             train = read_list(find_lists(dataset, data_dir, annotations)["train"])
@@ -68,7 +69,11 @@ def _first_image(
         file = next((file for folder in folders for file in files_below(folder) if is_image(file)), None)
         if file is not None:
             return open_image(file)
-    return _first_of_rows(_rows(dataset, path, config, revision), image_column, train_split)
+    splits = _rows(dataset, path, config, revision)
+    rows = first_rows(splits[training_split(splits, train_split)])
+    column = choose_image_column(rows, image_column)
+    images = image_rows(rows, column, path_roots(path)).cast_column(column, ImageFeature(decode=False))
+    return open_stored(next(row[column] for row in images if row[column] is not None))
 
 
 def _rows(
@@ -88,14 +93,3 @@ def _rows(
         if hub_id is None or not is_hub_id(hub_id)
         else read_hub(hub_id, dataset, not datasets.config.HF_HUB_OFFLINE, config, revision)
     )
-
-
-def _first_of_rows(
-    splits: Mapping[str, Dataset | IterableDataset], image_column: str | None, train_split: str
-) -> Image | None:
-    from datasets import Image as ImageFeature
-
-    rows = splits[train_split]
-    column = choose_image_column(rows, image_column)
-    stored = next(iter(rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))))[column]
-    return open_stored(stored)

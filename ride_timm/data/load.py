@@ -6,19 +6,28 @@ Loading reads labels only; images are decoded on access. `datasets` is heavy and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError, listed
+from ..errors import InputError
 from ..files import expanded
-from .columns import check_unseen, choose_image_column, sets_of_columns, with_images
+from .columns import check_unseen, choose_image_column, image_rows, sets_of_columns
 from .datasets import EMBEDDED, KNOWN, default_profile, lists_of
-from .folders import split_of
-from .hub import holds_rows, is_hub_id, is_saved, read_hub, read_local, read_selection, read_splits
+from .hub import (
+    holds_rows,
+    is_hub_id,
+    is_saved,
+    local_path,
+    path_roots,
+    read_hub,
+    read_local,
+    read_selection,
+    read_splits,
+)
 from .image_set import ImageSet, LongTailData
 from .lists import (
     check_classes,
@@ -31,6 +40,7 @@ from .lists import (
     rows_of,
 )
 from .longtail import IMB_FACTOR, check_imbalance, longtail_indices
+from .split_roles import split_roles
 from .streaming import streamed_rows
 
 if TYPE_CHECKING:
@@ -91,7 +101,7 @@ def load_longtail(
         profile, from_lists = "none", False  # selected already
     if from_lists:
         paths = find_lists(dataset, data_dir, annotations)
-        roles = _split_roles(paths, train_split, test_split, use_val)
+        roles = split_roles(paths, train_split, test_split, use_val)
         if "test" not in roles and lists_of(dataset) is not None:
             raise InputError(f"there is no test list of {dataset} next to {paths['train']}")
         make_set = partial(streamed_rows, shuffle_buffer=shuffle_buffer) if streaming else _matched_rows
@@ -104,11 +114,10 @@ def load_longtail(
         )
     else:
         splits = read_splits(dataset, data_dir, dataset_config, dataset_revision)
-        roles = _split_roles(splits, train_split, test_split, use_val)
-        path = data_dir or Path(dataset).expanduser()
-        folders = (path.parent,) if path.is_file() else (path, path / "data") if path.is_dir() else ()
-        columns = {name: with_images(splits[name], folders) for name in roles.values()}
-        sets, class_names = sets_of_columns(columns, image_column, label_column)
+        roles = split_roles(splits, train_split, test_split, use_val)
+        chosen = {name: splits[name] for name in roles.values()}
+        folders = path_roots(local_path(dataset, data_dir))
+        sets, class_names = sets_of_columns(chosen, image_column, label_column, folders)
     by_role = dict(zip(roles, sets, strict=True))
     if "test" in roles:
         train, test, held_out = by_role["train"], by_role["test"], None
@@ -150,54 +159,6 @@ def _check_selection(data_dir: Path, annotations: Path | None, wanted: dict[str,
         raise InputError(
             f"folder {str(data_dir)!r} was saved with {held}, not {asked}: save the other selection to another folder"
         )
-
-
-def _split_roles(
-    splits: Iterable[str], train_split: str, test_split: str | None, use_val: bool | None
-) -> dict[str, str]:
-    """The splits by role: "train", "test" unless there is none, and "val" if requested."""
-    splits = list(splits)
-    train = _named(splits, train_split)
-    if train is None and train_split == "train":
-        train = splits[0] if len(splits) == 1 and split_of(splits[0]) is None else _of_kind(splits, "train")
-    if train is None:
-        raise InputError(f"the data set has no split {train_split!r}; it has {listed(splits)}")
-    others = [name for name in splits if name != train]
-    if test_split is None:
-        test = _of_kind(others, "test") or _of_kind(others, "validation")
-        if test is None and others:
-            raise InputError(
-                f"the data set has no split test or validation; pass --test-split, one of {listed(others)}"
-            )
-    else:
-        test = _named(splits, test_split)
-        if test is None:
-            raise InputError(f"the data set has no split {test_split!r}; it has {listed(splits)}")
-        if test == train:
-            raise InputError(f"split {test!r} cannot be both the training and the test set")
-    roles = dict(train=train) if test is None else dict(train=train, test=test)
-    if use_val is False:
-        return roles
-    val = _of_kind([name for name in others if name != test], "validation")
-    if val is None:
-        if use_val is None:
-            return roles
-        used = " and ".join(repr(name) for name in roles.values())
-        raise InputError(
-            f"the data set has no validation split besides {used}; it has {listed(splits)}: hold out training images "
-            "instead (--holdout 0.1)"
-        )
-    return roles | dict(val=val)
-
-
-def _named(splits: list[str], wanted: str) -> str | None:
-    """The split of this name, else of this name in another case."""
-    return next((name for same in (str, str.lower) for name in splits if same(name) == same(wanted)), None)
-
-
-def _of_kind(splits: list[str], kind: str) -> str | None:
-    """The split of this name, else the first whose name stands for it."""
-    return _named(splits, kind) or next((name for name in splits if split_of(name) == kind), None)
 
 
 def _hold_out_test(train: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -246,7 +207,9 @@ def _from_lists(
     for name, part in lists.items():
         split_name = hub_split(part, name, list(splits))
         split = splits[split_name]
-        sets.append(make_set(part, split, choose_image_column(split, image_column), split_name))
+        column = choose_image_column(split, image_column)
+        images = split if streaming else image_rows(split, column, path_roots(data_dir))
+        sets.append(make_set(part, images, column, split_name))
     return sets, class_names
 
 
@@ -257,9 +220,9 @@ def _listed_files(annotations: AnnotationList, root: Path, split: str) -> ImageS
     return ImageSet(images, rows, annotations.labels, "image", split, annotations.path)
 
 
-def _matched_rows(annotations: AnnotationList, split: Dataset, image_column: str, split_name: str) -> ImageSet:
-    rows = rows_of(annotations, split, image_column, split_name)
-    return ImageSet(split.select_columns([image_column]), rows, annotations.labels, image_column, split_name)
+def _matched_rows(annotations: AnnotationList, images: Dataset, image_column: str, split_name: str) -> ImageSet:
+    rows = rows_of(annotations, images, image_column, split_name)
+    return ImageSet(images, rows, annotations.labels, image_column, split_name)
 
 
 def hold_out(image_set: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -1,9 +1,12 @@
 """The size of the first training image, of every form of a data set."""
 
 import datasets
+import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pytest
 from datasets import DatasetDict
 from PIL import Image
+from pyarrow import parquet
 from small_splits import png, split
 
 from ride_timm.data.first_image import first_image_size
@@ -52,6 +55,23 @@ def test_rows(tmp_path, form):
     path = path / "train.parquet" if form == "file" else path
     assert first_image_size(str(path)) == first_image_size(str(path), image_column="photo") == (7, 5)
     assert first_image_size(str(path), image_column="label") is None
+
+
+@pytest.mark.parametrize("form", ["bytes", "relative", "csv"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_columns_that_pandas_writes(tmp_path, form, folder):
+    write(tmp_path / "photos" / "0.png")
+    images = [None, png(size=(7, 5))] if form == "bytes" else [None, "photos/0.png"]
+    path = tmp_path / f"train.{'csv' if form == 'csv' else 'parquet'}"
+    table = pa.table({"label": ["a.png", "b.png"], "picture": images})
+    (pa_csv.write_csv if form == "csv" else parquet.write_table)(table, path)
+    assert first_image_size(str(tmp_path if folder else path)) == (7, 5)
+
+
+@pytest.mark.parametrize("name", ["Training", "full", "TRAIN"])
+def test_the_training_split_by_other_names(tmp_path, name):
+    DatasetDict({name: split([0], data=[png(size=(7, 5))])}).save_to_disk(tmp_path / "data")
+    assert first_image_size(str(tmp_path / "data")) == (7, 5)
 
 
 @pytest.mark.parametrize("offline", [False, True])

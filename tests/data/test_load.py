@@ -7,6 +7,7 @@ from gzip import compress
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -221,7 +222,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, arguments, message):
 
 def test_no_usable_column_is_refused(tmp_path):
     plain = Dataset.from_dict({"path": ["a"], "label": [0]})
-    with pytest.raises(InputError, match=r"no image column; it has path, label; expected one of image files"):
+    with pytest.raises(InputError, match=r"no image column: it has path \(string\), label \(int64\), and the first"):
         load_longtail(saved(tmp_path, train=plain, test=plain), imb_type="none")
     other = split([0], label="kind")
     with pytest.raises(InputError, match="no label column fine_label or label or labels; it has image, kind"):
@@ -428,27 +429,119 @@ def test_the_embedded_set_is_not_another_one(settings, message):
         load_longtail("fashion_lt", **settings)
 
 
-@pytest.mark.parametrize("form", ["bytes", "struct", "paths", "csv", "absolute"])
-def test_columns_that_pandas_writes(tmp_path, form):
-    images = [png(10, "L", (5, 4)), png(20, "L", (5, 4)), None]
-    root = tmp_path / "[my] files"
-    (root / "photos").mkdir(parents=True)
-    for i in range(2):
-        (root / "photos" / f"{i}.png").write_bytes(images[i])
-    base = f"{root}/" if form == "absolute" else ""
+def pandas_file(folder, form, column, images):
+    """A file of these images, as pandas, polars and others write columns, with the labels b, a, b, …"""
+    (folder / "photos").mkdir(parents=True)
+    for i, image in enumerate(images):
+        (folder / "photos" / f"{i}.png").write_bytes(image)
+    names = [f"photos/{i}.png" for i in range(len(images))]
+    paths = {"absolute": [f"{folder}/{name}" for name in names], "URLs": [f"memory://{name}" for name in names]}
+    fsspec.filesystem("memory").pipe(dict(zip(names, images, strict=True)))
+    rows = [dict(bytes=image, path=name, height=4) for image, name in zip(images, names, strict=True)]
     values = {
-        "bytes": images[:2],
-        "struct": [dict(bytes=data, path=None) for data in images[:2]],
-    }.get(form, [f"{base}photos/{i}.png" for i in range(2)])
-    table = pa.table({"picture": values * 3, "label": ["b", "a"] * 3})
-    path = root / f"train.{'csv' if form == 'csv' else 'parquet'}"
-    (pa_csv.write_csv if form == "csv" else parquet.write_table)(table, path)
-    data = load_longtail(str(path))
-    assert data.class_names == ("a", "b") and data.class_counts == [2, 2]
+        "bytes": images,
+        "large bytes": pa.array(images, pa.large_binary()),
+        "struct": [dict(bytes=row["bytes"], path=None) for row in rows],
+        "struct of bytes": [dict(bytes=row["bytes"]) for row in rows],
+        "struct with more": rows,
+        "large paths": pa.array(names, pa.large_string()),
+        "dictionary": pa.array(names).dictionary_encode(),
+    }.get(form, paths.get(form, names))
+    if "view" in form:
+        values = (
+            pa.array(images).cast(pa.binary_view()) if form == "view of bytes" else pa.array(names, pa.string_view())
+        )
+    table = pa.table({column: values, "label": (["b", "a"] * len(images))[: len(images)]})
+    path = folder / f"train.{'csv' if form == 'CSV' else 'parquet'}"
+    (pa_csv.write_csv if form == "CSV" else parquet.write_table)(table, path)
+    return str(path)
+
+
+BYTES = ["bytes", "large bytes", "view of bytes", "struct", "struct of bytes", "struct with more"]
+PATHS = ["paths", "large paths", "view of paths", "dictionary", "CSV", "absolute", "URLs"]
+
+
+@pytest.mark.parametrize("column", ["picture", "image"])
+@pytest.mark.parametrize("form", BYTES + PATHS)
+def test_columns_that_pandas_writes(tmp_path, form, column):
+    path = pandas_file(tmp_path / "[my] files", form, column, [png(10 * (1 + i % 2), "L", (5, 4)) for i in range(6)])
+    data = load_longtail(path)
+    assert data.class_names == ("a", "b") and data.class_counts == [2, 2] and data.train.image_column == column
     assert {(data.train[i][0].getpixel((0, 0))[0], data.train[i][1]) for i in range(4)} == {(10, 1), (20, 0)}
+
+
+@pytest.mark.parametrize("first", [None, b"junk"])
+@pytest.mark.parametrize("kind", ["binary", "string"])
+def test_the_first_image_may_be_missing_or_broken(tmp_path, first, kind):
+    images = [png(), png()]
+    (tmp_path / "0.png").write_bytes(png())
+    if kind == "string":
+        (tmp_path / "junk.png").write_bytes(b"junk")
+        first, images = first and "junk.png", ["0.png", "0.png"]
+    table = pa.table({"picture": pa.array([first, *images], kind), "label": [0, 1, 1]})
+    for name in ("train", "test"):
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    data = load_longtail(str(tmp_path))
+    assert data.train.image_column == "picture" and data.train[1][0].size == (4, 4)
+    with pytest.raises(RunError, match="row 0 of split 'train'.* " + ("cannot be read" if first else "is missing")):
+        data.train[0]
+
+
+@pytest.mark.parametrize("stored", ["images", "bytes", "paths"])
+def test_other_columns_are_not_taken_for_images(tmp_path, stored):
+    names = {"file_name": ["a.jpg"] * 3, "url": ["https://nowhere/a.jpg"] * 3, "label": ["c1.png", "c0.png", "c1.png"]}
+    if stored == "images":
+        others = Dataset.from_dict(names)
+        part = datasets.concatenate_datasets([others, split([0] * 3, "number", data=[png()] * 3)], axis=1)
+        path = saved(tmp_path, train=part, test=part)
+    else:
+        (tmp_path / "0.png").write_bytes(png())
+        if stored == "paths":
+            del names["file_name"]
+        table = pa.table({"label": names.pop("label"), "image": [png() if stored == "bytes" else "0.png"] * 3, **names})
+        path = str(tmp_path)
+        for name in ("train", "test"):
+            parquet.write_table(table, tmp_path / f"{name}.parquet")
+    data = load_longtail(path)
+    assert data.class_names == ("c0.png", "c1.png") and data.class_counts == [1, 2]
+    assert data.train.image_column == "image" and data.train[0][0].size == (4, 4)
+
+
+def test_a_named_column_needs_no_extension(tmp_path):
+    (tmp_path / "0").write_bytes(png())
+    table = pa.table({"image": [png(size=(9, 9))] * 3, "file": ["0"] * 3, "label": [0] * 3})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    assert load_longtail(str(tmp_path)).train[0][0].size == (9, 9)
+    assert load_longtail(str(tmp_path), image_column="file").train[0][0].size == (4, 4)
+
+
+@pytest.mark.parametrize("values", [pa.array([b"junk"] * 3), pa.array([list(png())] * 3), pa.nulls(3)])
+def test_columns_of_no_images_are_listed_with_their_types(tmp_path, values):
+    parquet.write_table(pa.table({"picture": values, "label": [0] * 3}), tmp_path / "train.parquet")
+    with pytest.raises(
+        InputError, match=r"has picture \((binary|list.*int64.*|null)\), label \(int64\), and the first"
+    ):
+        load_longtail(str(tmp_path))
+
+
+def test_labels_of_string_views(tmp_path):
+    table = pa.table({"image": [png()] * 4, "label": pa.array(["b", "a", "b", "b"], pa.string_view())})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    data = load_longtail(str(tmp_path))
+    assert data.class_names == ("a", "b") and data.class_counts == [1, 2]
+
+
+@pytest.mark.parametrize("photos", ["photos", "data/photos"])
+def test_paths_start_at_the_folder_of_the_set_or_of_its_rows(tmp_path, photos):
+    (tmp_path / photos).mkdir(parents=True)
+    (tmp_path / photos / "0.png").write_bytes(png())
+    (tmp_path / "data").mkdir(exist_ok=True)
+    table = pa.table({"file": ["photos/0.png"] * 3, "label": [0] * 3})
+    parquet.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet")
+    assert load_longtail(str(tmp_path)).train[1][0].size == (4, 4)
 
 
 def test_paths_without_files_are_refused(tmp_path):
     parquet.write_table(pa.table({"image": ["x/1.jpg"] * 3, "label": [0] * 3}), tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=r"column 'image' holds paths of images, and there is no x/1\.jpg in"):
+    with pytest.raises(InputError, match=r"column 'image' is read as paths of images, and there is no x/1\.jpg in"):
         load_longtail(str(tmp_path))
