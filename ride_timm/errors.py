@@ -1,7 +1,9 @@
 """The two ways a run can end badly. Both carry one plain sentence for the user; what caused them is chained."""
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _SAYS_NOTHING = re.compile(r"(An error occurred while generating the dataset)?")
 
@@ -30,3 +32,15 @@ def first_line(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0]
     text = re.sub(r" <[\w.]+ object at 0x\w+>", "", text)[:200].rstrip(".")  # an address is of no use
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Suppress a library's warnings, such as those of its retries; the final error says it once."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

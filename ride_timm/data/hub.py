@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, first_line, listed
+from ..errors import InputError, first_line, listed, quiet
 from .datasets import EMBEDDED, KNOWN
 from .folders import check_zips, files_below, scan_classes, split_folders, split_of
 
@@ -207,15 +206,13 @@ def _quiet(datasets) -> Iterator[None]:
     """Suppress progress bars and retry warnings; the final error says it once."""
     from datasets.utils import are_progress_bars_disabled
 
-    hub_log = logging.getLogger("huggingface_hub")
-    level, bars = hub_log.level, not are_progress_bars_disabled()
-    hub_log.setLevel(logging.ERROR)
+    bars = not are_progress_bars_disabled()
     if bars:
         datasets.disable_progress_bars()
     try:
-        yield
+        with quiet("huggingface_hub"):
+            yield
     finally:
-        hub_log.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
 

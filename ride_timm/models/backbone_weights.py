@@ -7,16 +7,20 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
 import timm
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models import get_pretrained_cfg
+from timm.models._builder import _resolve_pretrained_source
+from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
 from torch import nn
 
-from ..errors import first_line
+from ..errors import first_line, listed, quiet
 from .release import DATA_CONFIG, check_finite
 
 
@@ -24,16 +28,25 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
     """Create a backbone with its published weights (True) or those of a file.
 
     make: creates it, from arguments of `timm.create_model`. Raises ValueError if weights cannot be loaded, do not fit,
-    are not finite, or leave tensors outside of the classifier as they were; warns as `warn_of_twin` does.
+    are not finite, or leave tensors outside of the classifier as they were, and at once if the Hub is unreachable;
+    warns as `warn_of_twin` does.
     """
     overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
     where = "published weights" if source is True else f"weights in {source}"
-    if overlay and not Path(str(source)).is_file():
-        raise ValueError(f"backbone_pretrained={str(source)!r}: no such file.")
+    if overlay:
+        _check_file(Path(str(source)))
     try:
-        with _missing_tensors() as missing:
+        with quiet("huggingface_hub"), _missing_tensors() as missing:
+            if not overlay:
+                _check_hub(backbone)
             net = make(pretrained=True, **overlay)
-    except (RuntimeError, OSError, KeyError, ValueError, EOFError, safetensors.SafetensorError) as error:
+    except (RuntimeError, OSError, KeyError, ValueError, EOFError, safetensors.SafetensorError, HTTPError) as error:
+        if _no_connection(error):
+            raise ValueError(
+                f"backbone={backbone!r}: its {where} are not in the cache, and the Hub is unreachable or "
+                "HF_HUB_OFFLINE is set: go online once, or name a file of them: backbone_pretrained=FILE, "
+                "--backbone-weights FILE."
+            ) from error
         text = first_line(error) if isinstance(error, KeyError) else str(error)  # of a KeyError, only the key
         lines = [" ".join(line.split()) for line in text.splitlines()]
         reason = "; ".join([line for line in lines if "size mismatch" in line] or lines)[:300]
@@ -56,6 +69,38 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
     if overlay:
         warn_of_twin(backbone, Path(str(source)))
     return net
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        files = sorted(file for kind in ("*.safetensors", "*.bin", "*.pth") for file in path.glob(kind))
+        way = f"one of {listed(files)}" if files else "it holds no .safetensors, .bin or .pth"
+        raise ValueError(f"backbone_pretrained={str(path)!r}: a folder, expected the file of the weights: {way}.")
+    if not path.is_file():
+        raise ValueError(f"backbone_pretrained={str(path)!r}: no such file.")
+
+
+def _check_hub(backbone: str) -> None:
+    """Raise the client's error if weights must be downloaded and the Hub is unreachable.
+
+    timm asks for one file after the other, and the client retries each for half a minute.
+    """
+    source, at = _resolve_pretrained_source(get_pretrained_cfg(backbone).to_dict())
+    if source != "hf-hub":
+        return
+    hub_id, name = at if isinstance(at, tuple) else (at, HF_WEIGHTS_NAME)
+    repo, revision = hf_split(hub_id)
+    names = [*_get_safe_alternatives(name), name]
+    if any(isinstance(try_to_load_from_cache(repo, file, revision=revision), str) for file in names):
+        return
+    with suppress(HfHubHTTPError):  # an answer: timm may find another file
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+
+def _no_connection(error: Exception) -> bool:
+    """True for errors of the Hub's client that are no answer of the Hub."""
+    answered = isinstance(error, HfHubHTTPError)
+    return isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | HTTPError) and not answered
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import (
     PretrainedCfg,
     generate_default_cfgs,
@@ -25,6 +26,7 @@ from timm.models import (
 from timm.models._input import get_model_args
 from torch import Tensor, nn
 
+from ..errors import first_line
 from .adapters import add_updates, check_adapter, copy_sharing_parameters, freeze, is_update, merge_updates
 from .backbone_weights import load_backbone
 from .create import Parts, create_ride, ride_cfg
@@ -254,8 +256,7 @@ def _cfg(backbone: str, **kwargs: Any) -> dict[str, Any]:
 
 def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any]) -> Ride:
     _backbone_cfg(backbone)
-    with torch.device("meta"):
-        probe = timm.create_model(backbone)
+    probe = _probe(backbone, **kwargs)
     kwargs["pretrained_filter_fn"] = fit_to_size
     levels = 3 if find_cut(probe, backbone).tokens else tuple(range(len(probe.feature_info)))  # timm's defaults
     saved = kwargs.get("pretrained_model_args") or {}
@@ -270,6 +271,31 @@ def _create(variant: str, backbone: str, pretrained: bool, kwargs: dict[str, Any
         classifier_layer=_classifier_layer(probe),
         backbone=backbone,
         **kwargs,
+    )
+
+
+def _probe(backbone: str, img_size: Any = None, patch_size: Any = None, **_: Any) -> nn.Module:
+    """The backbone on the meta device; ValueError if it does not take images as small as `img_size`."""
+    given = {key: value for key, value in (("img_size", img_size), ("patch_size", patch_size)) if value is not None}
+    try:
+        with torch.device("meta"):
+            probe = timm.create_model(backbone, **given)
+    except RuntimeError as error:  # of windows: a dimension below 0
+        if img_size is None:
+            raise
+        raise ValueError(_too_small(backbone, img_size, first_line(error))) from error
+    patch = getattr(getattr(probe, "patch_embed", None), "patch_size", None)
+    if img_size is not None and patch is not None and min(to_2tuple(img_size)) < max(to_2tuple(patch)):
+        edges = to_2tuple(patch)
+        raise ValueError(_too_small(backbone, img_size, f"its patches are of {edges[0]} x {edges[1]}"))
+    return probe
+
+
+def _too_small(backbone: str, img_size: Any, reason: str) -> str:
+    size = " x ".join(map(str, to_2tuple(img_size)))
+    return (
+        f"backbone={backbone!r} takes no images of {size} pixels ({reason}): choose a larger image size (img_size, "
+        "--input-size)."
     )
 
 

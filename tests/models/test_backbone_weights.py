@@ -1,14 +1,17 @@
 """Weights of a backbone: complete, of this network, and who is warned."""
 
 import json
+import logging
 import warnings
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
 import ride_timm  # noqa: F401  (registers the models)
+from ride_timm.models import backbone_weights
 from ride_timm.models.backbone_weights import differences, stated_network, warn_of_twin
 
 
@@ -125,3 +128,79 @@ def test_weights_with_the_classifier_left_out_are_taken(tmp_path):
     save_file({name: value for name, value in net.state_dict().items() if not name.startswith("head.")}, file)
     model = timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=3)
     assert torch.equal(model.trunk.net.patch_embed.proj.weight, net.patch_embed.proj.weight)
+
+
+PUBLISHED = "test_vit.r160_in1k"
+
+
+def hub_that(error, monkeypatch):
+    """Let the client raise an error, and timm's own download fail the test."""
+
+    def ask(url, timeout):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(backbone_weights, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(backbone_weights, "try_to_load_from_cache", lambda *_, **how: None)
+
+
+@pytest.mark.parametrize("error", [errors.HTTPError("refused"), errors.OfflineModeIsEnabled("offline")])
+def test_an_unreachable_hub_is_one_error_before_timm_retries(error, monkeypatch):
+    hub_that(error, monkeypatch)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *_, **how: pytest.fail("downloads"))
+    with pytest.raises(ValueError, match=f"{PUBLISHED}'.* Hub is unreachable .* --backbone-weights FILE") as refused:
+        timm.create_model("ride", backbone=PUBLISHED, backbone_pretrained=True, num_classes=3)
+    assert refused.value.__cause__ is error and "do not fit" not in str(refused.value)
+
+
+def test_a_refused_connection_is_not_retried_and_not_logged(monkeypatch, caplog):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(backbone_weights, "hf_hub_url", lambda *_, **how: "http://127.0.0.1:9/weights")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for a second try"))
+    with caplog.at_level(logging.WARNING, "huggingface_hub"), pytest.raises(ValueError, match="Hub is unreachable"):
+        timm.create_model("ride", backbone=PUBLISHED, backbone_pretrained=True, num_classes=3)
+    assert not caplog.records
+
+
+def test_a_connection_lost_in_the_download_says_the_same(monkeypatch):
+    def lose(*_, **how):
+        raise errors.LocalEntryNotFoundError("lost")
+
+    hub_that(None, monkeypatch)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lose)
+    with pytest.raises(ValueError, match="Hub is unreachable"):
+        timm.create_model("ride", backbone=PUBLISHED, backbone_pretrained=True, num_classes=3)
+
+
+def test_weights_in_the_cache_need_no_network(monkeypatch, tmp_path):
+    file, net = tmp_path / "model.safetensors", timm.create_model("test_vit")
+    save_file(net.state_dict(), file)
+    hub_that(errors.HTTPError("refused"), monkeypatch)
+    monkeypatch.setattr(backbone_weights, "try_to_load_from_cache", lambda repo, name, **how: str(file))
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *_, **how: str(file))
+    model = timm.create_model("ride", backbone=PUBLISHED, backbone_pretrained=True, num_classes=3)
+    assert torch.equal(model.trunk.net.patch_embed.proj.weight, net.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [(["b.bin", "a.safetensors"], r"one of .*a\.safetensors, .*b\.bin"), (["notes.txt"], "it holds no .safetensors")],
+)
+def test_a_folder_of_weights_is_answered_by_its_files(files, words, tmp_path):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"a folder, expected the file of the weights: {words}"):
+        timm.create_model("ride", backbone="test_vit", backbone_pretrained=tmp_path, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "words"),
+    [
+        ("test_vit", 8, r"8 x 8 pixels \(its patches are of 16 x 16\): choose a larger .*--input-size"),
+        ("maxvit_rmlp_pico_rw_256", 20, "20 x 20 pixels .*--input-size"),
+    ],
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_images_smaller_than_a_patch_or_window_are_named(backbone, size, words, pretrained):
+    with pytest.raises(ValueError, match=f"backbone='{backbone}' takes no images of {words}"):
+        timm.create_model("ride", backbone=backbone, backbone_pretrained=pretrained, img_size=size)
