@@ -26,7 +26,8 @@ def find_images(names: Iterable[str]) -> list[str]:
 
     A name is a file, a folder (its images at any depth, sorted, hidden ones left out), a glob pattern if nothing has
     this name, or `-` for names of files and folders on standard input, one a line or separated by NUL. A name without
-    an image stands for itself, as a path that cannot be read. InputError if there are no names.
+    an image stands for itself, as a path that cannot be read. InputError if there are no names, or for a folder that
+    cannot be read.
     """
     paths: list[str] = []
     for name in names:
@@ -47,13 +48,21 @@ def find_images(names: Iterable[str]) -> list[str]:
 
 
 def _images_of(path: str) -> list[str]:
-    return [path] if not os.path.isdir(path) else [file for file in files_below(path) if is_image(file)] or [path]
+    if not os.path.isdir(path):
+        return [path]
+    try:
+        return [file for file in files_below(path) if is_image(file)] or [path]
+    except OSError as error:  # no row of its own: the images after it would be missing without a word
+        raise InputError(
+            f"images: the folder {error.filename!r} cannot be read ({error.strerror}): make it readable, or name the "
+            "other folders and files."
+        ) from error
 
 
 def _matches(pattern: str) -> list[str]:
     """Sorted matches of a pattern; folders that exist are taken literally, brackets in their names included."""
     path = Path(pattern)
-    folder = next(parent for parent in path.parents if parent.exists())
+    folder = next(parent for parent in path.parents if os.path.exists(parent))
     return sorted(glob(str(escape(str(folder)) / path.relative_to(folder)), recursive=True))
 
 

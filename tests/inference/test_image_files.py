@@ -100,6 +100,26 @@ def test_grey_images_for_networks_of_one_channel(tmp_path):
     assert torch.equal(grey, to_tensor(smooth(4, 4).convert("L")))
 
 
+def test_a_name_longer_than_the_file_system_allows_stands_for_itself():
+    for name in ("a" * 300, "a" * 300 + "/*.jpg"):
+        assert find_images([name]) == [name]
+        assert "too long" in ImageFiles([name], to_tensor)[0] or os.name == "nt"
+
+
+def test_a_folder_that_cannot_be_read_is_refused(folder, monkeypatch):
+    """As root reads every folder, the error is raised here."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "er":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("ride_timm.data.folders.os.scandir", refuse)
+    with pytest.raises(InputError, match=r"the folder '\./deep/er' cannot be read \(Permission denied\)"):
+        find_images(["."])
+
+
 def test_an_empty_name_is_refused():
     with pytest.raises(InputError, match="an empty name"):
         find_images([""])
