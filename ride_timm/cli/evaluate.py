@@ -54,7 +54,8 @@ from ..training.recipe import Recipe
 from .process import print_json
 
 # a run's held-out images are unseen only where the data are the run's own
-_DATA_KEYS = ("dataset", "annotations", "imb_type", "imb_factor", "split_seed", "image_column", "label_column")
+_DATA_KEYS = ("dataset", "data_dir", "dataset_config", "dataset_revision", "annotations", "imb_type", "imb_factor",
+              "split_seed", "image_column", "label_column")  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
