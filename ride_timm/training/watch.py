@@ -15,6 +15,8 @@ from torch import Tensor
 from ..errors import RunError
 
 CHECK_EVERY = 20  # steps between two looks at the losses, each of which waits for the device
+FIRST_CHECKS = (3, 10)  # steps of a stage; before the third, a network is compiled and a cache filled
+MIN_SECONDS = 5  # of training that an estimate is made from
 
 
 class Signals(Protocol):
@@ -35,25 +37,26 @@ class Watch:
     def __init__(self, accelerator: Accelerator, signals: Signals, mixed_precision: str) -> None:
         self.accelerator, self.signals = accelerator, signals
         self.stage: str | None = None
-        self.first_look: tuple[float, int] | None = None  # at the losses of the stage: time, and steps until then
         self.advice = "a lower --lr" + ("" if mixed_precision == "no" else " or --mixed-precision no")
 
     def begin_epoch(self, stage: str, epoch: int, num_steps: int, epochs: int) -> None:
         """epoch: counted from 0, for the error; epochs: of the stage, for the estimate of its time."""
+        self.last_check: tuple[float, int] | None = (time.perf_counter(), 0)  # time, and step of the epoch
         if stage != self.stage:
-            self.stage, self.steps, self.first_look = stage, 0, None
+            self.stage, self.steps, self.last_check = stage, 0, None
+            self.timed, self.seconds, self.estimated = 0, 0.0, False  # steps, and the time they took
             self.total, self.epochs = num_steps * (epochs - epoch), epochs - epoch
         self.epoch, self.step = epoch, 0
         self.losses = torch.zeros(num_steps, device=self.accelerator.device)
 
     def update(self, loss: Tensor) -> None:
-        """Record the loss of a step; raises as `check` does, every `CHECK_EVERY` steps."""
+        """Record the loss of a step; raises as `check` does, every `CHECK_EVERY` steps and at the `FIRST_CHECKS`."""
         self.losses[self.step] = loss.detach()
         self.step += 1
         self.steps += 1
         if self.accelerator.num_processes == 1:
             self.signals.check()
-        if self.step % CHECK_EVERY == 0:
+        if self.step % CHECK_EVERY == 0 or self.steps in FIRST_CHECKS:
             self._check_losses()
 
     def mean(self) -> float:
@@ -84,13 +87,15 @@ class Watch:
         self._estimate()
 
     def _estimate(self) -> None:
-        """Say once, at the second look, how long a stage of some minutes will take without its evaluations."""
+        """Print once how long a stage of some minutes will take, without its first steps and its evaluations."""
         now = time.perf_counter()
-        if self.first_look is None:
-            self.first_look = now, self.steps
-        elif self.steps > self.first_look[1] and self.first_look[1] > 0:
-            seconds = (now - self.first_look[0]) / (self.steps - self.first_look[1]) * self.total
-            self.first_look = now, 0
+        if self.last_check is not None:
+            self.seconds += now - self.last_check[0]
+            self.timed += self.step - self.last_check[1]
+        self.last_check = now, self.step
+        if not self.estimated and self.timed and self.seconds >= MIN_SECONDS:
+            self.estimated = True
+            seconds = self.seconds / self.timed * self.total
             if seconds > 120 and self.accelerator.is_main_process:
                 span = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
                 print(f"notice: stage {self.stage}: about {span} for {self.epochs} epochs", file=sys.stderr)

@@ -33,24 +33,30 @@ def watch_of(num_steps, signals=None, precision="no"):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "notice"),
+    ("num_steps", "seconds", "at", "notice"),
     [
-        (0.1, ""),
-        (1.0, "notice: stage experts: about 3 minutes for 2 epochs\n"),
-        (60.0, "notice: stage experts: about 3.3 hours for 2 epochs\n"),
+        (100, 0.1, None, ""),
+        (100, 1.0, (1, 10), "notice: stage experts: about 3 minutes for 2 epochs\n"),
+        (100, 60.0, (1, 10), "notice: stage experts: about 3.3 hours for 2 epochs\n"),
+        (1000, 0.2, (1, 40), "notice: stage experts: about 7 minutes for 2 epochs\n"),  # after 5 seconds
+        (6, 60.0, (1, 6), "notice: stage experts: about 12 minutes for 2 epochs\n"),
+        (2, 60.0, (2, 1), "notice: stage experts: about 4 minutes for 2 epochs\n"),
     ],
 )
-def test_the_time_of_a_long_stage_is_estimated_once_from_the_second_look(seconds, notice, monkeypatch, capsys):
+def test_the_time_of_a_long_stage_is_estimated_once_and_soon(num_steps, seconds, at, notice, monkeypatch, capsys):
+    """Of the steps alone: the first are slow, and an evaluation follows each epoch."""
     now = [0.0]
     monkeypatch.setattr("ride_timm.training.watch.time.perf_counter", lambda: now[0])
     watch = Watch(Accelerator(cpu=True), Caught(), "no")
-    for epoch in (1, 2):  # two of three epochs are left, of 100 steps; the first steps are slow
-        watch.begin_epoch("experts", epoch, 100, 3)
-        for step in range(100):
+    for epoch in (1, 2):  # two of three epochs are left
+        watch.begin_epoch("experts", epoch, num_steps, 3)
+        for step in range(num_steps):
             now[0] += 100 if (epoch, step) == (1, 0) else seconds
             watch.update(torch.tensor(1.0))
-            at_second_look = (epoch, step + 1) == (1, 2 * CHECK_EVERY)
-            assert capsys.readouterr().err == (notice if at_second_look else "")
+            if step + 1 == num_steps:
+                watch.mean()
+            assert capsys.readouterr().err == (notice if (epoch, step + 1) == at else "")
+        now[0] += 1000
 
 
 @pytest.mark.parametrize("bad", [0, 7, CHECK_EVERY - 1, CHECK_EVERY, 49])
@@ -139,7 +145,7 @@ except (Interrupted, RunError) as error:
     ("kind", "expected"),
     [
         ("signal", "39 Interrupted 15"),
-        ("late", "39 Interrupted 15"),
+        ("late", "9 Interrupted 15"),  # at the second look
         ("nan", "39 RunError the loss is not finite at epoch 1, step 26"),
     ],
 )
