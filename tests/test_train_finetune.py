@@ -122,7 +122,7 @@ def test_bad_input_is_one_line_before_anything_is_written(train, photos, weights
 def test_the_recipe_of_a_data_set(flags, recipe, photos, colours):
     folders = dict(PHOTOS=str(photos), COLOURS=str(colours))
     flags = {key: folders.get(value, value) for key, value in flags.items()}
-    chosen, notices = recipe_for(flags)
+    chosen, _, notices = recipe_for(flags)
     assert chosen == recipe
     own = "photos" in str(flags) or "colours" in str(flags)
     assert [f"recipe {recipe}" in notice for notice in notices] == [True] * (own or recipe != "fashion_lt")

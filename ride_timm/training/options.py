@@ -65,7 +65,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         raise SystemExit(0)
     flags = flags_given(args)
     rebalanced = _run_to_rebalance(args, flags)
-    chosen, notices = (args.recipe, ()) if args.recipe else recipe_for(flags)
+    chosen, defaults, notices = (args.recipe, {}, ()) if args.recipe else recipe_for(flags)
     name = Path(chosen).stem
     if rebalanced is not None:
         name = flags.setdefault("name", f"{rebalanced.path.resolve().name}_{flags['decouple']}")
@@ -76,6 +76,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
     continued = folder.occupied and (args.resume or (args.stage == "router" and args.source is None))
     own = rebalanced or (folder if continued and args.recipe is None else None)
     recipe = load_recipe(chosen) if own is None else own.recipe()
+    if own is None:
+        flags = defaults | flags
     if (launched := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         flags.setdefault("mixed_precision", launched)
     fixed = frozenset(flags)
@@ -86,6 +88,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
     check_effect(flags, recipe)
+    if flags.get("head_init") == "class_means" and args.source is not None:
+        raise InputError("head_init=class_means has no effect with --from, whose classifiers are kept: leave one out.")
     if recipe.backbone is not None and recipe.model != "ride":
         raise InputError(
             f"backbone={recipe.backbone} is cut by the model ride, not by {recipe.model}: fine-tune it by --recipe "
@@ -127,8 +131,8 @@ def check_effect(flags: dict[str, Any], recipe: Recipe) -> None:
         )
 
 
-def recipe_for(flags: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The recipe of a data set for which none is named, and a notice of it; completes the flags.
+def recipe_for(flags: dict[str, Any]) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """The recipe of a data set for which none is named, keys that the data set changes in it, and a notice.
 
     A known data set has its own. Images of one's own, as small as CIFAR's, train the default with CIFAR's mean;
     others fine-tune a backbone, or train the network of `--model` from scratch as ImageNet-LT is trained.
@@ -137,18 +141,17 @@ def recipe_for(flags: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     known = KNOWN.get(dataset)
     if known is not None:
         name = known.recipe or (FINETUNE if known.lists else DEFAULT_RECIPE)
-        return name, () if name == DEFAULT_RECIPE else (f"dataset={dataset}: recipe {name}; --recipe names another",)
+        notice = f"dataset={dataset}: recipe {name}; --recipe names another"
+        return name, {}, () if name == DEFAULT_RECIPE else (notice,)
     size = first_image_size(dataset, **{key: flags[key] for key in _PLACES if key in flags})
     if size is not None and max(size) <= _SMALL:
-        name, chosen = DEFAULT_RECIPE, dict(augment="cifar")
+        name, chosen = DEFAULT_RECIPE, dict[str, Any](augment="cifar")
     elif flags.get("model", "ride") == "ride":
         name, chosen = FINETUNE, {}
     else:
         name, chosen = "imagenet_lt_resnet50", dict(imb_type="none")
-    for key, value in chosen.items():
-        flags.setdefault(key, value)
-    values = "".join(f", {key}={flags[key]}" for key in chosen)
-    return name, (f"dataset={dataset}: recipe {name}{values}; --recipe names another",)
+    values = "".join(f", {key}={flags.get(key, value)}" for key, value in chosen.items())
+    return name, chosen, (f"dataset={dataset}: recipe {name}{values}; --recipe names another",)
 
 
 def _parser() -> Parser:

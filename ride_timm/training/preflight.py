@@ -95,11 +95,10 @@ def check_options(recipe: Recipe, options: Options) -> None:
 def check_source(recipe: Recipe, options: Options, state: TrainingState | None) -> None:
     """InputError for initial weights that are missing, or are not those that the resumed run began with."""
     if state is None and options.source is None and not recipe.pretrained:
-        for key, default in (("freeze", "none"), ("head_init", "random"), ("adapter", None)):
+        for key, default in (("freeze", "none"), ("freeze_norm", False), ("head_init", "random"), ("adapter", None)):
             if (value := getattr(recipe, key)) != default:
-                raise InputError(
-                    f"{key}={value} needs pretrained weights: pass --backbone-pretrained, --backbone-weights or --from."
-                )
+                ways = "--backbone-pretrained or --backbone-weights" + (key != "head_init") * ", or --from"
+                raise InputError(f"{key}={value} needs pretrained weights: pass {ways}.")
     if state is None or options.source is None:
         return
     if Path(options.source).resolve() in [Path(path).resolve() for path in (options.output, state.source) if path]:

@@ -87,7 +87,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         if self.adapter and self.freeze == "trunk":
             raise InputError(f"adapter={self.adapter} freezes the backbone itself: leave freeze=trunk out.")
         if self.freeze == "backbone":
-            names = ("layer_decay", "drop_path_rate", "grad_checkpointing", "adapter")
+            names = ("layer_decay", "drop_rate", "drop_path_rate", "grad_checkpointing", "freeze_norm", "adapter")
             idle = [name for name in names if getattr(self, name)]
         else:
             idle = []
@@ -224,13 +224,14 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         return self if self.epochs else dataclasses.replace(self, epochs=epochs_for(num_images))
 
     def override(self, values: dict[str, Any]) -> "Recipe":
-        """Replace keys; `epochs` alone scales the epochs of decay and re-weighting."""
+        """Replace keys; other `epochs` alone scale those of decay and re-weighting, and a fifth limits the warm-up."""
         values = dict(values)
-        if self.epochs and (epochs := dataclasses.replace(self, epochs=values.get("epochs", self.epochs)).epochs):
-            scale = epochs / self.epochs
+        epochs = dataclasses.replace(self, epochs=values.get("epochs", self.epochs)).epochs
+        if epochs and epochs != self.epochs:
+            values.setdefault("warmup_epochs", min(self.warmup_epochs, round(epochs / 5)))
             for item in dataclasses.fields(self):
-                if item.metadata["in_epochs"]:
-                    values.setdefault(item.name, _scaled(getattr(self, item.name), scale))
+                if self.epochs and item.metadata["in_epochs"]:
+                    values.setdefault(item.name, _scaled(getattr(self, item.name), epochs / self.epochs))
         recipe = dataclasses.replace(self, **values)
         if "imb_factor" in values and recipe.profile == "none":
             raise InputError(
@@ -253,9 +254,9 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
 
 
 def _flag_off(name: str, value: Any) -> str:
-    """The flag that turns off a key of this value, whose off is False, 0 or None."""
-    flag = name.replace("_", "-")
-    return f"--no-{flag}" if value is True else f"--{flag} {0 if name == 'drop_path_rate' else 'none'}"
+    """The flag that turns off a key of this value, whose default is off: False, 0 or None."""
+    flag, default = name.replace("_", "-"), Recipe.__dataclass_fields__[name].default
+    return f"--no-{flag}" if value is True else f"--{flag} {'none' if default is None else f'{default:g}'}"
 
 
 def _scaled(epochs: Any, scale: float) -> Any:

@@ -142,7 +142,8 @@ class StageOneKeys:
     )
     epochs: int | None = key(
         200,
-        "epochs; given alone, it scales decay and re-weighting epochs (none: by the number of images)",
+        "epochs; given alone, it scales decay and re-weighting epochs and limits warm-up to a fifth (none: by the "
+        "number of images)",
         low=1,
         by_data=True,
     )

@@ -1,6 +1,7 @@
 """Recipes adapted to the machine, alike on all ranks, and the errors."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ride_timm import InputError
 from ride_timm.training import preflight
 from ride_timm.training.build import build_accelerator
 from ride_timm.training.options import parse_arguments
-from ride_timm.training.recipe import load_recipe
+from ride_timm.training.recipe import Recipe, load_recipe
 
 
 @pytest.fixture
@@ -53,6 +54,21 @@ def test_requested_fused_norms_need_a_compiler(decide):
     recipe = preflight.adapt_to_machine(recipe, options)
     with pytest.raises(InputError, match="fused_norm needs a C\\+\\+ compiler"):
         preflight.check_machine(recipe, options, build_accelerator(recipe, options))
+
+
+@pytest.mark.parametrize(
+    ("values", "ways"),
+    [
+        (dict(freeze_norm=True), "or --backbone-weights, or --from."),
+        (dict(freeze="trunk"), "or --backbone-weights, or --from."),
+        (dict(head_init="class_means"), "pass --backbone-pretrained or --backbone-weights."),
+    ],
+)
+def test_what_only_trained_weights_have_is_not_kept_of_random_ones(values, ways, tmp_path):
+    options, _ = parse_arguments(["--recipe", "cifar100_lt", "--output", str(tmp_path)])
+    [(key, value)] = values.items()
+    with pytest.raises(InputError, match=f"{key}={value} needs pretrained weights: .*{re.escape(ways)}"):
+        preflight.check_source(Recipe(**values), options, None)
 
 
 RANK = """

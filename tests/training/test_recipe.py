@@ -238,6 +238,8 @@ def test_imbalance_factor_without_a_profile_is_rejected():
             "leave them out, by --drop-path-rate 0 --no-grad-checkpointing",
         ),
         (dict(freeze="backbone", ghost_batch=32), "ghost_batch=32"),
+        (dict(freeze="backbone", drop_rate=0.5), "drop_rate=0.5 without effect: leave it out, by --drop-rate 0"),
+        (dict(freeze="backbone", freeze_norm=True), "freeze_norm=True without effect: .* by --no-freeze-norm"),
         (dict(freeze="backbone", adapter="lora"), "freeze=backbone leaves adapter=lora without effect: leave it out"),
         (dict(freeze_norm=True, sync_bn=True), "freeze_norm=True leaves sync_bn=True without effect: leave it out"),
     ],
@@ -256,6 +258,39 @@ def test_open_epochs_follow_the_number_of_images(images, epochs):
 def test_what_the_data_decide_does_not_disagree_with_a_run():
     begun = Recipe(epochs=None).for_images(100)
     assert Recipe(epochs=None).differing(begun) == [] and Recipe(epochs=7).differing(begun) == ["epochs"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values", "warmup"),
+    [
+        ("finetune", dict(epochs=1), 0),
+        ("finetune", dict(epochs=4), 1),
+        ("finetune", dict(epochs=40), 1),
+        ("cifar100_lt", dict(epochs=10), 2),
+        ("cifar100_lt", dict(epochs=100), 5),
+        ("cifar100_lt", dict(epochs=10, warmup_epochs=7), 7),
+    ],
+)
+def test_other_epochs_limit_the_warm_up_to_a_fifth_unless_it_is_given(recipe, values, warmup):
+    assert load_recipe(recipe).override(values).warmup_epochs == warmup
+
+
+@pytest.mark.parametrize("name", available())
+def test_given_its_own_epochs_a_recipe_is_unchanged(name):
+    recipe = load_recipe(name)
+    assert recipe.override(dict(epochs=recipe.epochs)) == recipe
+
+
+def test_a_single_epoch_of_fine_tuning_ends_at_a_low_learning_rate():
+    stage = load_recipe("finetune").override(dict(epochs=1)).stage("experts")
+    assert [stage.lr_at(step / 8, 1 / 8) / stage.lr for step in (0, 4, 8)] == pytest.approx([1, 0.5, 0])
+
+
+@pytest.mark.parametrize("name", available())
+def test_adaptive_optimizers_have_their_own_learning_rates(name):
+    recipe = load_recipe(name).override(dict(decouple="crt"))
+    for stage in map(recipe.stage, ("experts", "heads")):
+        assert stage.optimizer in ("sgd", "momentum") or (stage.optimizer == "adamw" and stage.lr <= 0.01)
 
 
 def test_epochs_may_be_given_where_the_recipe_leaves_them_open():

@@ -1,0 +1,26 @@
+"""Options of the training script: flags, and the defaults that a data set chooses."""
+
+import pytest
+
+from ride_timm import InputError
+from ride_timm.training.options import parse_arguments
+from ride_timm.training.recipe import load_recipe
+from ride_timm.training.run_folder import RunFolder
+from ride_timm.training.state import TrainingState
+
+
+def test_class_means_are_not_asked_for_with_the_classifiers_of_a_run(tmp_path):
+    flags = ["--recipe", "finetune", "--from", str(tmp_path)]
+    assert parse_arguments(flags)[1].head_init == "class_means"  # of the recipe, which may be re-used
+    with pytest.raises(InputError, match="head_init=class_means has no effect with --from"):
+        parse_arguments([*flags, "--head-init", "class_means"])
+
+
+@pytest.mark.parametrize(("begun", "resumed"), [(None, "cifar"), ("fashion", "fashion")])
+def test_a_resumed_run_keeps_its_recipe_where_the_data_set_has_defaults(begun, resumed, colours, tmp_path):
+    flags = ["--dataset", str(colours), "--output", str(tmp_path / "run"), "--resume"]
+    if begun is not None:
+        recipe = load_recipe("fashion_lt").override(dict(dataset=str(colours), augment=begun))
+        RunFolder(tmp_path / "run").begin(recipe, TrainingState())
+    options, recipe = parse_arguments(flags)
+    assert recipe.augment == resumed and ("augment" in options.fixed) == (begun is None)
