@@ -12,6 +12,7 @@ import pytest
 import torch
 from forked import Python, run_python
 from journeys import SCRIPT, damage, flags_of, launch_two_processes, rows_of
+from two_ranks import run_two_ranks
 
 from ride_timm.cli.main import main
 from ride_timm.cli.process import Interrupted
@@ -167,10 +168,17 @@ def test_nothing_piles_up_over_the_epochs(train, colours, tmp_path, monkeypatch)
     assert begun[2] == 0 and len(epochs) == 4 and len(set(epochs[1:])) == 1 and epochs[1][2] == 2
 
 
-def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp_path, capsys):
-    output = tmp_path / "two"
+@pytest.fixture(scope="module")
+def of_two_processes(colours, tmp_path_factory):
+    """A finished run of two processes, and the process that launched them."""
+    output = tmp_path_factory.mktemp("two") / "run"
     done = launch_two_processes("29531", *flags_of(colours, output))
     assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def test_two_processes_train_both_stages_and_count_each_sample_once(of_two_processes, capsys):
+    output, done = of_two_processes
     results = RunFolder(output).results()
     assert results["num_processes"] == 2
     assert results["stages"]["experts"]["all"] > 50
@@ -178,6 +186,45 @@ def test_two_processes_train_both_stages_and_count_each_sample_once(colours, tmp
     alone = json.loads(capsys.readouterr().out)
     assert alone["images"] == 30 and alone["per_class"] == results["stages"]["experts"]["per_class"]
     assert done.stderr.count("experts:") and done.stdout.count("ensemble") == 1
+
+
+# a signal comes to a rank in a stage, as its second epoch has begun; then flags
+INTERRUPTED_RANK = f"""
+import os, runpy, sys
+from ride_timm.training.stages import Stage
+
+rank, number, stage, *flags = sys.argv[1:]
+step = Stage.step
+
+def interrupted(self):
+    if (os.environ["RANK"], self.name, self.num_updates) == (rank, stage, self.updates_per_epoch + 1):
+        os.kill(os.getpid(), int(number))
+    step(self)
+
+Stage.step = interrupted
+sys.argv = [{SCRIPT!r}, *flags]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_end_together_and_resume_bit_identical(of_two_processes, colours, tmp_path):
+    """After SIGKILL to one in stage one, and SIGTERM to the other in stage two."""
+    reference, _ = of_two_processes
+    output = tmp_path / "interrupted"
+    ranks = run_two_ranks("-c", INTERRUPTED_RANK, 1, 9, "experts", *flags_of(colours, output), exits=(1, -9))
+    way = "--resume continues after the last finished epoch"
+    assert ranks[0][1].splitlines()[-1].startswith(f"error: another process of this run has died; {way}")
+    state = RunFolder(output).state()
+    assert (state.stage, state.epoch) == ("experts", 1)
+    resume = ["--output", output, "--resume", "--threads", "1"]
+    for _, error in run_two_ranks("-c", INTERRUPTED_RANK, 0, 15, "router", *resume, exits=(143, 143)):
+        assert error.splitlines()[-1] == f"error: interrupted; {way}."
+    state = RunFolder(output).state()
+    assert (state.stage, state.epoch) == ("router", 1)
+    run_two_ranks(SCRIPT, *resume)
+    assert rows_of(output) == rows_of(reference)
+    assert RunFolder(output).results()["stages"] == RunFolder(reference).results()["stages"]
+    assert (output / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 
 
 def test_annotation_lists_with_a_validation_split(train, colours, tmp_path, capsys):
