@@ -99,7 +99,10 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
     class_of = {folder: folder.split("/")[part] for found in by_class.values() for folder in set(found)}
     names = sorted(set(class_of.values()))
     if len(names) == 1:
-        raise InputError(f"the images under {root} are of one class, {names[0]!r}: expected a folder for each class")
+        raise InputError(
+            f"the images under {root} are of one class, {names[0]!r}: expected a folder for each class, or the path "
+            "of a .csv file that lists paths and labels"
+        )
     number = {name: i for i, name in enumerate(names)}
     label_of = {folder: number[name] for folder, name in class_of.items()}
     labels = {

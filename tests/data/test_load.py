@@ -531,6 +531,15 @@ def test_labels_of_string_views(tmp_path):
     assert data.class_names == ("a", "b") and data.class_counts == [1, 2]
 
 
+def test_a_folder_of_csv_files(tmp_path):
+    (tmp_path / "0.png").write_bytes(png())
+    (tmp_path / "lists").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "lists" / f"{name}.csv").write_text(f"image,label\n{tmp_path}/0.png,b\n{tmp_path}/0.png,a\n")
+    data = load_longtail(str(tmp_path / "lists"))
+    assert data.class_counts == [1, 1] and data.test.split == "test" and data.test[0][1] == 1
+
+
 @pytest.mark.parametrize("photos", ["photos", "data/photos"])
 def test_paths_start_at_the_folder_of_the_set_or_of_its_rows(tmp_path, photos):
     (tmp_path / photos).mkdir(parents=True)
