@@ -8,6 +8,7 @@ import torch
 from class_folders import write_class_folders
 from journeys import rows_of, stop_after_epoch
 from safetensors.torch import load_file, save_file
+from small_backbones import lively
 
 from ride_timm.cli.main import main
 from ride_timm.errors import InputError
@@ -81,6 +82,24 @@ def test_frozen_weights_are_the_pretrained_ones(train, photos, weights, tmp_path
         native = name.split(".net.")[-1]
         frozen = any(part in name for part in kept)
         assert torch.equal(value, theirs[native]) == frozen if native in theirs else ".fc." in name
+
+
+def test_recomputed_activations_and_frozen_norms_leave_a_run_as_it_is(train, photos, tmp_path, monkeypatch):
+    """Bit by bit the same weights with less memory; each BatchNorm has the statistics that it came with."""
+    file, tensors, calls, checkpoint = tmp_path / "weights.safetensors", [], [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("torch.utils.checkpoint.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    save_file(lively("test_resnet").state_dict(), file)
+    more = ["--recipe", "finetune", "--backbone", "test_resnet", "--split", "layer4", "--num-experts", "1"]
+    more += ["--epochs", "1", "--freeze-norm"]
+    for name, flag in (("plain", "--no-grad-checkpointing"), ("recomputed", "--grad-checkpointing")):
+        assert train(flags_of(photos, file, tmp_path / name, *more, flag)) == 0
+        tensors.append(load_file(tmp_path / name / "model.safetensors"))
+        assert bool(calls) == (name == "recomputed")
+    theirs = load_file(file)
+    for name, value in tensors[0].items():
+        assert torch.equal(value, tensors[1][name]), name
+        if (native := name.split(".net.")[-1]) in theirs:
+            assert torch.equal(value, theirs[native]) == ("running_" in name or "num_batches" in name), name
 
 
 @pytest.mark.parametrize(

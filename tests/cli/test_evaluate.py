@@ -10,11 +10,13 @@ import torch
 from commands import output, refusal, run_folder
 from PIL import Image
 
+from ride_timm.cli.evaluate import _DATA_KEYS
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
 from ride_timm.data.load import load_longtail
 from ride_timm.data.loaders import make_loader
 from ride_timm.evaluation.macs import count_macs
+from ride_timm.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,11 @@ def test_shifted_test_sets_are_one_table(capsys, run, evaluated):
 )
 def test_bad_flags(capsys, run, flags, message):
     assert message in refusal(capsys, "evaluate", "--model", run, *flags)
+
+
+def test_held_out_images_are_unseen_only_where_all_that_chooses_them_agrees():
+    without_effect = {"test_split", "use_val", "streaming", "shuffle_buffer"}
+    assert set(_DATA_KEYS) == set(Recipe().data_args) - without_effect - {"seed"} | {"split_seed"}
 
 
 def test_a_model_of_other_classes(capsys, tmp_path):
