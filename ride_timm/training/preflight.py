@@ -97,7 +97,9 @@ def check_source(recipe: Recipe, options: Options, state: TrainingState | None) 
     if state is None and options.source is None and not recipe.pretrained:
         for key, default in (("freeze", "none"), ("freeze_norm", False), ("head_init", "random"), ("adapter", None)):
             if (value := getattr(recipe, key)) != default:
-                ways = "--backbone-pretrained or --backbone-weights" + (key != "head_init") * ", or --from"
+                ways = "--backbone-pretrained, --backbone-weights or --from"
+                if key == "head_init":  # --from brings its classifiers
+                    ways = "--backbone-pretrained or --backbone-weights"
                 raise InputError(f"{key}={value} needs pretrained weights: pass {ways}.")
     if state is None or options.source is None:
         return
@@ -126,14 +128,14 @@ def preflight(
 ) -> None:
     """The last checks before the first write: machine, initial weights, batches and BatchNorm of the stages to come."""
     check_machine(recipe, options, accelerator)
+    if recipe.freeze_norm and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        name = recipe.backbone or recipe.model
+        raise InputError(f"freeze_norm=True: {name} has no BatchNorm; leave it out.")
     check_source(recipe, options, state)
     if recipe.backbone is not None:  # those of fixed stages take every size
         check_images(model, (model.in_chans, data.size, data.size), f"backbone={recipe.backbone!r}")
     if recipe.grad_checkpointing:
         check_grad_checkpointing(model, recipe)
-    if recipe.freeze_norm and not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        name = recipe.backbone or recipe.model
-        raise InputError(f"freeze_norm=True: {name} has no BatchNorm; leave it out.")
     if recipe.cutout > data.size:
         raise InputError(f"cutout={recipe.cutout} covers the whole image of {data.size} pixels: choose a smaller one.")
     processes = accelerator.num_processes

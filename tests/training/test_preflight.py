@@ -59,8 +59,8 @@ def test_requested_fused_norms_need_a_compiler(decide):
 @pytest.mark.parametrize(
     ("values", "ways"),
     [
-        (dict(freeze_norm=True), "or --backbone-weights, or --from."),
-        (dict(freeze="trunk"), "or --backbone-weights, or --from."),
+        (dict(freeze_norm=True), "--backbone-weights or --from."),
+        (dict(freeze="trunk"), "--backbone-weights or --from."),
         (dict(head_init="class_means"), "pass --backbone-pretrained or --backbone-weights."),
     ],
 )
