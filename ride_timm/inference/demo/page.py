@@ -38,7 +38,7 @@ def build_page(demo: Demo) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 image = gr.Image(label="Image", sources=["upload", "clipboard"], height=280, elem_id="image")
                 with tempfile.TemporaryDirectory() as folder:
-                    if examples := demo.examples or write_examples(demo.dataset, Path(folder)):
+                    if examples := write_examples(demo.dataset, Path(folder)) or demo.examples:
                         gr.Examples([[str(path)] for path in examples], image, label="Examples")  # copied
             with gr.Column(scale=3, min_width=300):
                 decision = gr.HTML(elem_id="decision", padding=False)
