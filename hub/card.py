@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ride_timm.cli.process import exit_code
 from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, ensemble_metrics, millions, number, percentages
+from ride_timm.files import write_text
 from ride_timm.losses import LOSSES, PerExpertPriorLoss
 from ride_timm.models.release import NAMESPACE
 from ride_timm.priors import shot_groups
@@ -89,7 +90,7 @@ def render(staged: Staged) -> str:
 
 
 def write_card(staged: Staged) -> None:
-    (staged.path / CARD).write_text(render(staged), encoding="utf-8", newline="\n")
+    write_text(staged.path / CARD, render(staged))
 
 
 def shots_of(results: dict[str, Any], recipe: Recipe | None) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import ride_timm
 from ride_timm import InputError
 from ride_timm.errors import listed
 from ride_timm.evaluation.tables import GROUPS
+from ride_timm.files import write_text
 from ride_timm.models.release import CONFIG, WEIGHTS, release_table, sha256_of
 from ride_timm.training.recipe import Recipe, load_recipe
 
@@ -93,7 +94,7 @@ def _has(found: Any, key: str, kind: Any) -> bool:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_recipe(path: Path, way_out: str = "stage it again") -> Recipe:
@@ -171,7 +172,7 @@ def read_releases() -> dict[str, Any]:
 
 def _write_releases(table: dict[str, Any]) -> None:
     lines = [f"  {json.dumps(tag)}: {json.dumps(row)}" for tag, row in sorted(table.items())]
-    RELEASES.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8", newline="\n")
+    write_text(RELEASES, "{\n" + ",\n".join(lines) + "\n}\n")
     release_table.cache_clear()
 
 

@@ -12,6 +12,7 @@ from publish import RELEASE, hub_errors, make_api, upload
 
 import ride_timm
 from ride_timm import RunError
+from ride_timm.files import write_text
 
 SPACE = HERE / "space"
 MODEL = "ride-timm/ride_resnet32.fashion_lt"  # the release that the files of hub/space/ name
@@ -24,7 +25,7 @@ def build_space(repo: str, folder: Path) -> None:
     for file in FILES:
         text = (SPACE / file).read_text(encoding="utf-8").replace(MODEL, repo)
         text = text.replace(MODEL.partition("/")[2], repo.partition("/")[2])
-        (folder / file).write_text(text, encoding="utf-8", newline="\n")
+        write_text(folder / file, text)
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 

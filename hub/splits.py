@@ -26,6 +26,7 @@ from ride_timm.cli.process import exit_code
 from ride_timm.data.datasets import KNOWN
 from ride_timm.data.image_set import ImageSet
 from ride_timm.data.load import load_longtail
+from ride_timm.files import write_text
 from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser, add_flags, flags_given
 from ride_timm.training.recipe import Recipe
@@ -109,7 +110,7 @@ def write_split(recipe: Recipe, repo: str, root: Path = SPLITS) -> Path:
         seed=recipe.split_seed,
         class_counts=counts,
     )
-    (folder / CARD).write_text(card.content.rstrip() + "\n", encoding="utf-8", newline="\n")
+    write_text(folder / CARD, card.content.rstrip() + "\n")
     return folder
 
 

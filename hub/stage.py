@@ -52,8 +52,9 @@ from ride_timm.data.datasets import EMBEDDED
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.evaluation.plots import plot_long_tail, plot_routing
 from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, ensemble_metrics
-from ride_timm.files import write_atomically
+from ride_timm.files import write_atomically, write_text
 from ride_timm.hardware import device_name, set_threads
+from ride_timm.inference.load import folder_of
 from ride_timm.models import Ride
 from ride_timm.models.release import (
     CONFIG,
@@ -139,9 +140,9 @@ def build(
     write_json(new / CONFIG, config)
     write_json(new / RESULTS, results)
     if recipe is not None and is_run:
-        (new / RECIPE).write_text(_public(recipe).to_yaml(), encoding="utf-8", newline="\n")
+        write_text(new / RECIPE, _public(recipe).to_yaml())
     for file, text in (files or {}).items():
-        (new / file).write_text(text, encoding="utf-8", newline="\n")
+        write_text(new / file, text)
     if not (new / GOLDEN).is_file():
         pair = golden_pair(model)
         write_atomically(new / GOLDEN, lambda partial: safetensors.torch.save_file(pair, partial))
@@ -245,7 +246,7 @@ def _public_source(source: str | None) -> str | None:
     """The public name of the weights of a source or a teacher; None for private ones."""
     if source is None or source.startswith("hf-hub:"):
         return source
-    folder = Path(source.removeprefix("local-dir:"))
+    folder = folder_of(source)
     if (folder / WEIGHTS).is_file():
         known = release_table().get(folder.name, {}).get("sha256")
         return folder.name if known == sha256_of(folder / WEIGHTS) else None

@@ -21,6 +21,7 @@ from zoo import DOWNLOAD, read_zoo
 from ride_timm import InputError
 from ride_timm.cli.process import exit_code
 from ride_timm.evaluation.tables import GROUPS, ensemble_metrics, markdown_table, millions, number
+from ride_timm.files import write_text
 from ride_timm.losses import LOSSES, RegisteredLoss
 from ride_timm.models.release import NAMESPACE
 from ride_timm.training.arguments import Parser
@@ -161,7 +162,7 @@ def refresh() -> None:
     for name, (path, render) in PAGES.items():
         pages[path] = fill(pages.get(path) or path.read_text(encoding="utf-8"), name, render())
     for path, page in pages.items():
-        path.write_text(page, encoding="utf-8", newline="\n")
+        write_text(path, page)
         print(f"rendered {path}")
 
 
