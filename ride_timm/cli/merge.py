@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import InputError, RunError
 from ..evaluation.evaluate import with_macs
 from ..files import write_text
-from ..inference.load import SPEC, load_ride
+from ..inference.load import SPEC, folder_of, load_ride
 from ..models.release import DATA_CONFIG
 from ..models.ride_any import AnyRide
 from ..training.run_folder import RunFolder
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder, source = Path(args.output), Path(args.model.removeprefix("local-dir:"))
+    folder, source = Path(args.output), folder_of(args.model)
     if folder.exists():
         raise InputError(f"output {folder} exists: name a new folder.")
     model = load_ride(args.model, routed=False)

@@ -35,6 +35,11 @@ def class_names(model: Ride) -> list[str]:
     return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))
 
 
+def folder_of(spec: str) -> Path:
+    """The folder that a SPEC names, if it names one."""
+    return Path(spec.removeprefix("local-dir:"))
+
+
 def own_recipe(spec: str | None) -> Recipe | None:
     """The recipe in the folder of a run or release; None for any other SPEC."""
     path = _recipe_file(spec)
@@ -42,7 +47,7 @@ def own_recipe(spec: str | None) -> Recipe | None:
 
 
 def _recipe_file(spec: str | None) -> Path | None:
-    path = Path(spec.removeprefix("local-dir:")) / "recipe.yaml" if spec else None
+    path = folder_of(spec) / "recipe.yaml" if spec else None
     return path if path and path.is_file() else None
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..losses import make_loss
 from ..priors import log_prior
 from ..training.recipe import Recipe
 from ..training.recipe_keys import LEARNT
-from .load import own_recipe
+from .load import folder_of, own_recipe
 
 
 def add_prior_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,5 +86,5 @@ def model_log_prior(
 
 def run_results(spec: str) -> dict[str, Any]:
     """results.json of a run or release, with its `class_counts`; empty for any other SPEC."""
-    path = Path(spec.removeprefix("local-dir:")) / "results.json"
+    path = folder_of(spec) / "results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -212,6 +212,8 @@ class RunFolder:
 
     def conclude(self) -> None:
         """Delete the state before the last, which a finished run does not need; with a stage in progress, nothing."""
+        if not (self.path / _PREVIOUS).is_file():
+            return
         state = self.state()
         if state is not None and state.epoch == 0 and self._damage is None:
             (self.path / _PREVIOUS).unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from ...hardware import choose_device
 from ...models import Ride
 from ...models.download import download_if_there
 from ..image_files import ImageFiles
-from ..load import check_channels, class_names, load_ride, own_recipe
+from ..load import check_channels, class_names, folder_of, load_ride, own_recipe
 from ..model_prior import run_results
 
 TOP, OWN = 5, 3  # classes shown of the ensemble, and of each expert
@@ -157,13 +157,13 @@ def load_demo(spec: str, device: str | None = None) -> Demo:
 def _results(spec: str, model: Ride) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """results.json of a run or release and its example images, in a folder or on the Hub; empty where it has none."""
     repository = model.pretrained_cfg.get("hf_hub_id")
-    results = run_results(spec)
     if repository:
         path = download_if_there(repository, "results.json")
         results = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    else:
+        results = run_results(spec)
     names = [Path(str(example["file"])).name for example in results.get("examples", ())]
-    folder = Path(spec.removeprefix("local-dir:"))
-    paths = [download_if_there(repository, name) if repository else folder / name for name in names]
+    paths = [download_if_there(repository, name) if repository else folder_of(spec) / name for name in names]
     return results, tuple(path for path in paths if path and path.is_file())
 
 
