@@ -1,6 +1,5 @@
 """`datasets check` of a published data set: no problem, or exactly the problem there is."""
 
-import datasets
 import pytest
 from listed import CLASSES, LISTS, known_lists, write_images, write_lists, write_rows
 
@@ -12,8 +11,7 @@ FACTS = dict(train=SplitFacts(13, 7, 2), val=SplitFacts(6, 2, 2), test=SplitFact
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+def small(monkeypatch):
     known_lists(monkeypatch, "imagenet_lt", FACTS)
 
 

@@ -9,11 +9,6 @@ from ride_timm.data.load import load_longtail
 from ride_timm.errors import InputError, RunError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def write(root, *files, data=b"no image is opened"):
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,6 @@ from ride_timm.data.load import load_longtail
 from ride_timm.errors import InputError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def write_folders(root, *parts, classes=("ant", "bee")):
     """Images by class in folders of splits, each with a grey of its own."""
     shades = count(1)

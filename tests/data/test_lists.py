@@ -14,9 +14,8 @@ SMALL = dict(train=SplitFacts(13, 7, 2), val=SplitFacts(6, 2, 2), test=SplitFact
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path_factory):
+def small(monkeypatch):
     known_lists(monkeypatch, "imagenet_lt", SMALL)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def written(tmp_path, text: str):

@@ -21,9 +21,8 @@ from ride_timm.errors import InputError, RunError
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path_factory):
+def small(monkeypatch):
     known_lists(monkeypatch, "imagenet_lt")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def balanced(root):

@@ -16,9 +16,8 @@ from ride_timm.training.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path_factory):
+def small(monkeypatch):
     known_lists(monkeypatch, "imagenet_lt")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # for interpreters on their way out
 
 

@@ -26,6 +26,10 @@ def release(tmp_path_factory):
     return folder
 
 
+def _copy(release, tmp_path_factory, name):
+    return shutil.copytree(release, tmp_path_factory.getbasetemp() / name, dirs_exist_ok=True)
+
+
 def _load(folder, harmless):
     with harmless():
         try:
@@ -39,8 +43,7 @@ def _load(folder, harmless):
 @pytest.mark.filterwarnings("ignore")
 @given(draw=st.data())
 def test_configs(draw, release, tmp_path_factory, harmless):
-    folder = tmp_path_factory.getbasetemp() / "config"
-    shutil.copytree(release, folder, dirs_exist_ok=True)
+    folder = _copy(release, tmp_path_factory, "config")
     text = (release / "config.json").read_text()
     config = draw.draw(st.one_of(altered(json.loads(text)).map(json.dumps).map(str.encode), damaged(text.encode())))
     (folder / "config.json").write_bytes(config)
@@ -50,8 +53,7 @@ def test_configs(draw, release, tmp_path_factory, harmless):
 @pytest.mark.filterwarnings("ignore")
 @given(draw=st.data())
 def test_headers_of_weights(draw, release, tmp_path_factory, harmless):
-    folder = tmp_path_factory.getbasetemp() / "weights"
-    shutil.copytree(release, folder, dirs_exist_ok=True)
+    folder = _copy(release, tmp_path_factory, "weights")
     data = (release / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     header, rest = data[8 : 8 + size], data[8 + size :]

@@ -3,7 +3,7 @@
 import io
 
 import datasets
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 
@@ -19,3 +19,9 @@ def split(labels, label="label", image="image", feature=None, data=None) -> Data
     features = Features({image: datasets.Image(), label: feature or Value("int64")})
     encoded = [d and {"bytes": d, "path": None} for d in data]
     return Dataset.from_dict({image: encoded, label: labels}, features=features)
+
+
+def saved(tmp_path, **splits) -> str:
+    """Write these splits to a folder as `save_to_disk` does -> its path."""
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    return str(tmp_path / "data")
