@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from ..losses import make_loss
 from ..priors import log_prior
 from ..training.recipe import Recipe
 from ..training.recipe_keys import LEARNT
+from ..training.run_folder import RunFolder
 from .load import folder_of, own_recipe
 
 
@@ -86,5 +86,5 @@ def model_log_prior(
 
 def run_results(spec: str) -> dict[str, Any]:
     """results.json of a run or release, with its `class_counts`; empty for any other SPEC."""
-    path = folder_of(spec) / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    run = RunFolder(folder_of(spec))
+    return run.results() if (run.path / "results.json").is_file() else {}

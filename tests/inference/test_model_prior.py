@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from ride_timm.errors import InputError
 from ride_timm.inference.model_prior import model_log_prior, run_log_prior, run_results
 from ride_timm.priors import effective_number_weights, log_prior
 from ride_timm.training.recipe import Recipe
@@ -76,3 +77,9 @@ def test_the_prior_of_a_model_is_given_known_or_uniform(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     torch.testing.assert_close(model_log_prior(None, "resnet18", COUNTS, names).exp(), UNIFORM / 4)
     assert "resnet18 has no recipe with class counts; its logits are taken to suit" in capsys.readouterr().err
+
+
+def test_damaged_results_are_bad_input(tmp_path):
+    (tmp_path / "results.json").write_text('{"class_counts": [')
+    with pytest.raises(InputError, match=r"results\.json is damaged"):
+        run_results(str(tmp_path))
