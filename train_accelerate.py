@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ride_timm.cli.process import Signals, exit_code
 from ride_timm.hardware import keep_memory, set_threads
+from ride_timm.progress import progress_bar
 from ride_timm.training.build import (
     build_accelerator,
     build_class_weights,
@@ -94,7 +95,7 @@ def train(argv: list[str] | None) -> None:
 def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator: Accelerator, watch: Watch) -> None:
     """All epochs of a stage after the last finished one, then its results."""
     epoch = state.restore(stage)
-    bar = progress_bar(stage, epoch, accelerator)
+    bar = stage_bar(stage, epoch, accelerator)
     while not stage.is_done(epoch):
         started = time.perf_counter()
         loss = train_epoch(stage, epoch, accelerator, watch, bar)
@@ -131,13 +132,12 @@ def train_epoch(stage: Stage, epoch: int, accelerator: Accelerator, watch: Watch
     return watch.mean()
 
 
-def progress_bar(stage: Stage, epoch: int, accelerator: Accelerator) -> tqdm:
-    return tqdm(
+def stage_bar(stage: Stage, epoch: int, accelerator: Accelerator) -> tqdm:
+    return progress_bar(
         total=stage.settings.epochs * len(stage.loader),
         initial=epoch * len(stage.loader),
         desc=stage.name,
         disable=not accelerator.is_main_process,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
     )
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(ride_timm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import the rooms on lower floors; rooms on one floor do not know each other.
 FLOORS = (
-    {"errors", "files", "hardware", "keys", "priors"},
+    {"errors", "files", "hardware", "keys", "priors", "progress"},
     {"data", "losses", "models"},
     {"evaluation"},
     {"training"},

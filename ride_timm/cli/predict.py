@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..evaluation.evaluate import evaluation_batch
@@ -31,6 +30,7 @@ from ..inference.options import (
 )
 from ..inference.predict import Batch, Counted, FeatureTap, predict_batches, predicted_rows
 from ..inference.writers import Columns, check_output, print_json_rows, print_rows, write_rows
+from ..progress import progress_bar
 
 
 def add_parser(commands: Any) -> None:
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         batches, shift = _to_test_prior(args, names, batches)
     counted = Counted(predicted_rows(batches, paths, names, top_k, shift))
     # on a terminal the printed rows show the progress
-    bar = tqdm(counted, "predict", len(paths), unit="image", disable=None if args.output or _piped() else True)
+    bar = progress_bar(counted, "predict", len(paths), unit="image", disable=None if args.output or _piped() else True)
     if args.output is not None:
         write_rows(bar, args.output, Columns(top_k, routed, args.features))
     elif args.json:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ..errors import InputError, RunError, listed
+from ..progress import progress_bar
 from .image_set import ImageSet, LongTailData
 
 Unreadable = list[tuple[int, str]]  # the row in its split, and the error
@@ -37,14 +36,8 @@ class _Errors(Dataset):
 def find_unreadable(image_set: ImageSet, num_workers: int = 0, rank: int = 0, num_processes: int = 1) -> Unreadable:
     """Decode all images of a set, or this process' part of them, with a progress bar; returns the unreadable ones."""
     images = _Errors(image_set, range(rank, len(image_set), num_processes))
-    bar = tqdm(
-        total=len(images),
-        desc=f"reading {image_set.split}",
-        disable=rank > 0,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
     found: Unreadable = []
-    with bar:
+    with progress_bar(total=len(images), desc=f"reading {image_set.split}", disable=rank > 0) as bar:
         for errors in DataLoader(images, 32, num_workers=num_workers, collate_fn=list):
             found += [error for error in errors if error is not None]
             bar.update(len(errors))

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..hardware import double
 from ..models import CosineClassifier, Ride
 from ..models.heads import COSINE_SCALE
+from ..progress import progress_bar
 
 NOISE = 0.5  # length of the random vector added to a unit mean, for every expert but the first
 
@@ -57,7 +57,7 @@ def class_means(model: Ride, batches: Iterable[Any], accelerator: Accelerator) -
     model.eval()
     C = model.num_classes
     sums = counts = norms = None
-    for images, labels in tqdm(batches, desc="class means", disable=not accelerator.is_main_process):
+    for images, labels in progress_bar(batches, desc="class means", disable=not accelerator.is_main_process):
         with accelerator.autocast():
             features = double(model.forward_experts(images.to(accelerator.device))[0])  # [B, E, D]
         labels = labels.to(features.device)
