@@ -226,7 +226,7 @@ def _label_values(split: Dataset, column: str, name: str) -> pa.ChunkedArray:
     kind = values.type
     if pa.types.is_dictionary(kind):
         values = values.cast(kind.value_type)
-    if pa.types.is_string_view(values.type):
+    if str(values.type) == "string_view":  # pyarrow names this type from 16 on
         values = values.cast(pa.string())
     if pa.types.is_boolean(values.type):
         return pc.if_else(values, "true", "false")
