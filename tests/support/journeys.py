@@ -35,9 +35,10 @@ def rows_of(folder):
 
 
 def damage(path):
-    """Change one byte in the middle of a file."""
+    """Change bytes in the middle of a file, more than the padding between two records of `torch.save`."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    middle = slice(len(data) // 2, len(data) // 2 + 100)
+    data[middle] = bytes(value ^ 1 for value in data[middle])
     path.write_bytes(data)
 
 
