@@ -136,7 +136,7 @@ def image_rows(split: Dataset, column: str, folders: Sequence[Path] = ()) -> Dat
     if _is_value(feature, _TEXT):
         found = files_as_dataset(_resolved(images.with_format("arrow")[:].column(column).to_pylist(), folders, column))
         return found if column == "image" else found.rename_column("image", column)
-    if feature == Value("binary_view"):  # which `datasets` does not cast to images
+    if _is_value(feature, _BYTES[1:]):  # which not every release of `datasets` casts to images
         images = images.cast_column(column, Value("binary"))
     return images.cast_column(column, Image())
 

@@ -238,8 +238,8 @@ def test_a_broken_zip_file_is_named(tmp_path):
 
 def test_the_cause_is_told_where_datasets_tells_nothing(tmp_path):
     root = write_folders(tmp_path / "data", ".")
-    (root / "metadata.csv").write_text("file_name,label\n../a.png,0\n")
-    with pytest.raises(InputError, match=r"cannot read a data set from .*: ValueError: Invalid metadata file_name '"):
+    (root / "metadata.csv").write_text("label\n0\n")
+    with pytest.raises(InputError, match=r"cannot read a data set from .*: ValueError: `file_name`"):
         read_local(root)
 
 
