@@ -95,22 +95,21 @@ def train(argv: list[str] | None) -> None:
 def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator: Accelerator, watch: Watch) -> None:
     """All epochs of a stage after the last finished one, then its results."""
     epoch = state.restore(stage)
-    bar = stage_bar(stage, epoch, accelerator)
-    while not stage.is_done(epoch):
-        started = time.perf_counter()
-        loss = train_epoch(stage, epoch, accelerator, watch, bar)
-        row = dict(stage=stage.name, epoch=epoch + 1, lr=stage.settings.lr_at(epoch), loss=loss)
-        row["seconds"] = round(time.perf_counter() - started, 2)
-        epoch += 1
-        row |= stage.evaluate_epoch(epoch, watch)
-        state.history.append(row)
-        state.seconds += time.perf_counter() - started
-        state.capture(stage, epoch)
-        if accelerator.is_main_process:
-            run.save(state)  # atomic: a kill costs at most the running epoch
-        log_epoch(accelerator, row, step=len(state.history))
-        watch.check()
-    bar.close()
+    with stage_bar(stage, epoch, accelerator) as bar:
+        while not stage.is_done(epoch):
+            started = time.perf_counter()
+            loss = train_epoch(stage, epoch, accelerator, watch, bar)
+            row = dict(stage=stage.name, epoch=epoch + 1, lr=stage.settings.lr_at(epoch), loss=loss)
+            row["seconds"] = round(time.perf_counter() - started, 2)
+            epoch += 1
+            row |= stage.evaluate_epoch(epoch, watch)
+            state.history.append(row)
+            state.seconds += time.perf_counter() - started
+            state.capture(stage, epoch)
+            if accelerator.is_main_process:
+                run.save(state)  # atomic: a kill costs at most the running epoch
+            log_epoch(accelerator, row, step=len(state.history))
+            watch.check()
     stage.finish(epoch, state, run, watch)
     accelerator.free_memory()
 
