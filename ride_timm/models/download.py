@@ -27,6 +27,9 @@ from .release import (
     sha256_of,
 )
 
+# errors of a client that does not resume a download by itself
+_CUT_SHORT = ("Consistency check failed", "peer closed connection without sending complete message body")
+
 
 def repository_of(name_and_tag: str) -> str:
     """Hub repository of a tag, in the namespace RIDE_TIMM_HUB or the project's own."""
@@ -146,14 +149,14 @@ def _blob_hash(path: Path) -> str:
 
 
 def _fetch(file: str, force: bool, source: dict[str, Any], tag: str | None) -> Path:
-    """Download a file of a Hub repository to the cache; retry once if truncated."""
+    """Download a file of a Hub repository to the cache; retry once if it is cut short."""
     from huggingface_hub import hf_hub_download
 
     for again in (True, False):
         try:
             return Path(hf_hub_download(filename=file, force_download=force, library_name="ride_timm", **source))
         except Exception as error:  # of any type: from the client, its transport or the disk
-            if again and "Consistency check failed" in str(error):
+            if again and any(text in str(error) for text in _CUT_SHORT):
                 continue
             raise hub_error(error, source["repo_id"], file, tag) from error
     raise AssertionError("unreachable")
