@@ -90,7 +90,7 @@ def test_recomputed_activations_and_frozen_norms_leave_a_run_as_it_is(train, pho
     monkeypatch.setattr("torch.utils.checkpoint.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
     save_file(lively("test_resnet").state_dict(), file)
     more = ["--recipe", "finetune", "--backbone", "test_resnet", "--split", "layer4", "--num-experts", "1"]
-    more += ["--epochs", "1", "--freeze-norm"]
+    more += ["--epochs", "1"]
     for name, flag in (("plain", "--no-grad-checkpointing"), ("recomputed", "--grad-checkpointing")):
         assert train(flags_of(photos, file, tmp_path / name, *more, flag)) == 0
         tensors.append(load_file(tmp_path / name / "model.safetensors"))
@@ -108,7 +108,10 @@ def test_recomputed_activations_and_frozen_norms_leave_a_run_as_it_is(train, pho
         (["--backbone-weights", "nothing.safetensors"], "nothing.safetensors': no such file"),
         (["--input-size", "8"], "does not take images of 8 x 8 pixels"),
         (["--backbone", "test_vit", "--split", "none"], "lack"),
-        (["--backbone-weights", "none", "--no-backbone-pretrained"], "head_init=class_means needs pretrained weights"),
+        (
+            ["--backbone-weights", "none", "--no-backbone-pretrained"],
+            "freeze_norm=True, head_init=class_means need pretrained weights: pass --backbone-p",
+        ),
         (["--freeze", "backbone"], "freeze=backbone leaves layer_decay=0.75 without effect"),
         (["--backbone", "resnt50"], "backbone='resnt50'"),
         (["--model", "ride", "--recipe", "finetune", "--backbone-weights", "none"], "--backbone-weights FILE"),

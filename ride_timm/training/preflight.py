@@ -95,12 +95,14 @@ def check_options(recipe: Recipe, options: Options) -> None:
 def check_source(recipe: Recipe, options: Options, state: TrainingState | None) -> None:
     """InputError for initial weights that are missing, or are not those that the resumed run began with."""
     if state is None and options.source is None and not recipe.pretrained:
-        for key, default in (("freeze", "none"), ("freeze_norm", False), ("head_init", "random"), ("adapter", None)):
-            if (value := getattr(recipe, key)) != default:
-                ways = "--backbone-pretrained, --backbone-weights or --from"
-                if key == "head_init":  # --from brings its classifiers
-                    ways = "--backbone-pretrained or --backbone-weights"
-                raise InputError(f"{key}={value} needs pretrained weights: pass {ways}.")
+        defaults = dict(freeze="none", freeze_norm=False, head_init="random", adapter=None)
+        needy = [key for key, default in defaults.items() if getattr(recipe, key) != default]
+        if needy:
+            given = ", ".join(f"{key}={getattr(recipe, key)}" for key in needy)
+            ways = "--backbone-pretrained, --backbone-weights or --from"
+            if "head_init" in needy:  # --from brings its classifiers
+                ways = "--backbone-pretrained or --backbone-weights"
+            raise InputError(f"{given} {'need' if needy[1:] else 'needs'} pretrained weights: pass {ways}.")
     if state is None or options.source is None:
         return
     if Path(options.source).resolve() in [Path(path).resolve() for path in (options.output, state.source) if path]:
@@ -128,7 +130,8 @@ def preflight(
 ) -> None:
     """The last checks before the first write: machine, initial weights, batches and BatchNorm of the stages to come."""
     check_machine(recipe, options, accelerator)
-    if recipe.freeze_norm and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    stated = recipe.freeze_norm and "freeze_norm" in options.fixed  # of a recipe, it is for any backbone
+    if stated and not any(isinstance(module, _BatchNorm) for module in model.modules()):
         name = recipe.backbone or recipe.model
         raise InputError(f"freeze_norm=True: {name} has no BatchNorm; leave it out.")
     check_source(recipe, options, state)

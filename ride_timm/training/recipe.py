@@ -87,7 +87,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         if self.adapter and self.freeze == "trunk":
             raise InputError(f"adapter={self.adapter} freezes the backbone itself: leave freeze=trunk out.")
         if self.freeze == "backbone":
-            names = ("layer_decay", "drop_rate", "drop_path_rate", "grad_checkpointing", "freeze_norm", "adapter")
+            names = ("layer_decay", "drop_rate", "drop_path_rate", "grad_checkpointing", "adapter")
             idle = [name for name in names if getattr(self, name)]
         else:
             idle = []

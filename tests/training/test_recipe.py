@@ -239,7 +239,6 @@ def test_imbalance_factor_without_a_profile_is_rejected():
         ),
         (dict(freeze="backbone", ghost_batch=32), "ghost_batch=32"),
         (dict(freeze="backbone", drop_rate=0.5), "drop_rate=0.5 without effect: leave it out, by --drop-rate 0"),
-        (dict(freeze="backbone", freeze_norm=True), "freeze_norm=True without effect: .* by --no-freeze-norm"),
         (dict(freeze="backbone", adapter="lora"), "freeze=backbone leaves adapter=lora without effect: leave it out"),
         (dict(freeze_norm=True, sync_bn=True), "freeze_norm=True leaves sync_bn=True without effect: leave it out"),
     ],
