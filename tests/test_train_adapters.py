@@ -25,9 +25,8 @@ def weights(tmp_path):
 
 
 def flags_for(colours, output, *more):
-    flags = flags_of(colours, output, "--backbone", "test_convnext", "--adapter", "lora", "--adapter-rank", "2")
-    flags[flags.index("--model") + 1] = "ride"
-    return [*flags, "--epochs", "2", "--lr", "0.05", "--ema-decay", "0.9", *more]
+    flags = flags_of(colours, output, "--model", "ride", "--backbone", "test_convnext", "--adapter", "lora")
+    return [*flags, "--adapter-rank", "2", "--epochs", "2", "--lr", "0.05", "--ema-decay", "0.9", *more]
 
 
 def test_train_kill_resume_route_and_evaluate(train, colours, weights, tmp_path, monkeypatch, capsys):

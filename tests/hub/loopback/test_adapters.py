@@ -20,9 +20,8 @@ def test_an_adapted_run_and_its_merged_one(train, colours, hub, tmp_path, monkey
     monkeypatch.setenv("HF_TOKEN", WRITER)
     torch.save(lively("test_convnext").state_dict(), tmp_path / "backbone.pth")
     adapted, merged = tmp_path / "run", tmp_path / "merged"
-    flags = flags_of(colours, adapted, "--backbone", "test_convnext", "--backbone-weights", tmp_path / "backbone.pth")
-    flags[flags.index("--model") + 1] = "ride"
-    flags += ["--adapter", "lora", "--lr", "0.05", "--epochs", "1", "--router-epochs", "1"]
+    flags = flags_of(colours, adapted, "--model", "ride", "--backbone", "test_convnext", "--adapter", "lora")
+    flags += ["--backbone-weights", tmp_path / "backbone.pth", "--lr", "0.05", "--epochs", "1", "--router-epochs", "1"]
     assert train([*flags, "--push-to-hub", "alice/ride.adapted"]) == 0
     main(["merge", "--model", str(adapted), "--output", str(merged)])
     assert train(["--output", str(merged), "--resume", "--push-to-hub", "alice/ride.merged"]) == 0
