@@ -91,16 +91,16 @@ def inputs(folder: Path, images: ImageSet, args: argparse.Namespace, workers: in
             device=torch.device("cpu"),
         )
         yield name, Input(partial(iter, theirs if name == "timm" else theirs.loader))
-    for name, defer in (("ours", False), ("ours, bytes", True)):
+    for name in ("ours", "ours, bytes"):
         ours = WorkerBatches(
             images,
-            ViewTransform(POLICY, True, args.image_size, defer_jitter=defer),
+            ViewTransform(POLICY, True, args.image_size),
             order=ShuffledOrder(len(images), 0),
             slices=RankSlices(len(images), args.batch_size, True, 0, 1),
             seed=0,
             num_workers=workers,
         )
-        yield name, Input(partial(loaded, ours.loader) if defer else partial(iter, ours))
+        yield name, Input(partial(iter, ours) if name == "ours" else partial(loaded, ours.loader))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -90,9 +90,14 @@ class ImageSet:
 
         return self.images.cast_column(self.image_column, Image(decode=False))
 
+    @cached_property
+    def _mode(self) -> str | None:
+        """The mode that the image column states; `datasets` copies all features at every access."""
+        return self.images.features[self.image_column].mode
+
     def _open(self, row: int, stored: dict[str, Any]) -> Image | None:
         """The image in a row of the split, undecoded if local; None if missing."""
-        if self.images.features[self.image_column].mode is None:
+        if self._mode is None:
             opened = open_stored(stored)
             if opened is not None:
                 return opened

@@ -9,7 +9,7 @@ from torchvision import transforms as T
 from .policies import Policy
 
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)  # as torchvision's ColorJitter numbers them
-_LUMA = (19595, 38470, 7471)  # Pillow's weights of R, G and B, of 65536; float32 holds their sums exactly
+_LUMA = (0.299, 0.587, 0.114)  # weights of R, G and B in a grey image, as Pillow has them
 
 
 def draw_jitter(jitter: T.ColorJitter) -> Tensor:
@@ -24,22 +24,31 @@ def no_jitter() -> Tensor:
 
 
 def jittered(images: Tensor, changes: Tensor) -> Tensor:
-    """Apply drawn changes in place, with Pillow's pixels.
+    """Apply drawn changes in place, all of them in one pass.
 
-    images: whole numbers 0 to 255, float32 [B, 3, H, W]; changes [B, K, 2].
+    Each change blends an image with black, its mean grey or its grey image, so together they are a * image + b * grey +
+    c with three numbers an image. Values are neither rounded nor, before the last change, clipped to 0 to 255.
+
+    images: float32 [B, 3, H, W], values 0 to 255; changes [B, K, 2].
     """
     red, green, blue = images.unbind(1)
-    for kind, factor in changes.permute(1, 2, 0)[..., None, None]:  # each [B, 1, 1]
-        grey = red.mul(_LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
-        grey = grey.add_(32768).mul_(1 / 65536).floor_()
-        mean = grey.mean((1, 2), keepdim=True).add_(0.5).floor_()
-        end = grey.mul_(kind == _SATURATION).add_(mean * (kind == _CONTRAST))[:, None]  # black for brightness
-        images.sub_(end).mul_(factor[:, None]).add_(end).clamp_(0, 255).floor_()
-    return images
+    grey = red.mul(_LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    mean = grey.mean((1, 2))
+    a, b, c = torch.ones_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
+    for kind, factor in changes.permute(1, 2, 0):  # each [B]
+        saturation, contrast = kind == _SATURATION, kind == _CONTRAST
+        rest, slope = 1 - factor, a + b  # the grey image is now slope * grey + c
+        a, b, c = (
+            factor * a,
+            factor * b + rest * saturation * slope,
+            factor * c + rest * (saturation * c + contrast * (slope * mean + c)),
+        )
+    a, b, c = (value[:, None, None, None] for value in (a, b, c))
+    return images.mul_(a).add_(grey[:, None].mul_(b).add_(c)).clamp_(0, 255)
 
 
 class BatchColours:
-    """Colour jitter and normalisation of a batch, as ToTensor and Normalize give it bit for bit."""
+    """Colour jitter and normalisation of a batch; without changes, as ToTensor and Normalize give it bit for bit."""
 
     def __init__(self, policy: Policy, device: str | torch.device = "cpu") -> None:
         self.mean, self.std = (torch.tensor(value, device=device)[:, None, None] for value in (policy.mean, policy.std))
@@ -49,10 +58,12 @@ class BatchColours:
         normalised = torch.empty(
             images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last
         )
-        # a CPU's cache holds an image, not a batch
-        size = 1 if images.device.type == "cpu" else max(1, len(images))
+        # a CPU's cache holds some images, not a batch
+        size = 8 if images.device.type == "cpu" else max(1, len(images))
         parts = zip(images.split(size), changes.split(size), normalised.split(size), strict=True)
         for some, drawn, out in parts:
-            pixels = jittered(some.to(torch.float32), drawn)
+            pixels = some.to(torch.float32)
+            if drawn.shape[1]:
+                pixels = jittered(pixels, drawn)
             out.copy_(pixels.div_(255).sub_(self.mean).div_(self.std))
         return normalised

@@ -255,13 +255,13 @@ def build_augment(policy: str | Policy, train: bool, input_size: int | None = No
 class View:
     """The steps after the crop, to whole pixels: RGB PIL image [S, S] -> uint8 [3, S, S].
 
-    defer_jitter: leave the colour jitter to the batch, as `jitter`; Cutout must follow it, so not with Cutout.
+    jitter: the colour jitter, which is left to the batch; Cutout must follow it, so it is applied here with Cutout.
     only_flips: no step needs Pillow, so the image may be uint8 [3, S, S].
     """
 
-    def __init__(self, policy: Policy, train: bool, input_size: int | None = None, defer_jitter: bool = False) -> None:
+    def __init__(self, policy: Policy, train: bool, input_size: int | None = None) -> None:
         steps, self.jitter = _changes(policy, train, input_size), None
-        if defer_jitter and not policy.cutout and steps and isinstance(steps[-1], T.ColorJitter):
+        if not policy.cutout and steps and isinstance(steps[-1], T.ColorJitter):
             self.jitter = steps.pop()
         self.only_flips = all(isinstance(step, T.RandomHorizontalFlip) for step in steps)
         self.changes = T.Compose(steps)

@@ -64,10 +64,7 @@ def make_loader(
         raise InputError(f"sampler={sampler}: a sampler is for training")
     slices = RankSlices(len(image_set), batch_size, train, rank, num_processes)
     decoder = decode_reduced if reduced_decode else decode_full
-    # the changes of a batch cost a GPU little, and a CPU as much as those of its images, which workers share
-    transform = ViewTransform(policy, train, size, decoder, views, defer_jitter=torch.device(device).type != "cpu")
-    if five_crops:
-        transform = FiveCrops(policy, size, decoder)
+    transform = FiveCrops(policy, size, decoder) if five_crops else ViewTransform(policy, train, size, decoder, views)
     if isinstance(image_set, BatchSource):
         how: dict[str, Any] = dict(slices=slices, seed=seed, num_workers=num_workers, device=device)
         return image_set.batches(policy, transform, sampler=sampler, **how)

@@ -31,9 +31,9 @@ def seeded(*key: int) -> Iterator[None]:
 class ViewTransform:
     """Crop an image once, then augment it in each view from the same random state.
 
-    Of two views, the first is that of the weak policy; their crops and flips are the same. Pixels stay uint8: the batch
-    is normalised on its device. defer_jitter, for a GPU: so is its colour jitter, drawn here, with the same pixels; and
-    where only flips remain here, JPEGs are cropped and resized by `TensorCrop`.
+    Of two views, the first is that of the weak policy; their crops and flips are the same. Pixels stay uint8: the
+    colour jitter drawn here and normalisation are left to the batch, on its device. Where only flips remain here, JPEGs
+    are cropped and resized by `TensorCrop`.
     """
 
     def __init__(
@@ -43,14 +43,13 @@ class ViewTransform:
         input_size: int | None = None,
         decoder: Decoder = decode_full,
         views: int = 1,
-        defer_jitter: bool = False,
     ) -> None:
         self.policy = policy = get_policy(policy)
         policies = [policy.weak, policy][-views:]
-        self.views = [View(view, train, input_size, defer_jitter) for view in policies]
+        self.views = [View(view, train, input_size) for view in policies]
         self.crop: Callable[[Image], Image | Tensor] = build_crop(policy, train, input_size, decoder)
         flips = train and policy.padding is None and all(view.only_flips for view in self.views)
-        if defer_jitter and flips and decoder is decode_full:
+        if flips and decoder is decode_full:
             self.crop = TensorCrop(policy.input_size(input_size), interpolation=policy.interpolation)
         self.jitters = any(view.jitter is not None for view in self.views)
 
