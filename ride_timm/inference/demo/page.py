@@ -10,6 +10,7 @@ import gradio as gr
 
 from ...data.datasets import KNOWN
 from ...errors import InputError
+from .drawings import write_drawings
 from .examples import write_examples
 from .markup import CSS, classes_html, decision_html, error_html, hint_html, setting_html
 from .opinions import Demo
@@ -38,7 +39,8 @@ def build_page(demo: Demo) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 image = gr.Image(label="Image", sources=["upload", "clipboard"], height=280, elem_id="image")
                 with tempfile.TemporaryDirectory() as folder:
-                    if examples := write_examples(demo.dataset, Path(folder)) or demo.examples:
+                    made = write_examples(demo.dataset, Path(folder))
+                    if examples := made or demo.examples or write_drawings(demo.labels, Path(folder)):
                         gr.Examples([[str(path)] for path in examples], image, label="Examples")  # copied
             with gr.Column(scale=3, min_width=300):
                 decision = gr.HTML(elem_id="decision", padding=False)
