@@ -34,7 +34,7 @@ h1 { overflow-wrap: anywhere; font-size: clamp(1.3rem, 6vw, 1.8rem) !important; 
 .ride th, .ride td { border: 0 !important; padding: .3rem .25rem !important; overflow-wrap: anywhere; }
 .ride .count { text-align: right !important; width: 5rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .ride .cards .box { padding: .75rem; font-size: .9rem; }
-.ride .cards .count { width: 3.5rem; }
+.ride .cards .count { width: 4.25rem; }
 .ride .bar { background: var(--border-color-primary); border-radius: .25rem; height: .5rem; overflow: hidden; }
 .ride .bar span { display: block; height: 100%; background: var(--color-accent); }
 """  # hidden: the slider's own numbers, which count settings; important: over gradio's rules for tables
