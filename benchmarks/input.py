@@ -1,4 +1,4 @@
-"""CIFAR input alone: PIL images one at a time, and ours augmented in batches."""
+"""CIFAR input alone: PIL images one at a time, and ours augmented in batches, also with AutoAugment and Cutout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     full_batches = len(images) // args.batch_size
     if args.warm_up + args.steps > full_batches:
         flags.error(f"--warm-up {args.warm_up} + --steps {args.steps}: an epoch has {full_batches} full batches")
-    training = Training(make_recipe("ride_resnet32", args.batch_size, 32, mixed_precision="bf16"), images, 100)
+    keys = dict(mixed_precision="bf16")
+    training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images, 100)
+    strong = make_recipe("ride_resnet32", args.batch_size, 32, **keys, auto_augment="cifar10", cutout=16)
     batch, targets = random_batch(args.batch_size, 100, 32)
     held = [(batch.contiguous(memory_format=torch.channels_last), targets)] * (1 + args.train_steps)
 
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         "baseline, 2 workers": plain_loader(images.pixels, images.labels, args.batch_size, 2),
         "baseline, in-process": plain_loader(images.pixels, images.labels, args.batch_size, 0),
         "ours": training.stage.loader,
+        "ours, AutoAugment and Cutout": Training(strong, images, 100).stage.loader,
     }
     variants = {name: partial(run, drain, loader, args.steps, args.warm_up) for name, loader in loaders.items()}
     variants["our training step (bf16)"] = partial(run, training.train_batches, held, args.train_steps, 1)
@@ -51,12 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"batch {args.batch_size} of 32 px, {args.threads} threads")
     show(figures, "ms/step", 2)
     own, step = figures["ours"]["median"], figures["our training step (bf16)"]["median"]
-    percent = 100 * own / (own + step)
-    print(f"input: {percent:.1f} % of our step")
+    percents = [100 * figures[name]["median"] / (figures[name]["median"] + step) for name in list(loaders)[2:]]
+    print(f"input: {percents[0]:.1f} % of our step, with AutoAugment and Cutout {percents[1]:.1f} %")
     in_process = figures["baseline, in-process"]["median"] / own
     print(f"baseline in-process / ours: {in_process:.2f}")
     ratio = figures["baseline, 2 workers"]["median"] / own
-    record("input", args, dict(ms_per_step=figures, share_percent=percent, ratio=ratio, ratio_in_process=in_process))
+    fractions = dict(share_percent=percents[0], share_percent_strong=percents[1])
+    record("input", args, dict(ms_per_step=figures, **fractions, ratio=ratio, ratio_in_process=in_process))
     print(f"ratio {ratio:.2f}")
 
 

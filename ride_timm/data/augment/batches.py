@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...hardware import send
+from .batch_policy import BatchPolicy
 from .policies import Policy, get_policy
 
 
 class Draws(NamedTuple):
     """Random choices of a batch: crop corner, flip, degrees; each [B], on the CPU.
 
-    hole: row and column of the centre of Cutout's square, [B, 2], where the policy has one.
+    hole: row and column of the centre of Cutout's square, [B, 2], where the policy has one; changes: AutoAugment's,
+    [B, 2, 2], see `BatchPolicy`.
     """
 
     top: Tensor
@@ -24,6 +26,7 @@ class Draws(NamedTuple):
     flip: Tensor
     angle: Tensor
     hole: Tensor | None = None
+    changes: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Draws:
         """The draws of images start ... stop-1."""
@@ -34,7 +37,8 @@ class BatchAugment:
     """Padded crop, flip, rotation, Cutout and normalisation of a batch of small images.
 
     Gives the pixels of `build_transform` for the same draws: the rotation is Pillow's fixed-point nearest neighbour
-    around the centre, black outside. The three transforms are composed, so each output pixel is read once.
+    around the centre, black outside. The three transforms are composed, so each output pixel is read once. Before them
+    comes AutoAugment's policy for CIFAR-10, where the policy has it; others are for single images, see `AutoAugment`.
     """
 
     def __init__(self, policy: str | Policy, input_size: int | None = None, device: str | torch.device = "cpu") -> None:
@@ -43,12 +47,13 @@ class BatchAugment:
         if padding is None:
             raise InputError(f"augmentation {self.policy.name!r} augments single images, not batches of small ones")
         self.size, self.padding = self.policy.input_size(input_size), padding
+        self.auto_augment = BatchPolicy(self.policy.mean) if self.policy.auto_augment == "cifar10" else None
         # as wide as a row of the image: broadcasting over 3 channels would not vectorise
         self.mean = torch.tensor(self.policy.mean, device=device).repeat(self.size)
         self.std = torch.tensor(self.policy.std, device=device).repeat(self.size)
 
     def draw(self, num_images: int, generator: torch.Generator) -> Draws:
-        """Draws distributed as in RandomCrop, RandomHorizontalFlip, RandomRotation."""
+        """Draws distributed as in AutoAugment, RandomCrop, RandomHorizontalFlip, RandomRotation."""
         num_corners = 2 * self.padding + 1
         return Draws(
             torch.randint(num_corners, (num_images,), generator=generator),
@@ -56,6 +61,7 @@ class BatchAugment:
             torch.rand(num_images, generator=generator) < 0.5,
             (2 * torch.rand(num_images, generator=generator) - 1) * self.policy.rotation,
             torch.randint(self.size, (num_images, 2), generator=generator) if self.policy.cutout else None,
+            self.auto_augment.draw(num_images, generator) if self.auto_augment else None,
         )
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
@@ -63,6 +69,8 @@ class BatchAugment:
 
         images uint8 [B, S, S, 3] and their draws -> float32 [B, 3, S, S], channels last
         """
+        if self.auto_augment and draws.changes is not None:
+            images = self.auto_augment(images, draws.changes)
         images = self.warp(images, draws)
         if draws.hole is not None:
             images = self.cut(images, draws.hole)

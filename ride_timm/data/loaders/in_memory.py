@@ -49,9 +49,9 @@ class TensorBatches(Batches):
     """Batches of small images from a tensor on `device`.
 
     Yields (images float32 [V*b, 3, S, S] channels last, labels int64 [b]) on `device`. Random choices are drawn for the
-    global batch and then sliced, so they do not depend on the number of processes. A policy with `auto_augment` has
-    draws of its own; Pillow augments image by image on the CPU, by worker processes if there are any, all else happens
-    on the device. Of two views, the first is that of the weak policy.
+    global batch and then sliced, so they do not depend on the number of processes. All happens on the device, but for
+    policies of `auto_augment` other than CIFAR-10's: these have draws of their own, and Pillow augments image by image
+    on the CPU, by worker processes if there are any. Of two views, the first is that of the weak policy.
 
     pixels: uint8 [N, S, S, 3]; labels: [N].
     """
@@ -83,7 +83,7 @@ class TensorBatches(Batches):
         self.augments = {BATCH: BatchAugment(policy.weak, size, self.device)}
         self.augments[STRONG] = BatchAugment(policy, size, self.device)
         self.loader = None
-        if slices.train and policy.auto_augment is not None:
+        if slices.train and policy.auto_augment is not None and self.augments[STRONG].auto_augment is None:
             self.keys = EpochKeys(order, slices)
             self.loader = DataLoader(
                 _AutoAugmented(pixels.cpu(), policy, self.seed),

@@ -24,9 +24,10 @@ def joined(loader) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 STRONG = get_policy("cifar").strong("rand-m9-mstd0.5")
+BATCHED = get_policy("cifar").strong("cifar10", 8)
 
 
-@pytest.mark.parametrize("policy", ["cifar", STRONG], ids=["plain", "auto_augment"])
+@pytest.mark.parametrize("policy", ["cifar", STRONG, BATCHED], ids=["plain", "auto_augment", "batched"])
 @pytest.mark.parametrize("num_processes", [2, 3])
 @pytest.mark.parametrize("train, sampler", [*((True, sampler) for sampler in SAMPLERS), (False, "instance")])
 def test_ranks_jointly_see_the_images_of_one_process(num_processes, train, sampler, policy):
@@ -94,7 +95,9 @@ def test_decode():
 CUT = replace(STRONG, cutout=8)
 
 
-@pytest.mark.parametrize(("train", "policy"), [(True, "cifar"), (False, "cifar"), (True, STRONG), (True, CUT)])
+@pytest.mark.parametrize(
+    ("train", "policy"), [(True, "cifar"), (False, "cifar"), (True, STRONG), (True, CUT), (True, BATCHED)]
+)
 def test_batches_are_made_where_the_pixels_are_and_wait_for_nothing(train, policy):
     """A tensor on "meta" holds no values: asking for one, as a synchronisation would, raises."""
     loader = make_loader(png_set(5), policy, train=train, batch_size=3, seed=0, device="meta")
@@ -117,6 +120,14 @@ def test_workers_that_auto_augment_change_nothing(views):
             assert torch.equal(found, expected)
 
 
+def test_the_policy_of_cifar10_needs_no_workers():
+    data = png_set(5)
+    loader, other = (make_loader(data, BATCHED, train=True, batch_size=5, seed=1, num_workers=n) for n in (0, 2))
+    assert loader.loader is other.loader is None
+    plain = make_loader(data, get_policy("cifar").strong(None, 8), train=True, batch_size=5, seed=1)
+    assert not torch.equal(next(iter(loader))[0], next(iter(plain))[0])
+
+
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 0), ("meta", 2)])
 def test_on_a_cpu_training_keeps_all_cores(device, expected):
     how = dict(train=True, batch_size=5, seed=1, num_workers=2, device=device)
@@ -130,12 +141,13 @@ def test_small_images_held_in_memory_are_decoded_in_full(decoded):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", ["cifar", CUT], ids=["plain", "strong"])
+@pytest.mark.parametrize("policy", ["cifar", CUT, BATCHED], ids=["plain", "strong", "batched"])
 def test_a_gpu_yields_the_batches_of_the_cpu(policy):
     data = png_set(13)
     common = dict(train=True, batch_size=5, seed=1, views=2 if policy != "cifar" else 1)
     loaders = [make_loader(data, policy, device=device, **common) for device in ("cpu", "cuda")]
     for (expected, labels), (found, found_labels) in zip(*loaders, strict=True):
         assert found.device.type == "cuda" and torch.equal(found_labels.cpu(), labels)
-        # a GPU divides by the reciprocal
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
+        # a GPU divides by the reciprocal, and of two nearest pixels it may take the other
+        close = torch.isclose(found.cpu(), expected, rtol=1e-5, atol=1e-6)
+        assert (~close).float().mean() <= (0.01 if policy == BATCHED else 0)
