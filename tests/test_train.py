@@ -27,7 +27,7 @@ def test_run_writes_its_folder_and_prints_a_table(finished):
     results = json.loads((output / "results.json").read_text())
     assert results["num_processes"] == 1 and results["class_counts"] == [30, 16, 8] and results["seed"] == 0
     experts, router = results["stages"]["experts"], results["stages"]["router"]
-    assert experts["all"] > 60  # three colours; chance is a third
+    assert experts["all"] > 80  # two of the three colours are 67
     assert experts["many"] is None and experts["epochs"] == 3
     assert sum(router["experts_used"]) == pytest.approx(1) and router["threshold"] == 0.5
     assert router["macs"] <= experts["macs"] * 1.01
@@ -181,7 +181,8 @@ def test_two_processes_train_both_stages_and_count_each_sample_once(of_two_proce
     output, done = of_two_processes
     results = RunFolder(output).results()
     assert results["num_processes"] == 2
-    assert results["stages"]["experts"]["all"] > 50
+    losses = [float(row["loss"]) for row in rows_of(output) if row["stage"] == "experts"]
+    assert losses[-1] < losses[0] / 2  # in so few steps the accuracy depends on the random numbers
     main(["evaluate", "--model", str(output), "--json", "--threads", "1"])
     alone = json.loads(capsys.readouterr().out)
     assert alone["images"] == 30 and alone["per_class"] == results["stages"]["experts"]["per_class"]

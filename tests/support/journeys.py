@@ -14,7 +14,7 @@ from ride_timm.training.run_folder import RunFolder
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "train_accelerate.py")
 TINY = ["--model", "test_ride_resnet", "--num-experts", "2", "--imb-type", "none", "--augment", "cifar"]
-TINY += ["--epochs", "3", "--router-epochs", "2", "--warmup-epochs", "1", "--batch-size", "16", "--lr", "0.02"]
+TINY += ["--epochs", "3", "--router-epochs", "2", "--warmup-epochs", "1", "--batch-size", "16", "--lr", "0.002"]
 TINY += ["--router-batch-size", "32", "--drop-rate", "0.1", "--eval-every", "2"]
 
 
