@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,9 @@ def _operations(transform: Any) -> list[AugmentOp]:
     return [op for item in nested for op in (item if isinstance(item, list) else [item])]
 
 
-def _at_least_one_bit(level_fn: Callable[..., tuple[int]]) -> Callable[..., tuple[int]]:
+def _at_least_one_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: Any) -> tuple[int]:
     """Keep a bit: Pillow refuses to posterize to none, which timm's strongest levels ask for."""
-    return lambda level, hparams: (max(1, level_fn(level, hparams)[0]),)
+    return (max(1, level_fn(level, hparams)[0]),)
 
 
 class AutoAugment:
@@ -68,7 +69,7 @@ class AutoAugment:
             ) from error
         for op in _operations(self.transform):
             if op.name.startswith("Posterize"):
-                op.level_fn = _at_least_one_bit(op.level_fn)
+                op.level_fn = partial(_at_least_one_bit, op.level_fn)  # no closure: workers may be spawned
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return self.each([image], torch.randint(2**32, (1,)))[0]

@@ -1,5 +1,6 @@
 """AutoAugment and its kind: their generator, their position in the transform, their names."""
 
+import pickle
 import random
 
 import numpy as np
@@ -49,6 +50,15 @@ def test_choices_follow_from_torchs_generator_alone(description):
     assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
     assert any(not np.array_equal(a, np.asarray(picture())) for a in one)
     assert all(a.shape == (32, 32, 3) and a.dtype == np.uint8 for a in one)
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS)
+def test_a_spawned_worker_gets_the_same_policy(description):
+    """macOS and Windows pickle a transform to hand it to a worker."""
+    augment = AutoAugment(description, 32, MEAN)
+    copied, seeds = pickle.loads(pickle.dumps(augment)), torch.arange(6)
+    pairs = zip(augment.each([picture()] * 6, seeds), copied.each([picture()] * 6, seeds), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
 
 
 def test_other_generators_are_left_where_they_were():
