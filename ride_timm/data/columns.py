@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ..errors import InputError, listed
+from ..errors import InputError, first_line, listed
 from .folders import files_as_dataset, is_image
 from .image_set import ImageSet, open_stored
 from .longtail import check_labels
@@ -46,7 +47,8 @@ def sets_of_columns(
             if column not in split.column_names:
                 raise InputError(
                     f"split {name!r} has no column {column!r}; it has {listed(split.column_names)}: give it the "
-                    f"columns (or class folders) of split {train_split!r}, or name another by --test-split"
+                    f"columns (or class folders) of split {train_split!r}, name another by --test-split, or move it "
+                    "away, and test images are held out of the training images"
                 )
         choose_image_column(split, image_column)
         names = getattr(split.features[label_column], "names", None)
@@ -133,12 +135,27 @@ def image_rows(split: Dataset, column: str, folders: Sequence[Path] = ()) -> Dat
     images, feature = split.select_columns([column]), split.features[column]
     if isinstance(feature, Image):
         return images
-    if _is_value(feature, _TEXT):
-        found = files_as_dataset(_resolved(images.with_format("arrow")[:].column(column).to_pylist(), folders, column))
+    if (paths := _paths(images, column)) is not None:
+        found = files_as_dataset(_resolved(paths.to_pylist(), folders, column))
         return found if column == "image" else found.rename_column("image", column)
     if _is_value(feature, _BYTES[1:]):  # which not every release of `datasets` casts to images
         images = images.cast_column(column, Value("binary"))
     return images.cast_column(column, Image())
+
+
+def _paths(images: Dataset, column: str) -> pa.ChunkedArray | None:
+    """A column of text, or the paths of structs none of which holds bytes; None for other columns."""
+    import pyarrow.compute as pc
+
+    feature = images.features[column]
+    if _is_value(feature, _TEXT):
+        return images.with_format("arrow")[:].column(column)
+    if not isinstance(feature, dict) or "path" not in feature:
+        return None
+    stored = images.with_format("arrow")[:].column(column)
+    if "bytes" in feature and pc.struct_field(stored, "bytes").null_count < len(stored):
+        return None
+    return pc.struct_field(stored, "path")
 
 
 def _is_value(feature: Any, kinds: tuple[str, ...]) -> bool:
@@ -159,8 +176,11 @@ def _holds_images(rows: Dataset, column: str) -> bool:
     if not _may_hold_images(feature):
         return False
     values = [value for value in rows.data.column(column).to_pylist() if value]
-    if _is_value(feature, _TEXT):
-        return bool(values) and is_image(urlsplit(values[0]).path)
+    first = next(iter(values), None)
+    if isinstance(first, dict) and first.get("bytes") is None:
+        first = first.get("path")
+    if isinstance(first, str):
+        return is_image(urlsplit(first).path)
     if column in IMAGE_COLUMNS:
         return True
     return any(_opens(value if isinstance(value, dict) else dict(bytes=value)) for value in values)
@@ -179,8 +199,11 @@ def _opens(stored: dict[str, Any]) -> bool:
 
 def _resolved(paths: list[str | None], folders: Sequence[Path], column: str) -> list[str | None]:
     """Paths from the first folder that has the first file; URLs and absolute paths as they are; None without one."""
-    first = next(filter(None, paths), None)
-    if first is None or "://" in first or Path(first).is_absolute():
+    first = next((path for path in paths if path and "://" not in path and not os.path.isabs(path)), None)
+    url = next((path for path in paths if path and "://" in path), None)
+    if url is not None:
+        _check_url(url, column)
+    if first is None:
         return [path or None for path in paths]
     root = next((folder for folder in folders if (folder / first).is_file()), None)
     if root is None:
@@ -190,6 +213,19 @@ def _resolved(paths: list[str | None], folders: Sequence[Path], column: str) -> 
             "--image-column names another column"
         )
     return [str(root / path) if path and "://" not in path else path or None for path in paths]
+
+
+def _check_url(url: str, column: str) -> None:
+    """`InputError` for a URL of a kind that is not read here, for want of a package or at all."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(url.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"column {column!r} holds URLs that cannot be read here, such as {url} ({first_line(error)}): pip install "
+            "what is missing, or download the images and list their paths"
+        ) from error
 
 
 def _choose_label_column(split: Dataset, column: str | None) -> str:

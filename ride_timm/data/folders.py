@@ -29,6 +29,8 @@ SPLIT_WORDS = {
 }
 _BETWEEN_WORDS = r"[-._ 0-9]+"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# formats that Pillow identifies, but decodes only by another program or library, if at all
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def split_of(name: str) -> str | None:
@@ -81,7 +83,7 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
     if others:
         kinds = listed(f"{kind} ({count:,})" for kind, count in others.most_common())
         warnings.warn(
-            f"files in the class folders under {root} are not read, {others.total():,} in all: {kinds}; Pillow opens "
+            f"files in the class folders under {root} are not read, {others.total():,} in all: {kinds}; Pillow reads "
             "none of these extensions. Convert those that are images, say to .jpg or .png.",
             stacklevel=2,
         )
@@ -138,7 +140,10 @@ def files_as_dataset(paths: Any, labels: np.ndarray | None = None, names: list[s
     import pyarrow as pa
     from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
 
-    paths = pa.array(paths, pa.string())
+    try:
+        paths = pa.array(paths, pa.string())
+    except UnicodeEncodeError as error:
+        raise not_utf8(error.object) from error
     stored = [pa.nulls(len(paths), pa.binary()), paths]
     columns: dict[str, Any] = {"image": pa.StructArray.from_arrays(stored, ["bytes", "path"], mask=paths.is_null())}
     features = Features(image=Image())
@@ -150,10 +155,17 @@ def files_as_dataset(paths: Any, labels: np.ndarray | None = None, names: list[s
     return Dataset(pa.table(columns), info=DatasetInfo(features=features), fingerprint=fingerprint)
 
 
+def not_utf8(path: str) -> InputError:
+    """The error for a path whose bytes are no UTF-8, as of files unpacked with names of another encoding."""
+    shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return InputError(f"the name of {shown} is not UTF-8: rename it (convmv does so for all below a folder)")
+
+
 def files_below(folder: str | Path) -> Iterator[str]:
-    """Paths of the files in a folder and below, in the order of their paths; hidden ones are left out."""
+    """Paths of the files in a folder and below, in the order of their paths; without hidden ones, pipes and devices."""
     with os.scandir(folder) as entries:
-        names = sorted(_marked(entry) for entry in entries if not _is_hidden(entry) and not _leads_back(entry))
+        kept = (entry for entry in entries if not (_is_hidden(entry) or _is_special(entry) or _leads_back(entry)))
+        names = sorted(map(_marked, kept))
     for name in names:
         path = f"{folder}/{name}"
         if name.endswith("/"):
@@ -163,7 +175,7 @@ def files_below(folder: str | Path) -> Iterator[str]:
 
 
 def is_image(name: str) -> bool:
-    """True for a name with the extension of a format that Pillow reads."""
+    """True for a name with the extension of a format that Pillow decodes by itself."""
     return os.path.splitext(name)[1].lower() in _image_extensions()
 
 
@@ -171,7 +183,8 @@ def is_image(name: str) -> bool:
 def _image_extensions() -> frozenset[str]:
     from PIL import Image
 
-    return frozenset(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    kinds = Image.registered_extensions().items()
+    return frozenset(ext for ext, kind in kinds if kind in Image.OPEN and kind not in _NOT_DECODED)
 
 
 def _marked(entry: os.DirEntry[str]) -> str:
@@ -181,10 +194,18 @@ def _marked(entry: os.DirEntry[str]) -> str:
 
 
 def _leads_back(entry: os.DirEntry[str] | Path) -> bool:
-    """True for a link to a folder that it is in."""
+    """True for a link to a folder that it is in, by itself or through other links of its path."""
     if not entry.is_symlink() or not os.path.isdir(entry):
         return False
-    return Path(entry).parent.resolve().is_relative_to(Path(entry).resolve())
+    target = Path(entry).resolve()
+    return any(folder.resolve().is_relative_to(target) for folder in Path(entry).parents)
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """True for pipes, sockets and devices, which may be read without end, and links to them."""
+    if entry.is_file(follow_symlinks=False):
+        return False
+    return os.path.exists(entry) and not os.path.isfile(entry) and not os.path.isdir(entry)
 
 
 def _is_hidden(entry: os.DirEntry[str] | Path) -> bool:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 SELECTION = "selection.json"  # of a folder of `save_longtail`: the data set, and how its images were selected
 _ROWS = ("*.parquet", "data/*.parquet")
+# files of rows by extension: their builder of `datasets`, and its options; classes may be called NA, None or null
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", dict(keep_default_na=False, na_values=[""])),
+}
 
 
 def read_splits(
@@ -126,7 +131,7 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
     with _file_errors(path):
         if not path.exists():
             raise InputError(f"data set folder {str(path)!r} does not exist")
-        if path.is_file() and path.suffix not in (".parquet", ".csv"):
+        if path.is_file() and path.suffix.lower() not in _BUILDERS:
             raise InputError(f"{str(path)!r} is a file; give the folder that holds the data set, a .parquet or a .csv")
         saved, by_card = is_saved_to_disk(path), _has_card(path)
         if config is not None and not by_card:
@@ -143,7 +148,8 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
             if saved:
                 splits = datasets.load_from_disk(str(path))
             elif path.is_file():
-                splits = datasets.load_dataset(path.suffix[1:], data_files=_data_files({"train": [path]}), **how)
+                builder, options = _BUILDERS[path.suffix.lower()]
+                splits = datasets.load_dataset(builder, data_files=_data_files({"train": [path]}), **how, **options)
             elif by_card or (files := _files_by_split(path)) is None:
                 splits = datasets.load_dataset(str(path), **how, **(dict(name=config) if config else {}))
             else:
@@ -203,14 +209,14 @@ def _has_card(path: Path) -> bool:
 
 @contextmanager
 def _quiet(datasets) -> Iterator[None]:
-    """Suppress progress bars and retry warnings; the final error says it once."""
+    """Suppress progress bars, retry warnings and logged errors; the final error says it once."""
     from datasets.utils import are_progress_bars_disabled
 
     bars = not are_progress_bars_disabled()
     if bars:
         datasets.disable_progress_bars()
     try:
-        with quiet("huggingface_hub"):
+        with quiet("huggingface_hub"), quiet("datasets"):
             yield
     finally:
         if bars:
@@ -238,11 +244,17 @@ def is_saved(path: str | Path | None) -> bool:
 
 
 def read_selection(path: Path) -> dict[str, Any]:
-    """The selection that a folder of `save_longtail` holds.
+    """The selection that a folder of `save_longtail` holds; `InputError` for a damaged file.
 
     -> {"dataset", "imb_type", "imb_factor", "seed"}
     """
-    return json.loads((path / SELECTION).read_text(encoding="utf-8"))
+    try:
+        selection = json.loads((path / SELECTION).read_text(encoding="utf-8"))
+        return {key: selection[key] for key in ("dataset", "imb_type", "imb_factor", "seed")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path / SELECTION} is not as `datasets save` wrote it ({first_line(error)}): save the data set again"
+        ) from error
 
 
 def is_hub_id(name: str) -> bool:

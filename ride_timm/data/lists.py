@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import InputError, listed
 from .datasets import LISTED, lists_of
-from .folders import files_as_dataset
+from .folders import files_as_dataset, not_utf8
 from .longtail import check_labels
 
 if TYPE_CHECKING:
@@ -175,7 +175,11 @@ def listed_files(annotations: AnnotationList, root: Path) -> Dataset:
     # as root / file would: absolute paths stay as they are
     paths = pa.array(annotations.files)
     relative = pc.invert(pc.starts_with(paths, "/"))
-    return files_as_dataset(pc.if_else(relative, pc.binary_join_element_wise(str(root), paths, "/"), paths))
+    try:
+        joined = pc.binary_join_element_wise(str(root), paths, "/")
+    except UnicodeEncodeError as error:
+        raise not_utf8(str(root)) from error
+    return files_as_dataset(pc.if_else(relative, joined, paths))
 
 
 class NameKeys:

@@ -127,6 +127,8 @@ def pandas_file(folder, form, column, images):
         "struct": [dict(bytes=row["bytes"], path=None) for row in rows],
         "struct of bytes": [dict(bytes=row["bytes"]) for row in rows],
         "struct with more": rows,
+        "struct of paths": [dict(bytes=None, path=row["path"]) for row in rows],
+        "mixed paths": [f"{folder}/{names[0]}", *names[1:]],
         "large paths": pa.array(names, pa.large_string()),
         "dictionary": pa.array(names).dictionary_encode(),
     }.get(form, paths.get(form, names))
@@ -143,7 +145,7 @@ def pandas_file(folder, form, column, images):
 needs_views = pytest.mark.skipif(not hasattr(pa, "string_view"), reason="pyarrow 15 has no views")
 BYTES = ["bytes", "large bytes", "struct", "struct of bytes", "struct with more"]
 BYTES += [pytest.param("view of bytes", marks=needs_views)]
-PATHS = ["paths", "large paths", "dictionary", "CSV", "absolute", "URLs"]
+PATHS = ["struct of paths", "mixed paths", "paths", "large paths", "dictionary", "CSV", "absolute", "URLs"]
 PATHS += [pytest.param("view of paths", marks=needs_views)]
 
 
@@ -241,3 +243,20 @@ def test_paths_without_files_are_refused(tmp_path):
     parquet.write_table(pa.table({"image": ["x/1.jpg"] * 3, "label": [0] * 3}), tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"column 'image' is read as paths of images, and there is no x/1\.jpg in"):
         load_longtail(str(tmp_path))
+
+
+def test_urls_that_cannot_be_read_are_refused(tmp_path):
+    parquet.write_table(pa.table({"image": ["gopher://a/1.jpg"] * 3, "label": [0] * 3}), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"'image' holds URLs that cannot be read here, such as gopher://a/1\.jpg \(V"):
+        load_longtail(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["list.csv", "LIST.CSV"])
+def test_classes_of_a_csv_file_may_be_called_like_missing_values(tmp_path, name):
+    (tmp_path / "0.png").write_bytes(png())
+    rows = [f"0.png,{label}" for label in ("None", "NA", "null") for _ in range(3)]
+    (tmp_path / name).write_text("\n".join(["image,label", *rows]))
+    assert load_longtail(str(tmp_path / name)).class_names == ("NA", "None", "null")
+    (tmp_path / name).write_text("\n".join(["image,label", *rows, "0.png,"]))
+    with pytest.raises(InputError, match="has no value in row 9 "):
+        load_longtail(str(tmp_path / name))

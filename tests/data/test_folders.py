@@ -1,5 +1,8 @@
 """Folders of images by class: the rows that `datasets` gives, in its order, without its time."""
 
+import os
+import shutil
+
 import datasets
 import pytest
 from small_splits import png
@@ -136,6 +139,39 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert list(scan_classes(root)["train"]["label"]) == [0, 0, 1, 2]
 
 
+def test_links_between_folders_are_not_followed_in_circles(tmp_path):
+    names = "abc"
+    root = write(tmp_path / "data", *(f"{name}/0.jpg" for name in names))
+    for name in names:
+        for other in names.replace(name, ""):
+            (root / name / other).symlink_to(root / other)
+    found = [path[len(str(root)) + 1 :] for path in files_below(root)]
+    assert found[:5] == ["a/0.jpg", "a/b/0.jpg", "a/b/c/0.jpg", "a/c/0.jpg", "a/c/b/0.jpg"] and len(found) == 15
+    bare = tmp_path / "bare"
+    for name in names:
+        (bare / name).mkdir(parents=True)
+        for other in names.replace(name, ""):
+            (bare / name / other).symlink_to(bare / other)
+    assert split_folders(bare) == {}
+
+
+def test_pipes_are_left_out(tmp_path):
+    root = write(tmp_path, "a/1.png", "b/1.png")
+    os.mkfifo(root / "a" / "2.png")
+    (root / "a" / "3.png").symlink_to("2.png")
+    assert [path[len(str(root)) + 1 :] for path in files_below(root)] == ["a/1.png", "b/1.png"]
+
+
+@pytest.mark.parametrize("name", [b"train/a/\xe9.png", b"train/\xe9/1.png"])
+def test_names_that_are_no_utf8_are_refused(tmp_path, name):
+    root = write(tmp_path, "train/a/1.png", "train/b/1.png")
+    path = os.path.join(os.fsencode(root), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    shutil.copy(root / "train/a/1.png", path)
+    with pytest.raises(InputError, match=r"the name of /.*/train/.*\\xe9.*png is not UTF-8: rename it"):
+        load_longtail(str(root))
+
+
 def test_links_that_lead_nowhere_are_files(tmp_path):
     root = write(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", data=png())
     for name, target in {"train/a/self": "self", "train/a/gone": "nowhere", "train/b/2.png": "2.png"}.items():
@@ -166,6 +202,9 @@ def test_names_of_splits(name, split):
     assert split_of(name) == split
 
 
-@pytest.mark.parametrize(("name", "expected"), [("a.jpg", True), ("a.JPEG", True), ("a.avif", True), ("a", False)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.jpg", True), ("a.JPEG", True), ("a.avif", True), ("a", False), ("a.mpg", False), ("a.eps", False)],
+)
 def test_names_of_images(name, expected):
     assert is_image(name) == expected

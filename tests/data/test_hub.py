@@ -268,3 +268,10 @@ def test_a_card_that_is_not_utf8_is_named(tmp_path):
     (root / "README.md").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(InputError, match=r"data/README\.md' is not UTF-8 \(UnicodeDecodeError: .*\): save it as UTF-8"):
         load_longtail(str(root))
+
+
+def test_the_error_is_all_that_is_told(tmp_path, caplog):
+    (tmp_path / "train.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InputError, match=r"cannot read a data set from .*: ArrowInvalid: "):
+        read_local(tmp_path)
+    assert caplog.text == ""

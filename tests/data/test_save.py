@@ -175,3 +175,10 @@ def test_a_saved_set_of_lists_is_checked_by_reading_it(tmp_path, capsys):
     save_longtail(tmp_path / "saved", "imagenet_lt", source, annotations=lists)
     main(["datasets", "check", "imagenet_lt", "--data-dir", str(tmp_path / "saved"), "--json"])
     assert json.loads(capsys.readouterr().out)["unreadable"] == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", "3"])
+def test_a_damaged_selection_is_refused(tmp_path, text):
+    (tmp_path / "selection.json").write_text(text)
+    with pytest.raises(InputError, match=r"selection\.json is not as `datasets save` wrote it .*: save the data set"):
+        load_longtail("cifar10", tmp_path)

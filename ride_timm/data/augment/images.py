@@ -45,10 +45,14 @@ _PNG_TEXTS = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # chunks whose unpacked size 
 def open_image(source: str | Path | bytes) -> Image.Image:
     """Open an image without decoding it, given its path or its bytes.
 
-    A PNG whose texts exceed Pillow's limits is opened without them. Raises what Pillow raises.
+    A PNG whose texts exceed Pillow's limits is opened without them. Raises what Pillow raises, and `OSError` for EPS,
+    under any extension: Ghostscript would run the program that it is.
     """
     try:
-        return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+        image = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+        if image.format == "EPS":
+            raise OSError("EPS is a program, which is not run; save the image as PNG")
+        return image
     except ValueError:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data.startswith(_PNG):

@@ -289,6 +289,13 @@ def test_a_png_without_all_its_pixels_is_refused():
         upright(open_image(png[:-1000]))
 
 
+def test_eps_is_not_run(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(encoded(smooth(20, 30), "EPS"))
+    for source in (tmp_path / "photo.jpg", encoded(smooth(20, 30), "EPS")):
+        with pytest.raises(OSError, match="EPS is a program, which is not run"):
+            open_image(source)
+
+
 @pytest.mark.parametrize("policy", ["cifar", "imagenet"])
 def test_cutout_is_a_black_square_in_training_only(policy):
     strong = POLICIES[policy].strong(None, 8)
