@@ -150,6 +150,24 @@ def test_state_of_another_optimizer_is_rejected(train, colours, tmp_path, monkey
     assert "the state of the optimizer does not fit" in capsys.readouterr().err
 
 
+def test_state_of_another_network_is_rejected(train, colours, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        stop_after_epoch(patched)
+        assert train(flags_of(colours, output, "--stage", "experts")) != 0
+    recipe = (output / "recipe.yaml").read_text()
+    (output / "recipe.yaml").write_text(recipe.replace("num_experts: 2", "num_experts: 3"))
+    assert train(["--output", output, "--resume"]) == 2
+    assert "the state is that of another network than the recipe's (Error" in capsys.readouterr().err
+
+
+def test_a_finished_run_without_its_results_is_rejected(train, finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    assert train(["--output", tmp_path / "run", "--resume"]) == 2
+    assert "results.json is missing or damaged (FileNotFoundError" in capsys.readouterr().err
+
+
 def test_resume_on_other_classes_is_rejected(train, colours, tmp_path, capsys):
     output, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(colours, data)

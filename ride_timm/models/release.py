@@ -300,7 +300,7 @@ def is_release(folder: Path) -> bool:
     """Tell a release, which may come from anyone, from one's own run folder."""
     try:
         return "sha256" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

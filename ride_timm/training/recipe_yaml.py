@@ -13,6 +13,11 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 class _TextLoader(yaml.BaseLoader):
     """YAML 1.1 would read `no` as False, 010 as 8, 1:30 as 90 and 1e-3 as a string."""
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # nested, they grow without bound
+            raise ConstructorError(None, None, "aliases are not for recipes", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         tag = node.tag.removeprefix("tag:yaml.org,2002:")
         if tag not in ("str", "seq", "map"):
@@ -45,6 +50,8 @@ def read_yaml(data: bytes, name: str) -> dict[Any, Any]:
         values = yaml.load(data.decode("utf-8-sig"), Loader=_TextLoader)
     except UnicodeDecodeError as error:
         raise InputError(f"recipe {name} is not UTF-8 text.") from error
+    except RecursionError as error:
+        raise InputError(f"recipe {name} is nested too deeply: expected `key: value` lines.") from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f"line {mark.line + 1}: " if mark else ""

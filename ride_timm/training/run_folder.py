@@ -225,12 +225,15 @@ class RunFolder:
         write_text(self.path / "results.json", json.dumps(results, indent=2) + "\n")
 
     def results(self) -> dict[str, Any]:
-        """The content of results.json; InputError where it is damaged."""
+        """The content of results.json; InputError where it is missing or damaged."""
         path = self.path / "results.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({first_line(error)}).") from error
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} is missing or damaged ({first_line(error)}).") from error
+        if not (isinstance(results, dict) and isinstance(results.get("stages"), dict)):
+            raise InputError(f"{path} is damaged: it has no results of stages.")
+        return results
 
     def table(self) -> str:
         """The results of the stages as a plain-text table."""

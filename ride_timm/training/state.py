@@ -23,9 +23,17 @@ def trained_tensors(model: Ride) -> dict[str, Tensor]:
 
 
 def load_trained(model: Ride, tensors: dict[str, Any]) -> None:
-    """Load trained tensors; the frozen ones stay."""
+    """Load trained tensors; the frozen ones stay. `InputError` for those of another network."""
     frozen = model.frozen_names()
-    model.load_state_dict({name: value for name, value in model.state_dict().items() if name in frozen} | tensors)
+    kept = {name: value for name, value in model.state_dict().items() if name in frozen}
+    try:
+        model.load_state_dict(kept | tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"the state is that of another network than the recipe's ({reason}): restore recipe.yaml as it was, or "
+            "choose another --output."
+        ) from error
 
 
 def frozen_sha256(model: Ride) -> str | None:

@@ -67,19 +67,22 @@ def test_cross_entropy_with_an_offset_learns_logits_for_the_prior_stated():
 def test_the_prior_of_a_model_is_given_known_or_uniform(tmp_path, capsys):
     names = ("a", "b", "c", "d")
     (tmp_path / "recipe.yaml").write_text(Recipe(loss="ce").to_yaml())
-    (tmp_path / "results.json").write_text(json.dumps(dict(class_counts=COUNTS)))
+    (tmp_path / "results.json").write_text(json.dumps(dict(stages={}, class_counts=COUNTS)))
     run = f"local-dir:{tmp_path}"
     assert run_results(run)["class_counts"] == COUNTS and run_results("resnet18") == {}
     torch.testing.assert_close(model_log_prior(None, run, COUNTS, names), log_prior(COUNTS))
     torch.testing.assert_close(model_log_prior("uniform", run, COUNTS, names).exp(), UNIFORM / 4)
-    (tmp_path / "results.json").write_text(json.dumps(dict(class_counts=COUNTS, class_weights=[1, 5, 25, 100])))
+    (tmp_path / "results.json").write_text(
+        json.dumps(dict(stages={}, class_counts=COUNTS, class_weights=[1, 5, 25, 100]))
+    )
     torch.testing.assert_close(model_log_prior(None, run, COUNTS, names).exp(), UNIFORM / 4)
     assert capsys.readouterr().err == ""
     torch.testing.assert_close(model_log_prior(None, "resnet18", COUNTS, names).exp(), UNIFORM / 4)
     assert "resnet18 has no recipe with class counts; its logits are taken to suit" in capsys.readouterr().err
 
 
-def test_damaged_results_are_bad_input(tmp_path):
-    (tmp_path / "results.json").write_text('{"class_counts": [')
-    with pytest.raises(InputError, match=r"results\.json is damaged"):
+@pytest.mark.parametrize("text", ['{"class_counts": [', "", "[]", "3", "{}", '{"stages": 1}', "[" * 5000])
+def test_damaged_results_are_bad_input(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match=r"results\.json is (missing or )?damaged"):
         run_results(str(tmp_path))

@@ -64,6 +64,8 @@ def test_hand_written_yaml(tmp_path, text, values, encode):
         (b"lr: 1\nepochs: 2\nlr: 2\n", r"is not valid YAML: line 3: key lr is given twice\.$"),
         (b"? [a]\n: 1\n", r"is not valid YAML: line 1: found unhashable key"),
         (b"---\nlr: 1\n---\nlr: 2\n", r"is not valid YAML: line 3: but found another document"),
+        (b"decay_epochs: [&a [1, 1], [*a, *a]]\n", r"is not valid YAML: line 1: aliases are not for recipes"),
+        (b"[" * 5000, r"is nested too deeply: expected `key: value` lines"),
         (b"- lr\n", r"expected `key: value` lines"),
         (b"lr:1\n", r"expected `key: value` lines"),
         ("lr: 1\n".encode("utf-16"), r"mine\.yaml is UTF-16 text: save it as UTF-8\."),
