@@ -36,10 +36,10 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet(logger: str) -> Iterator[None]:
-    """Suppress a library's warnings, such as those of its retries; the final error says it once."""
+    """Suppress what a library logs, such as its retries; the final error says it once."""
     log = logging.getLogger(logger)
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterable, Iterator
 from glob import escape, glob
 from pathlib import Path
@@ -32,7 +33,9 @@ def find_images(names: Iterable[str]) -> list[str]:
     paths: list[str] = []
     for name in names:
         if name == "-":
-            data = sys.stdin.buffer.read()
+            data = sys.stdin.buffer.read().removeprefix(BOM_UTF8)
+            if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                raise InputError("images: standard input is UTF-16 text, as PowerShell writes: pass UTF-8.")
             listed = data.split(b"\0") if b"\0" in data else data.splitlines()
             for line in filter(None, listed):
                 paths += _images_of(os.fsdecode(line))

@@ -30,10 +30,13 @@ def check_output(path: Path, features: bool) -> None:
     """InputError for a file that cannot be written, or whose format has no column of features."""
     if path.suffix.lower() not in WRITERS:
         raise InputError(f"output={path}: expected a file that ends in {', '.join(WRITERS)}.")
-    if not path.parent.is_dir():
-        raise InputError(f"output={path}: no folder {path.parent}.")
-    if path.is_dir():
-        raise InputError(f"output={path} is a folder: name a file.")
+    try:
+        if not path.parent.is_dir():
+            raise InputError(f"output={path}: no folder {path.parent}.")
+        if path.is_dir():
+            raise InputError(f"output={path} is a folder: name a file.")
+    except OSError as error:  # a name that is too long
+        raise InputError(f"output={path} cannot be written ({error.strerror}).") from error
     if features and path.suffix.lower() == ".csv":
         raise InputError(f"output={path}: features are columns of .jsonl and .parquet files.")
 

@@ -159,6 +159,7 @@ def test_names_that_are_no_text(capsys, run, photos, tmp_path):
     [
         (("--output", "table.xls"), "expected a file that ends in .csv, .jsonl, .parquet"),
         (("--output", "nowhere/table.csv"), "no folder nowhere"),
+        (("--output", "x" * 300 + ".csv"), "cannot be written (File name too long)"),
         (("--output", "table.csv", "--features"), "features are columns of .jsonl and .parquet files"),
         (("--output", "table.jsonl", "--json"), "exclude each other"),
         (("--features",), "features need --output FILE.jsonl or FILE.parquet, or --json"),

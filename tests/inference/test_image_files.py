@@ -54,6 +54,16 @@ def test_names_on_standard_input_are_no_patterns(folder, monkeypatch, data):
     assert find_images(["A.JPG", "-"]) == ["A.JPG", "b.png", "deep/er/c.webp", "*.png"]
 
 
+@pytest.mark.parametrize(("encoding", "found"), [("utf-8-sig", ["é.png"]), ("utf-16", None)])
+def test_standard_input_of_windows(folder, monkeypatch, encoding, found):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é.png\r\n".encode(encoding))))
+    if found is None:
+        with pytest.raises(InputError, match="standard input is UTF-16 text, as PowerShell writes: pass UTF-8"):
+            find_images(["-"])
+    else:
+        assert find_images(["-"]) == found
+
+
 def test_no_names(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(InputError, match="no images: expected files, folders or patterns"):
