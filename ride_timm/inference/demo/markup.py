@@ -25,7 +25,7 @@ h1 { overflow-wrap: anywhere; font-size: clamp(1.3rem, 6vw, 1.8rem) !important; 
 .ride .skipped { opacity: .65; border-style: dashed; }
 .ride .cards, .ride .stats { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
 .ride .card-head { display: flex; justify-content: space-between; gap: .5rem; }
-.ride .stats { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); margin-bottom: .5rem; }
+.ride .stats { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); margin-bottom: .5rem; }
 .ride .stats b { display: block; font-size: 1.15rem; }
 .ride table { width: 100%; table-layout: fixed; border-collapse: collapse; margin: 0; border: 0 !important; }
 .ride tr { border: 0 !important; }
@@ -78,7 +78,7 @@ def setting_html(demo: Demo, setting: Point) -> str:
         saved = round(100 * (1 - setting["macs"] / demo.macs.ensemble))
         stats += [
             (f"{number(setting['all'], 1)} %", f"accuracy (all experts: {number(demo.accuracy, 1)} %)"),
-            (f"{millions(setting['macs'])} MMACs", f"per image (all experts: {millions(demo.macs.ensemble)})"),
+            (millions(setting["macs"]), f"MMACs per image (all experts: {millions(demo.macs.ensemble)})"),
             (f"{saved} %" if saved > 0 else "nothing", "saved"),
         ]
         notes = ["Measured on the test set. MMACs: millions of multiply-accumulates."]

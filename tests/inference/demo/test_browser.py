@@ -87,7 +87,7 @@ def test_upload_result_and_slider(page, demo, tmp_path):
         page.locator("#setting input[type=range]").press(key)
         point, used = demo.settings[index], by_threshold[index].experts_used
         shows(page, "#about", f"{point['all']:.1f}\u00a0%")
-        shows(page, "#about", f"{point['macs'] / 1e6:.1f} MMACs")
+        shows(page, "#about", f"{point['macs'] / 1e6:.1f}MMACs per image")
         shows(page, "#decision", f"all {used} experts" if used == 3 else f"{used} of 3 experts")
         assert page.locator("#classes .skipped").count() == 3 - used
 
