@@ -6,6 +6,7 @@ are those of files under a root, or of rows of a data set on the Hub.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, eq=False)
 class AnnotationList:
-    """One list: `files` as written, labels int64 [n]. Entry i is line i + 1."""
+    """One list: `files` with / between folders, labels int64 [n]. Entry i is line i + 1."""
 
     path: Path
     files: list[str]
@@ -74,7 +75,8 @@ def read_list(path: str | Path) -> AnnotationList:
         raise InputError(
             f"annotation list {path}: line {wrong + 1} {what}; expected `path label` with label 0, 1, 2, …"
         )
-    return AnnotationList(path, [p[0].strip() for p in parts], np.array([int(p[1]) for p in parts], dtype=np.int64))
+    files = [p[0].strip().replace(os.sep, "/") for p in parts]  # Windows takes both
+    return AnnotationList(path, files, np.array([int(p[1]) for p in parts], dtype=np.int64))
 
 
 def _is_label(text: str) -> bool:
@@ -174,7 +176,7 @@ def listed_files(annotations: AnnotationList, root: Path) -> Dataset:
 
     # as root / file would: absolute paths stay as they are
     paths = pa.array(annotations.files)
-    relative = pc.invert(pc.starts_with(paths, "/"))
+    relative = pa.array([not os.path.isabs(file) for file in annotations.files])
     try:
         joined = pc.binary_join_element_wise(str(root), paths, "/")
     except UnicodeEncodeError as error:

@@ -1,12 +1,16 @@
 """Annotation lists: real excerpts and bad ones, their images as files and as rows, none decoded for splitting."""
 
+import ntpath
+import os
+from pathlib import PureWindowsPath
+
 import datasets
 import numpy as np
 import pytest
 from listed import CLASSES, LISTS, jpeg, known_lists, shade, write_images, write_lists, write_rows
 
 from ride_timm.data.datasets import SplitFacts
-from ride_timm.data.lists import NameKeys, check_classes, read_list, rows_of
+from ride_timm.data.lists import NameKeys, check_classes, listed_files, read_list, rows_of
 from ride_timm.data.load import hold_out, load_longtail
 from ride_timm.errors import InputError, RunError
 
@@ -39,6 +43,17 @@ def written(tmp_path, text: str):
 def test_lists_are_read(tmp_path, text, files, labels):
     read = read_list(written(tmp_path, text))
     assert read.files == files and read.labels.tolist() == labels and read.labels.dtype == np.int64
+
+
+def test_paths_of_windows(tmp_path, monkeypatch):
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "sep", ntpath.sep)
+        read = read_list(written(tmp_path, "train\\ants\\1.jpg 0\nD:\\bees\\2.jpg 1\n"))
+        windows.setattr(os.path, "isabs", ntpath.isabs)
+        images = listed_files(read, PureWindowsPath("C:/set"))
+    assert read.files == ["train/ants/1.jpg", "D:/bees/2.jpg"] and read.class_names(2) == ("ants", "bees")
+    paths = [image["path"] for image in images.cast_column("image", datasets.Image(decode=False))["image"]]
+    assert paths == ["C:\\set/train/ants/1.jpg", "D:/bees/2.jpg"]
 
 
 @pytest.mark.parametrize(
