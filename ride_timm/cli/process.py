@@ -21,6 +21,7 @@ _DEATHS = {
     "DataLoader worker (pid": "a loader process died, perhaps for want of memory: try fewer --workers, or a smaller "
     "--batch-size",
     "can't allocate memory": "out of memory: try a smaller --batch-size",
+    "MPS backend out of memory": "out of memory: try a smaller --batch-size",
     "busy or unavailable": "another process has the GPU for itself: wait for it, or choose another GPU by "
     "CUDA_VISIBLE_DEVICES",
     "gloo/transport": "another process of this run has died; --resume continues after the last finished epoch",

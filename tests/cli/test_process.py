@@ -58,6 +58,7 @@ def test_a_loader_process_that_is_killed_is_one_line(capsys):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of memory: try a smaller --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: try a smaller"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB)"), "out of memory: try a smaller"),
         (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel"), "another process"),
     ],
 )
