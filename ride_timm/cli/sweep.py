@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import InputError, RunError
 from ..evaluation.tables import GROUPS, STAGE_NAMES, markdown_table, millions, number
-from ..files import write_atomically
+from ..files import write_text
 from ..training.arguments import Parser, add_flags, flags_given
 from ..training.recipe import load_recipe
 from ..training.run_folder import RunFolder
@@ -181,8 +181,8 @@ def write_tables(output: Path, recipes: Sequence[str], seeds: Sequence[int], fla
     rows = collect(output, recipes, seeds)
     if rows:
         text = f"{to_markdown(rows)}\n\n{_provenance(output, recipes, seeds, flags)}\n"
-        write_atomically(output / "results.md", lambda partial: partial.write_text(text, encoding="utf-8"))
-        write_atomically(output / "results.csv", lambda partial: partial.write_text(to_csv(rows), encoding="utf-8"))
+        write_text(output / "results.md", text)
+        write_text(output / "results.csv", to_csv(rows))
 
 
 def _provenance(output: Path, recipes: Sequence[str], seeds: Sequence[int], flags: Sequence[str]) -> str:
