@@ -11,6 +11,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ..progress import line_end
+
 _CONNECT = timedelta(seconds=20)
 
 
@@ -80,5 +82,5 @@ class Heartbeat:
         # after a moment for the main thread to end by itself, since a collective with a dead process fails
         if not self._closed.wait(2 * self.every) and threading.main_thread().is_alive():
             way = "--resume continues after the last finished epoch."
-            print(f"error: process {rank} of this run has stopped; {way}", file=sys.stderr, flush=True)
+            print(f"{line_end()}error: process {rank} of this run has stopped; {way}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread waits in a collective, which nothing interrupts

@@ -40,9 +40,12 @@ def test_a_process_that_stops_or_dies_ends_the_other_with_one_line(what, line):
     assert out == "" and re.fullmatch(rf"error: {line}; --resume continues after the last finished epoch.*\n", error)
 
 
-def test_the_main_process_is_watched_too():
-    _, (out, error) = run_two_ranks("-c", RANK, 0, "SIGSTOP", exits=(-signal.SIGKILL, 1))
-    assert out == "" and error.startswith("error: process 0 of this run has stopped; --resume")
+def test_the_main_process_is_watched_too_and_its_end_is_a_line_below_the_bar():
+    code = RANK.replace("    heartbeat =", "    bar = progress_bar(total=9)\n    heartbeat =")
+    code = code.replace("def command", "from ride_timm.progress import progress_bar\n\ndef command")
+    _, (out, error) = run_two_ranks("-c", code, 0, "SIGSTOP", exits=(-signal.SIGKILL, 1))
+    assert out == "" and "0/9" in error
+    assert error.splitlines()[-1].startswith("error: process 0 of this run has stopped; --resume")
 
 
 def test_a_slow_process_is_waited_for():
