@@ -106,7 +106,7 @@ def _read(path: str | Path) -> str:
 def _json_entries(path: str | Path) -> _Entries:
     try:
         content = json.loads(_read(path), object_pairs_hook=list)  # repeated names stay
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: of JSON, and for numbers of thousands of digits
         raise InputError(f"{path} is not JSON ({error}).") from error
     if isinstance(content, list) and all(isinstance(item, tuple) for item in content):
         return [(f"{path}, class {name!r}", name, value) for name, value in content]
@@ -119,10 +119,13 @@ def _text_entries(path: str | Path, class_names: Sequence[str]) -> _Entries:
     text = _read(path)
     rows = csv.reader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
     entries: _Entries = []
-    for row in rows:
-        if any(cell.strip() for cell in row):
-            name = ",".join(row[:-1]).strip() if len(row) > 1 else None  # names may hold commas
-            entries.append((f"{path}, line {rows.line_num}", name, row[-1].strip()))
+    try:
+        for row in rows:
+            if any(cell.strip() for cell in row):
+                name = ",".join(row[:-1]).strip() if len(row) > 1 else None  # names may hold commas
+                entries.append((f"{path}, line {rows.line_num}", name, row[-1].strip()))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: {error}.") from error
     if entries and entries[0][1] is not None and entries[0][1] not in class_names and not _is_number(entries[0][2]):
         return entries[1:]  # a heading
     return entries

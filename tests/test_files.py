@@ -71,6 +71,9 @@ def test_numbers_by_class(tmp_path, name, text):
         ("w.json", "[1, null]", "number 2: None is not a finite number"),
         ("w.json", "3", "expected {name: number} or a list of numbers"),
         ("w.json", "{", "is not JSON"),
+        ("w.json", "[" * 5000, "is not JSON"),
+        ("w.json", "[" + "9" * 5000 + ", 1]", "is not JSON|is not a finite number"),
+        ("w.csv", 'cat,"1' + "0" * 200_000, "line 1: field larger than field limit"),
         ("absent.csv", None, r"absent.csv cannot be read \(No such file"),
     ],
 )

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     one_by_one = None if args.experts is None else experts
     predict = prepare(model.to(device), inference, routed, threshold, size, one_by_one)
     files = ImageFiles(paths, create_transform(**config, is_training=False), grey=model.in_chans == 1)
-    batch_size = args.batch_size or evaluation_batch(size)
+    batch_size = min(args.batch_size or evaluation_batch(size), len(paths))
     workers = _workers(len(paths) > batch_size) if args.workers is None else args.workers
     as_text = args.output is None and not args.json
     top_k = min(args.top_k or (1 if as_text else 5), model.num_classes)

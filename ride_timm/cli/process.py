@@ -102,6 +102,10 @@ def _run(command: Callable[[list[str] | None], None], argv: list[str] | None) ->
         code, message = 1, str(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
         code, message = 1, f"out of memory: try a smaller --batch-size ({first_line(error)})"
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code, message = 1, f"{os.fsdecode(error.filename)}: {error.strerror}"
     except RuntimeError as error:
         what = next((what for text, what in _DEATHS.items() if text in str(error)), None)
         if what is None:

@@ -30,6 +30,8 @@ def _raise(error):
         (InputError("bad\n  thing"), 2),
         (RunError("broke"), 1),
         (MemoryError(), 1),
+        (OSError(36, "File name too long", b"x" * 300), 1),
+        (PermissionError(13, "Permission denied", "cache"), 1),
         (Interrupted(signal.SIGINT), 130),
         (Interrupted(signal.SIGTERM), 143),
     ],
@@ -69,6 +71,8 @@ def test_a_machine_that_is_full_or_busy_is_one_line(error, expected, capsys):
 
 
 def test_other_errors_keep_their_traceback():
+    with pytest.raises(OSError, match="of no file"):
+        exit_code(_raise(OSError("an error of no file")), None)
     with pytest.raises(RuntimeError, match="a bug"):
         exit_code(_raise(RuntimeError("a bug in DataLoader worker process 0")), None)
 
