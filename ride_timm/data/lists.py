@@ -146,9 +146,9 @@ def image_root(dataset: str, data_dir: Path, annotations: AnnotationList) -> Pat
     PREFIX is chosen if the first image is found there only.
     """
     published = lists_of(dataset)
-    if published is not None and not (data_dir / annotations.files[0]).is_file():
+    if published is not None and not os.path.isfile(data_dir / annotations.files[0]):
         inside = data_dir / published.prefix
-        if (inside / annotations.files[0]).is_file():
+        if os.path.isfile(inside / annotations.files[0]):
             return inside
     return data_dir
 
@@ -162,7 +162,7 @@ def check_first_images(annotations: AnnotationList, root: Path) -> None:
     """
     for i in np.sort(np.unique(annotations.labels, return_index=True)[1]).tolist():
         path = root / annotations.files[i]
-        if not path.is_file():
+        if not os.path.isfile(path):  # False, too, for names that no file system takes
             raise InputError(
                 f"annotation list {annotations.path}: the image of line {i + 1} is missing, {path}; "
                 "`python -m ride_timm datasets check` lists all that are"
@@ -178,10 +178,10 @@ def listed_files(annotations: AnnotationList, root: Path) -> Dataset:
     paths = pa.array(annotations.files)
     relative = pa.array([not os.path.isabs(file) for file in annotations.files])
     try:
-        joined = pc.binary_join_element_wise(str(root), paths, "/")
+        start = pa.scalar(str(root))
     except UnicodeEncodeError as error:
-        raise not_utf8(str(root)) from error
-    return files_as_dataset(pc.if_else(relative, joined, paths))
+        raise not_utf8(error.object) from error
+    return files_as_dataset(pc.if_else(relative, pc.binary_join_element_wise(start, paths, "/"), paths))
 
 
 class NameKeys:

@@ -172,6 +172,14 @@ def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch, dataset, settings
 # rows of a Hub data set
 
 
+def test_names_that_no_file_system_or_column_takes(tmp_path):
+    (tmp_path / "train.txt").write_text(f"{'x' * 300}.jpg 0\n")
+    with pytest.raises(InputError, match=r"train\.txt: the image of line 1 is missing"):
+        load_longtail("mine", tmp_path, annotations=tmp_path)
+    with pytest.raises(InputError, match=r"the name of /photos/\\xff is not UTF-8: rename it"):
+        listed_files(read_list(tmp_path / "train.txt"), os.fsdecode(b"/photos/\xff"))
+
+
 def test_rows_are_matched_by_file_name(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded"))
     lists = write_lists(tmp_path / "lists")
