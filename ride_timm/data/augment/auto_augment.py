@@ -21,8 +21,9 @@ from torchvision import transforms as T
 
 from ...errors import InputError
 
+CIFAR10 = "cifar10"  # the policy that AutoAugment found there; `BatchPolicy` changes whole batches by it
 _TORCHVISION: dict[str, Callable[[list[float]], Callable[[Image.Image], Image.Image]]] = {
-    "cifar10": lambda fill: T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=fill),
+    CIFAR10: lambda fill: T.AutoAugment(T.AutoAugmentPolicy.CIFAR10, fill=fill),
     "trivial": lambda fill: T.TrivialAugmentWide(fill=fill),
 }
 

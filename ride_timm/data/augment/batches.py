@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...hardware import send
+from .auto_augment import CIFAR10
 from .batch_policy import BatchPolicy
 from .policies import Policy, get_policy
 
@@ -47,7 +48,7 @@ class BatchAugment:
         if padding is None:
             raise InputError(f"augmentation {self.policy.name!r} augments single images, not batches of small ones")
         self.size, self.padding = self.policy.input_size(input_size), padding
-        self.auto_augment = BatchPolicy(self.policy.mean) if self.policy.auto_augment == "cifar10" else None
+        self.auto_augment = BatchPolicy(self.policy.mean) if self.policy.auto_augment == CIFAR10 else None
         # as wide as a row of the image: broadcasting over 3 channels would not vectorise
         self.mean = torch.tensor(self.policy.mean, device=device).repeat(self.size)
         self.std = torch.tensor(self.policy.std, device=device).repeat(self.size)
