@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     full_batches = len(images) // args.batch_size
     if args.warm_up + args.steps > full_batches:
         flags.error(f"--warm-up {args.warm_up} + --steps {args.steps}: an epoch has {full_batches} full batches")
-    keys = dict(mixed_precision="bf16")
-    training = Training(make_recipe("ride_resnet32", args.batch_size, 32, **keys), images, 100)
-    strong = make_recipe("ride_resnet32", args.batch_size, 32, **keys, auto_augment="cifar10", cutout=16)
+    recipe = make_recipe("ride_resnet32", args.batch_size, 32, mixed_precision="bf16")
+    training = Training(recipe, images, 100)
+    strong = Training(recipe.override(dict(auto_augment="cifar10", cutout=16)), images, 100)
     batch, targets = random_batch(args.batch_size, 100, 32)
     held = [(batch.contiguous(memory_format=torch.channels_last), targets)] * (1 + args.train_steps)
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         "baseline, 2 workers": plain_loader(images.pixels, images.labels, args.batch_size, 2),
         "baseline, in-process": plain_loader(images.pixels, images.labels, args.batch_size, 0),
         "ours": training.stage.loader,
-        "ours, AutoAugment and Cutout": Training(strong, images, 100).stage.loader,
+        "ours, AutoAugment and Cutout": strong.stage.loader,
     }
     variants = {name: partial(run, drain, loader, args.steps, args.warm_up) for name, loader in loaders.items()}
     variants["our training step (bf16)"] = partial(run, training.train_batches, held, args.train_steps, 1)
@@ -54,12 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"batch {args.batch_size} of 32 px, {args.threads} threads")
     show(figures, "ms/step", 2)
     own, step = figures["ours"]["median"], figures["our training step (bf16)"]["median"]
-    percents = [100 * figures[name]["median"] / (figures[name]["median"] + step) for name in list(loaders)[2:]]
-    print(f"input: {percents[0]:.1f} % of our step, with AutoAugment and Cutout {percents[1]:.1f} %")
+    strongest = figures["ours, AutoAugment and Cutout"]["median"]
+    percent, percent_strong = (100 * value / (value + step) for value in (own, strongest))
+    print(f"input: {percent:.1f} % of our step, with AutoAugment and Cutout {percent_strong:.1f} %")
     in_process = figures["baseline, in-process"]["median"] / own
     print(f"baseline in-process / ours: {in_process:.2f}")
     ratio = figures["baseline, 2 workers"]["median"] / own
-    fractions = dict(share_percent=percents[0], share_percent_strong=percents[1])
+    fractions = dict(share_percent=percent, share_percent_strong=percent_strong)
     record("input", args, dict(ms_per_step=figures, **fractions, ratio=ratio, ratio_in_process=in_process))
     print(f"ratio {ratio:.2f}")
 
