@@ -34,13 +34,16 @@ def sets_of_columns(
 ) -> tuple[list[ImageSet], tuple[str, ...]]:
     """Complete sets of these splits, training first, and its class names.
 
-    Labels that are text, or true and false, become classes in sorted order, named as they are. folders: see
-    `image_rows`.
+    Labels that are text, true and false, or integers other than 0, 1, 2, … without gaps become classes in sorted order,
+    named as they are. folders: see `image_rows`.
     """
+    import pyarrow as pa
+
     (train_split, train), *_ = splits.items()
     label_column = _choose_label_column(train, label_column)
     image_column = choose_image_column(train, image_column, label_column)
     train_names = getattr(train.features[label_column], "names", None)
+    by_name = False  # labels are the names of their classes
     sets: list[ImageSet] = []
     for name, split in splits.items():
         for column in (image_column, label_column):
@@ -57,12 +60,15 @@ def sets_of_columns(
                 f"splits {train_split!r} and {name!r} number their classes differently in {label_column!r}"
             )
         values = _label_values(split, label_column, name)
-        if train_names is None and not sets and _is_text(values):
-            train_names = sorted(values.unique().to_pylist())
-        if _is_text(values):
-            labels = _numbered(values, train_names, f"split {name!r}")
+        numbers = None if _is_text(values) else _checked(values, label_column, name, names)
+        if train_names is None and not sets:
+            by_name = numbers is None or not _without_gaps(numbers)
+            train_names = list(map(str, sorted(values.unique().to_pylist()))) if by_name else None
+        if numbers is None or by_name:
+            texts = values if numbers is None else values.cast(pa.string())
+            labels = _numbered(texts, train_names, f"split {name!r}")
         else:
-            labels = _checked(values, label_column, name, names)
+            labels = numbers
         if not sets:
             try:
                 labels, num_classes = check_labels(labels, len(train_names) if train_names else None, train_names)
@@ -304,6 +310,12 @@ def _numbered(values: pa.ChunkedArray, names: list[str] | None, what: str) -> np
         unseen = sorted(values.filter(labels.is_null()).unique().to_pylist())
         raise InputError(f"{what} has classes without a training image: {listed(map(repr, unseen))}")
     return labels.to_numpy().astype(np.int64)
+
+
+def _without_gaps(labels: np.ndarray) -> bool:
+    """True for labels 0, 1, 2, …, each present."""
+    present = np.unique(labels)
+    return bool(present[-1] == len(present) - 1)
 
 
 def _checked(values: pa.ChunkedArray, column: str, name: str, class_names: list[str] | None) -> np.ndarray:
