@@ -38,7 +38,8 @@ def plot_run(
     """
     if find_spec("matplotlib") is None:
         return
-    plot_curves(folder / "curves.png", history)
+    if history:  # not of heads that are re-balanced in closed form
+        plot_curves(folder / "curves.png", history)
     rows = {STAGE_NAMES[stage]: metrics for stage, metrics in results["stages"].items()}
     classes = (results["class_counts"], data.class_names, shots)
     plot_metrics(folder, rows, *classes)

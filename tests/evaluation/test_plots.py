@@ -111,6 +111,12 @@ def test_one_axis_a_panel_and_all_files(drawn, tmp_path):
     assert [line.get_color() for line in accuracy.lines] == list(COLOURS.values())
 
 
+def test_heads_rebalanced_in_closed_form_have_no_curves(drawn, tmp_path):
+    results = dict(stages=dict(heads=measured(False)), class_counts=COUNTS)
+    plots.plot_run(tmp_path, [], results, LongTailData(object(), object(), NAMES, "a stream"), SHOTS)
+    assert set(drawn) == {"long_tail.png", "reliability.png", "experts.png"}
+
+
 def test_what_was_not_measured_is_left_out(drawn, tmp_path):
     metrics = measured(False)
     del metrics["experts"]  # as for an ONNX graph, which returns the mean alone
