@@ -10,9 +10,8 @@ import torch
 
 from ..errors import RunError
 from ..hardware import device_name
+from .recipe import stage_flag
 from .stages import Stage
-
-_KEYS = dict(experts="batch_size", heads="decouple_batch_size", router="router_batch_size")
 
 
 @contextmanager
@@ -33,14 +32,14 @@ def enough_memory(stage: Stage) -> Iterator[None]:
 
 def _describe(stage: Stage) -> str:
     accelerator, accumulation = stage.accelerator, stage.recipe.gradient_accumulation
-    flag = "--" + _KEYS[stage.name].replace("_", "-")
+    flag = stage_flag(stage.name, "batch_size")
     size = stage.settings.batch_size // accelerator.num_processes
     what = f"out of memory: {flag} {stage.settings.batch_size}, {size} images on {device_name(accelerator.device)}"
     what += _others(accelerator.device)
     halves = [2**k for k in range(1, size.bit_length())] if accelerator.num_processes == 1 else []
     fits = next((part for part in halves if _fits(stage, size // part)), None)
     if fits is None:
-        return f"{what}: pass a smaller {flag}, with --gradient-accumulation for the same updates."
+        return f"{what}: pass a smaller {flag}, with --gradient-accumulation for nearly the same updates."
     return f"{what}: {size // fits} fit; pass {flag} {size // fits} --gradient-accumulation {fits * accumulation}."
 
 

@@ -221,18 +221,28 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
 
     def for_images(self, num_images: int) -> "Recipe":
         """The recipe with the epochs that so many training images call for, where it leaves them open."""
-        return self if self.epochs else dataclasses.replace(self, epochs=epochs_for(num_images))
+        return self if self.epochs else self.with_epochs(epochs_for(num_images))
+
+    def with_epochs(self, epochs: int) -> "Recipe":
+        """The recipe in so many epochs, those of decay and re-weighting in proportion.
+
+        Where it leaves its epochs open, the defaults among them are parts of the default number of epochs.
+        """
+        default: Any = Recipe.__dataclass_fields__["epochs"].default
+        points = [item for item in dataclasses.fields(self) if item.metadata["in_epochs"]]
+        if not self.epochs:
+            points = [item for item in points if getattr(self, item.name) == item.default]
+        scale = epochs / (self.epochs or default)
+        values = {item.name: _scaled(getattr(self, item.name), scale) for item in points}
+        return dataclasses.replace(self, epochs=epochs, **values)
 
     def override(self, values: dict[str, Any]) -> "Recipe":
         """Replace keys; other `epochs` alone scale those of decay and re-weighting, and a fifth limits the warm-up."""
-        values = dict(values)
-        epochs = dataclasses.replace(self, epochs=values.get("epochs", self.epochs)).epochs
+        recipe, epochs = self, dataclasses.replace(self, epochs=values.get("epochs", self.epochs)).epochs
         if epochs and epochs != self.epochs:
-            values.setdefault("warmup_epochs", min(self.warmup_epochs, round(epochs / 5)))
-            for item in dataclasses.fields(self):
-                if self.epochs and item.metadata["in_epochs"]:
-                    values.setdefault(item.name, _scaled(getattr(self, item.name), epochs / self.epochs))
-        recipe = dataclasses.replace(self, **values)
+            recipe = self.with_epochs(epochs)
+            values = dict(warmup_epochs=min(self.warmup_epochs, round(epochs / 5))) | values
+        recipe = dataclasses.replace(recipe, **values)
         if "imb_factor" in values and recipe.profile == "none":
             raise InputError(
                 f"imb_factor={recipe.imb_factor:g} needs a long-tailed profile: add --imb-type exp or step."
@@ -244,13 +254,20 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         free = ("name", "workers", "data_dir", "annotations", "compile", "fused_norm")
         items = [item for item in dataclasses.fields(self) if item.name not in free]
         items = [item for item in items if not (item.metadata["by_data"] and getattr(self, item.name) is None)]
-        changed = [item.name for item in items if getattr(self, item.name) != getattr(other, item.name)]
+        mine = self.with_epochs(other.epochs) if other.epochs and not self.epochs else self
+        changed = [item.name for item in items if getattr(mine, item.name) != getattr(other, item.name)]
         return [name for name in changed if name != "imb_type" or self.profile != other.profile]
 
     def to_yaml(self) -> str:
         """All keys as YAML."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def stage_flag(stage: str, key: str) -> str:
+    """The flag of a stage's own key, such as "lr" or "batch_size"."""
+    prefix = dict(experts="", heads="decouple_", router="router_")[stage]
+    return "--" + f"{prefix}{key}".replace("_", "-")
 
 
 def _flag_off(name: str, value: Any) -> str:

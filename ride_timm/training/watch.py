@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..errors import RunError
+from .recipe import stage_flag
 
 CHECK_EVERY = 20  # steps between two looks at the losses, each of which waits for the device
 FIRST_CHECKS = (3, 10)  # steps of a stage; before the third, a network is compiled and a cache filled
@@ -36,8 +37,8 @@ class Watch:
 
     def __init__(self, accelerator: Accelerator, signals: Signals, mixed_precision: str) -> None:
         self.accelerator, self.signals = accelerator, signals
-        self.stage: str | None = None
-        self.advice = "a lower --lr" + ("" if mixed_precision == "no" else " or --mixed-precision no")
+        self.stage = ""
+        self.other_advice = "" if mixed_precision == "no" else " or --mixed-precision no"
 
     def begin_epoch(self, stage: str, epoch: int, num_steps: int, epochs: int) -> None:
         """epoch: counted from 0, for the error; epochs: of the stage, for the estimate of its time."""
@@ -83,7 +84,8 @@ class Watch:
         remaining = self._agree(torch.stack([remaining.new_tensor(self.signals.caught or 0), remaining]))[1]
         if remaining:
             step = self.step - remaining + 1
-            raise RunError(f"the loss is not finite at epoch {self.epoch + 1}, step {step}: try {self.advice}.")
+            advice = f"a lower {stage_flag(self.stage, 'lr')}{self.other_advice}"
+            raise RunError(f"the loss is not finite at epoch {self.epoch + 1}, step {step}: try {advice}.")
         self._estimate()
 
     def _estimate(self) -> None:

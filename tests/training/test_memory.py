@@ -33,7 +33,7 @@ def small_memory(monkeypatch):
     [
         (5, [], "4 fit; pass --batch-size 4 --gradient-accumulation 4."),
         (8, ["--gradient-accumulation", "3"], "8 fit; pass --batch-size 8 --gradient-accumulation 6."),
-        (0, [], "pass a smaller --batch-size, with --gradient-accumulation for the same updates."),
+        (0, [], "pass a smaller --batch-size, with --gradient-accumulation for nearly the same updates."),
     ],
 )
 def test_a_batch_that_is_too_large_names_one_that_fits(train, colours, tmp_path, capsys, small_memory, most, more, way):

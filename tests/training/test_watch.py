@@ -70,6 +70,15 @@ def test_a_non_finite_loss_is_found_within_the_epoch(bad):
     assert seen - bad < CHECK_EVERY
 
 
+@pytest.mark.parametrize("stage, flag", [("experts", "--lr"), ("heads", "--decouple-lr"), ("router", "--router-lr")])
+def test_the_advice_names_the_learning_rate_of_the_stage(stage, flag):
+    watch = Watch(Accelerator(cpu=True), Caught(), "no")
+    watch.begin_epoch(stage, 0, 1, 1)
+    watch.update(torch.tensor(float("inf")))
+    with pytest.raises(RunError, match=f"try a lower {flag}\\."):
+        watch.mean()
+
+
 def test_the_mean_is_over_all_steps():
     watch = watch_of(3)
     for loss in (1.0, 2.0, 6.0):
