@@ -35,6 +35,21 @@ class Objective(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
+def keep_frozen(model: nn.Module, freeze: str, freeze_norm: bool) -> None:
+    """Set what is frozen to eval mode, so that it keeps its statistics and drops nothing.
+
+    freeze: "trunk", "backbone" (all but the classifiers) or "none". freeze_norm: every BatchNorm as well.
+    """
+    if freeze == "backbone":
+        model.eval()
+    elif freeze == "trunk":
+        model.trunk.eval()
+    if freeze_norm:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
 class ExpertsObjective(Objective):
     """Stage one: trunk and experts under a loss over all experts' logits.
 
@@ -68,16 +83,9 @@ class ExpertsObjective(Objective):
         ExpertsObjective.train(self, self.training)
 
     def train(self, mode: bool = True) -> "ExpertsObjective":
-        """Set the mode; what is frozen stays in eval mode, so that it keeps its statistics and drops nothing."""
+        """Set the mode; what is frozen stays in eval mode."""
         super().train(mode)
-        if self.freeze == "backbone":
-            self.model.eval()
-        elif self.freeze == "trunk":
-            self.model.trunk.eval()
-        if self.freeze_norm:
-            for module in self.model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        keep_frozen(self.model, self.freeze, self.freeze_norm)
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -165,12 +173,22 @@ class HeadsObjective(Objective):
     trained: names of the parameters that learn, such as every expert's classifier. The loss is cross entropy per
     expert, summed. Without an offset the batches are class-balanced and the model stays in eval mode (Kang et al. 2020,
     arXiv:1910.09217, section 4). offset [C]: added to the logits, log(prior) for balanced softmax on ordinary batches,
-    where BatchNorm stays in train mode (Jin et al. 2023, arXiv:2304.01279, section 4.1).
+    where BatchNorm stays in train mode (Jin et al. 2023, arXiv:2304.01279, section 4.1) unless it was frozen in stage
+    one: freeze and freeze_norm are those of `ExpertsObjective`.
     Raises `InputError` for a name that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, trained: Sequence[str], offset: Tensor | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Sequence[str],
+        offset: Tensor | None = None,
+        *,
+        freeze: str = "none",
+        freeze_norm: bool = False,
+    ):
         super().__init__(model)
+        self.freeze, self.freeze_norm = freeze, freeze_norm
         self.offset: Tensor | None
         self.register_buffer("offset", offset, persistent=False)
         parameters = dict(model.named_parameters())
@@ -185,8 +203,7 @@ class HeadsObjective(Objective):
     def train(self, mode: bool = True) -> "HeadsObjective":
         """Set the mode; without an offset the model stays in eval mode, so BatchNorm keeps its statistics."""
         super().train(mode)
-        if self.offset is None:
-            self.model.eval()
+        keep_frozen(self.model, "backbone" if self.offset is None else self.freeze, self.freeze_norm)
         return self
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:

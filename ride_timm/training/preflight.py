@@ -150,5 +150,6 @@ def preflight(
         trains_norms = trains_norms and recipe.freeze != "backbone" and not recipe.freeze_norm
         if trains_norms:
             batches = f"{slices.num_draws} images in batches of {settings.batch_size} (processes: {processes})"
-            check_parts(model, data.size, [data.num_views * n for n in slices.fewest], recipe.ghost_batch, batches)
+            views, ghost_batch = (data.num_views, recipe.ghost_batch) if name == "experts" else (1, None)
+            check_parts(model, data.size, [views * n for n in slices.fewest], ghost_batch, batches)
     accelerator.wait_for_everyone()  # no process writes before all have passed

@@ -7,6 +7,7 @@ offsets are a per-class affine layer after the head (`models.ClassAffine`), afte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,19 +87,23 @@ def align_experts(model: Ride, offsets: Tensor) -> None:
         fc.affine.bias.add_(offset.to(fc.affine.bias))
 
 
-def decouple(model: Ride, method: str, class_counts: Sequence[int] | Tensor, tau: float, seed: int) -> HeadsObjective:
+def decouple(
+    model: Ride, method: str, class_counts: Sequence[int] | Tensor, tau: float, seed: int, **frozen: Any
+) -> HeadsObjective:
     """Re-balance a trained network's heads; returns the objective for what is left to train.
 
     method: "crt" trains new heads, drawn from `seed`, on class-balanced batches, and "balanced_softmax" on ordinary
     ones with log(prior) added; "lws" trains one scale per class, from 1; "tau_norm" and "logit_adjustment" are
-    closed-form. Kang et al. 2020, arXiv:1910.09217, section 4; balanced softmax as in arXiv:2304.01279, section 4.1.
+    closed-form. frozen: freeze and freeze_norm of `HeadsObjective`, for "balanced_softmax". Kang et al. 2020,
+    arXiv:1910.09217, section 4; balanced softmax as in arXiv:2304.01279, section 4.1.
     """
     if method in ("crt", "balanced_softmax"):
         torch.manual_seed(seed)
         model.reset_classifier(model.num_classes)
         heads = tuple(f"{name}." for name in model.get_classifier(name_only=True))
         learnt = [name for name, _ in model.named_parameters() if name.startswith(heads)]
-        return HeadsObjective(model, learnt, priors.log_prior(class_counts) if method == "balanced_softmax" else None)
+        offset = priors.log_prior(class_counts) if method == "balanced_softmax" else None
+        return HeadsObjective(model, learnt, offset, **frozen)
     if method == "tau_norm":
         tau_normalize(model, tau)
     elif method == "logit_adjustment":

@@ -102,7 +102,7 @@ class Stage:
             self.accelerator.clip_grad_norm_(self.objective.trainable_parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ema is not None and not self.optimizer.step_was_skipped:  # fp16 skips a step that overflows
+        if self.ema is not None:
             self.ema.update(self.model, self.num_updates)
         self.num_updates += 1
         if self.settings.lr_per == "step":
@@ -220,7 +220,8 @@ class HeadsStage(Stage):
     name = "heads"
 
     def __init__(self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator) -> None:
-        objective = decouple(model, recipe.decouple, data.train_counts, recipe.decouple_tau, recipe.seed)
+        frozen = dict(freeze=recipe.freeze, freeze_norm=recipe.freeze_norm)
+        objective = decouple(model, recipe.decouple, data.train_counts, recipe.decouple_tau, recipe.seed, **frozen)
         super().__init__(recipe, data, accelerator, objective)
 
     def make_loader(self) -> Any:

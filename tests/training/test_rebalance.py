@@ -158,6 +158,23 @@ def test_balanced_softmax_learns_new_heads_while_batch_norm_goes_on():
     assert "offset" not in objective.state_dict()
 
 
+@pytest.mark.parametrize(
+    ("frozen", "learning"),
+    [
+        (dict(), {"trunk", "experts"}),
+        (dict(freeze_norm=True), set()),
+        (dict(freeze="backbone"), set()),
+        (dict(freeze="trunk"), {"experts"}),
+    ],
+)
+def test_balanced_softmax_keeps_the_statistics_that_stage_one_kept(frozen, learning):
+    model = network(True)
+    before = copy.deepcopy(model.state_dict())
+    decouple(model, "balanced_softmax", COUNTS, 1.0, seed=3, **frozen).train()(images(), torch.tensor([4, 0, 3]))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed if "running" in name} == learning
+
+
 def test_new_heads_come_from_the_seed():
     weights = []
     for seed in (3, 3, 4):
