@@ -42,21 +42,29 @@ def check_prior_flags(args: argparse.Namespace, shifted: bool = False) -> None:
         raise InputError("model-prior is where --test-prior moves the logits from: pass both, or leave it out.")
 
 
-def run_log_prior(recipe: Recipe, class_counts: Sequence[int], class_weights: Sequence[float] | None = None) -> Tensor:
+def run_log_prior(
+    recipe: Recipe,
+    class_counts: Sequence[int],
+    class_weights: Sequence[float] | None = None,
+    num_epochs: int | None = None,
+) -> Tensor:
     """Log-prior that the mean logits of a recipe's experts suit, [C].
 
-    class_counts [C], of the training images; class_weights [C]: given to the loss, if any. Batches drawn by a sampler
-    of class probabilities s under class weights w and an offset o added to the logits give logits for a prior
-    proportional to s * w * exp(-o); of RIDE and LDAM, as they end training, margins and diversity aside. Re-trained or
-    tau-normalised heads count as balanced.
+    class_counts [C], of the training images; class_weights [C]: given to the loss, if any; num_epochs: after which the
+    weights were kept, by default all of them. Batches drawn by a sampler of class probabilities s under class weights w
+    and an offset o added to the logits give logits for a prior proportional to s * w * exp(-o); of RIDE and LDAM, by
+    the weights of the last of these epochs, margins and diversity aside. Re-trained or tau-normalised heads count as
+    balanced.
     """
     if recipe.decouple in (*LEARNT, "tau_norm"):
         return torch.full((len(class_counts),), 1 / len(class_counts)).log()
+    recipe = recipe.for_images(sum(class_counts))
     weights = {} if class_weights is None else dict(weights=class_weights)
     loss = make_loss(recipe.loss, class_counts, **recipe.loss_args, **weights)
-    epochs = recipe.for_images(sum(class_counts)).epochs or 1
-    loss.set_epoch(epochs - 1)
-    drawn = class_probabilities(class_counts, recipe.sampler, epochs - 1, epochs)
+    epochs = recipe.epochs or 1
+    last = (num_epochs or epochs) - 1
+    loss.set_epoch(last)
+    drawn = class_probabilities(class_counts, recipe.sampler, last, epochs)
     prior = torch.from_numpy(drawn).log().float() - loss.removed_log_prior()
     if recipe.decouple == "logit_adjustment":
         prior = prior - recipe.decouple_tau * log_prior(class_counts)
@@ -75,7 +83,9 @@ def model_log_prior(
         return prior
     recipe = own_recipe(spec)
     if recipe is not None and class_counts is not None:
-        return run_log_prior(recipe, class_counts, run_results(spec).get("class_weights"))
+        results = run_results(spec)
+        num_epochs = results.get("stages", {}).get("experts", {}).get("epochs")
+        return run_log_prior(recipe, class_counts, results.get("class_weights"), num_epochs)
     print(
         f"notice: {spec} has no recipe with class counts; its logits are taken to suit a uniform prior (see "
         "--model-prior)",

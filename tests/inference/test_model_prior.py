@@ -81,6 +81,23 @@ def test_the_prior_of_a_model_is_given_known_or_uniform(tmp_path, capsys):
     assert "resnet18 has no recipe with class counts; its logits are taken to suit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("keys", "epochs", "expected"),
+    [
+        (dict(loss="ldam"), 160, N),  # kept before re-weighting began
+        (dict(loss="ldam"), 161, N * effective_number_weights(COUNTS)),
+        (dict(loss="ce", sampler="progressive"), 1, N),
+        (dict(loss="ce", sampler="progressive"), 200, UNIFORM),
+    ],
+)
+def test_the_prior_is_that_of_the_epoch_kept(tmp_path, keys, epochs, expected):
+    (tmp_path / "recipe.yaml").write_text(Recipe(**keys, select="best", holdout=0.1).to_yaml())
+    stages = dict(experts=dict(epochs=epochs))
+    (tmp_path / "results.json").write_text(json.dumps(dict(stages=stages, class_counts=COUNTS)))
+    prior = model_log_prior(None, f"local-dir:{tmp_path}", COUNTS, ("a", "b", "c", "d"))
+    torch.testing.assert_close(prior.exp(), expected / expected.sum(), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("text", ['{"class_counts": [', "", "[]", "3", "{}", '{"stages": 1}', "[" * 5000])
 def test_damaged_results_are_bad_input(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
