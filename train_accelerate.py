@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ride_timm.cli.process import Signals, exit_code
+from ride_timm.cli.process import Signals, exit_code, is_main_process
 from ride_timm.hardware import keep_memory, set_threads
 from ride_timm.progress import progress_bar
 from ride_timm.training.build import (
@@ -45,9 +45,11 @@ def train(argv: list[str] | None) -> None:
     run = RunFolder(options.output)
     push = Push(options.push_to_hub, Path(__file__).with_name("hub"))
     if options.resume and run.has_finished(recipe, options.stages[-1]):
-        run.conclude()  # where it was killed just before
-        print(f"{options.output} is finished.\n{run.table()}")
-        return push.run(run.path)
+        if is_main_process():
+            run.conclude()  # where it was killed just before
+            print(f"{options.output} is finished.\n{run.table()}")
+            push.run(run.path)
+        return
 
     check_options(recipe, options)
     push.check(recipe)

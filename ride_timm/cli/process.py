@@ -53,6 +53,11 @@ class Signals:
             raise Interrupted(self.caught)
 
 
+def is_main_process() -> bool:
+    """True in the first process of a launch, also before Accelerate knows of it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _format_warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """One line for a warning of this package; that of others as Python has it, with its file."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ class Push:
             self.release.check_classes(self.repo, num_classes)
 
     def run(self, folder: Path) -> None:
-        """Stage, verify and push a finished run, in the main process."""
-        if self.repo is not None and os.environ.get("RANK", "0") == "0":
+        """Stage, verify and push a finished run; for the main process alone."""
+        if self.repo is not None:
             self.release.push_run(self.repo, folder)
 
     def trained(self, folder: Path) -> None:
