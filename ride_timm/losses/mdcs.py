@@ -26,13 +26,14 @@ class MdcsLoss(BalPoELoss):
     expert_logits [2B, E, C]: of B weakly augmented images, then of the same images strongly augmented; targets [B].
     Each expert, adjusted as in BalPoE, learns both views by cross entropy and, where it is right about the weak view,
     the strong view by KL(weak || strong) with the weak one detached, averaged over those samples; summed over experts.
-    The KL is weighted by `consistency`, after a linear warm-up of 20 epochs. InputError for logits that are not two
-    per target. Zhao et al. 2023, arXiv:2308.09922, section 3; consistency, taus and warm-up are those of their code.
+    The KL is weighted by `consistency`, after a linear ramp of 20 epochs, however many the run has. InputError for
+    logits that are not two per target. Zhao et al. 2023, arXiv:2308.09922, section 3; consistency, taus and ramp are
+    those of their code.
     """
 
     num_views: ClassVar[int] = 2
     reach: ClassVar[float] = 1.5
-    warmup_epochs: ClassVar[int] = 20
+    ramp_epochs: ClassVar[int] = 20
 
     consistency: float = key(0.6, "weight of the strong view's consistency with the weak one", low=0, high=100)
 
@@ -49,8 +50,8 @@ class MdcsLoss(BalPoELoss):
         return super().arguments(recipe)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, counted from 0; the weight of the consistency warms up."""
-        self.strength = self.consistency * min((epoch + 1) / self.warmup_epochs, 1.0)
+        """Begin an epoch, counted from 0; the weight of the consistency ramps up."""
+        self.strength = self.consistency * min((epoch + 1) / self.ramp_epochs, 1.0)
 
     def compute(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
         if len(expert_logits) != 2 * len(targets):
