@@ -35,7 +35,7 @@ from ..evaluation.tables import GROUPS, classes_table, confusions_table, groups_
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..files import write_text
 from ..hardware import choose_device
-from ..inference.load import SPEC, data_recipe, load_ride, own_recipe
+from ..inference.load import SPEC, data_recipe, in_model_order, input_policy, load_ride, own_recipe, threshold_for
 from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
 from ..inference.options import (
     Timed,
@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     check_path(args.model)
     inference = inference_of(args)
-    recipe = data_recipe(args.recipe, args.model, _data_flags(args))
+    flags = _data_flags(args)
+    recipe = data_recipe(args.recipe, args.model, flags)
     model = load_ride(args.model, args.routed or args.curve is not None).to(memory_format=torch.channels_last)
     experts = chosen_experts(args.experts, model.num_experts)
     data = load_longtail(**recipe.data_args | dict(use_val=recipe.use_val and args.macs_budget is not None))
@@ -101,7 +102,9 @@ def run(args: argparse.Namespace) -> None:
         print(data.notice, file=sys.stderr)
     if data.num_classes != model.num_classes:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
-    size = recipe.policy.input_size(recipe.input_size)
+    data = in_model_order(data, model, args.model)
+    policy = input_policy(model, recipe, args.model, args.recipe is not None or "augment" in flags)
+    size = policy.input_size(recipe.input_size)
     crops = 5 if args.five_crop else 1
     check_images(model, (3, size, size), args.model)
     macs = count_macs(model, (3, size, size))
@@ -114,9 +117,9 @@ def run(args: argparse.Namespace) -> None:
         where = dict(input_size=size, device=device, num_workers=recipe.workers)
         where |= dict(reduced_decode=recipe.reduced_decode, five_crops=args.five_crop)
         batch_size = evaluation_batch(size) // crops
-        return make_loader(image_set, recipe.policy, train=False, batch_size=batch_size, seed=0, **where)
+        return make_loader(image_set, policy, train=False, batch_size=batch_size, seed=0, **where)
 
-    threshold, chosen = recipe.threshold, None
+    threshold, chosen = threshold_for(args.model, flags.get("threshold")), None
     if args.macs_budget is not None:
         chosen = _choose_threshold(model, macs, data, recipe, own_recipe(args.model), batches, args.macs_budget)
         threshold = chosen["threshold"]
@@ -197,7 +200,9 @@ def _check(args: argparse.Namespace) -> None:
     check_experts(args, args.routed or args.curve is not None)
     for name in ("plots", "confusions"):
         if (folder := getattr(args, name)) is not None:
-            found = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+            found = next((path for path in (Path(folder), *Path(folder).parents) if path.exists()), None)
+            if found is None:
+                raise InputError(f"{name}={folder}: there is no drive {Path(folder).anchor}")
             if not found.is_dir():
                 raise InputError(f"{name}={folder}: {found} is a file, expected a folder.")
     if args.plots is not None and find_spec("matplotlib") is None:

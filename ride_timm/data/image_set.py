@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -165,6 +165,13 @@ class LongTailData:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def in_order(self, classes: Sequence[int]) -> LongTailData:
+        """The same data with its classes in another order. classes: each of its classes once."""
+        numbers = np.argsort(classes)  # of its classes, in the new order
+        parts = {name: part for name in ("train", "test", "val") if (part := getattr(self, name)) is not None}
+        parts = {name: replace(part, labels=numbers[part.labels]) for name, part in parts.items()}
+        return replace(self, class_names=tuple(self.class_names[c] for c in classes), **parts)
 
     @cached_property
     def class_counts(self) -> list[int]:

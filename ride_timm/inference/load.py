@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+from timm.models import PretrainedCfg
+
+from ..data.augment.policies import Policy, policy_of
 from ..data.datasets import KNOWN
-from ..errors import InputError
+from ..data.image_set import LongTailData
+from ..errors import InputError, listed
 from ..models import Ride
 from ..models.load import load_model
 from ..models.release import is_release
@@ -54,15 +60,12 @@ def _recipe_file(spec: str | None) -> Path | None:
 def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Recipe:
     """The recipe of the data: the one named, the model's own, or the data set's.
 
-    flags: recipe keys given on the command line, which take precedence. InputError where no data set is given, or only
-    a release whose images were local files.
+    flags: recipe keys given on the command line, which take precedence; those of another data set replace all that the
+    recipe says of its images. InputError where no data set is given, or only a release whose images were local files.
     """
-    if name:
-        recipe = load_recipe(name)
-    elif (path := _recipe_file(spec)) is not None:
-        recipe = load_recipe(path)
-        if recipe.on_disk and is_release(path.parent):
-            raise InputError(f"{path} is of a release and names local files: pass --data-dir or --recipe.")
+    path = None if name else _recipe_file(spec)
+    if source := name or path:
+        recipe = load_recipe(source)
     elif "dataset" in flags:
         known = KNOWN.get(flags["dataset"])
         if known and known.recipe:
@@ -71,7 +74,55 @@ def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Re
             recipe = Recipe(augment=known.augment if known else "imagenet")
     else:
         raise InputError(f"no data set given: pass --dataset or --recipe (one of {', '.join(available())}).")
+    if path and flags.get("dataset", recipe.dataset) != recipe.dataset:
+        recipe = recipe.on_other_data()
+    elif path and is_release(path.parent) and "data_dir" not in flags and set(recipe.on_disk) - {"backbone_weights"}:
+        raise InputError(f"{path} is of a release and names local files: pass --dataset, --data-dir or --recipe.")
     return recipe.override(flags)
+
+
+def input_policy(model: Ride, recipe: Recipe, spec: str, stated: bool) -> Policy:
+    """How the images of a test set become a model's inputs.
+
+    That is as the model states, as for single images, unless the command states it: by a recipe, by --augment, or for
+    an authors' checkpoint, which states nothing, by a known data set.
+    """
+    stated = stated or own_recipe(spec) is not None or (Path(spec).is_file() and recipe.dataset in KNOWN)
+    return recipe.policy if stated else policy_of(PretrainedCfg(**model.pretrained_cfg), spec)
+
+
+def in_model_order(data: LongTailData, model: Ride, spec: str) -> LongTailData:
+    """The data with its classes numbered as the model's of the same names.
+
+    A notice where all names differ, whose numbers are taken as they are; `InputError` where only some are the same and
+    have other numbers.
+    """
+    names, own = class_names(model), list(data.class_names)
+    if list(map(str, range(len(own)))) in (names, own):  # mere numbers name nothing
+        return data
+    keys, own_keys = map(_spelled_alike, (names, own))
+    if len(set(own_keys)) < len(own):
+        keys, own_keys = names, own
+    if sorted(keys) == sorted(own_keys):
+        return data.in_order([own_keys.index(key) for key in keys])
+    moved = next((i for i, key in enumerate(own_keys) if key in keys and keys[i] != key), None)
+    if moved is not None:
+        raise InputError(
+            f"class {own[moved]!r} is number {keys.index(own_keys[moved])} of {spec} and {moved} of the data, which "
+            f"have other names as well: name the classes of the data as the model does ({listed(map(repr, names))})."
+        )
+    one, other = next((names[i], own[i]) for i, key in enumerate(keys) if own_keys[i] != key)
+    print(
+        f"notice: classes are compared by their numbers: {spec} and the data name them differently, such as {one!r} "
+        f"and {other!r}",
+        file=sys.stderr,
+    )
+    return data
+
+
+def _spelled_alike(names: list[str]) -> list[str]:
+    """The names without what folders may spell differently: capitals, and signs such as /."""
+    return [re.sub(r"[\W_]+", " ", name).strip().casefold() for name in names]
 
 
 def threshold_for(spec: str, given: float | None) -> float:

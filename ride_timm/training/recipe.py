@@ -31,6 +31,11 @@ from .recipe_yaml import read_yaml
 from .schedules import epochs_for, lr_factor
 
 DEFAULT_RECIPE = "fashion_lt"
+# keys of the images that are read; `data_args` renames two
+_SOURCE = (
+    "dataset", "data_dir", "annotations", "dataset_config", "dataset_revision", "streaming", "shuffle_buffer",
+    "imb_type", "imb_factor", "split_seed", "image_column", "label_column", "test_split", "use_val",
+)  # fmt: skip
 _PUBLIC_DATA = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
 
 
@@ -130,9 +135,13 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
     @property
     def data_args(self) -> dict[str, Any]:
         """Arguments for `data.load.load_longtail`."""
-        names = ["dataset", "data_dir", "annotations", "imb_factor", "image_column", "label_column"]
-        names += ["dataset_config", "dataset_revision", "test_split", "use_val", "streaming", "shuffle_buffer"]
-        return {name: getattr(self, name) for name in names} | dict(imb_type=self.profile, seed=self.split_seed)
+        values = {name: getattr(self, name) for name in _SOURCE} | dict(imb_type=self.profile)
+        return dict(seed=values.pop("split_seed"), **values)
+
+    def on_other_data(self) -> "Recipe":
+        """The recipe without what it says of its images: where they are, their columns, splits and profile."""
+        defaults: dict[str, Any] = {name: Recipe.__dataclass_fields__[name].default for name in _SOURCE}
+        return dataclasses.replace(self, **defaults)
 
     @property
     def on_disk(self) -> dict[str, str]:

@@ -3,11 +3,12 @@ import csv
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from commands import output, refusal, run_folder
+from commands import CLASSES, output, refusal, run_folder
 from PIL import Image
 
 from ride_timm.cli.evaluate import _DATA_KEYS
@@ -170,6 +171,29 @@ def test_no_data_named(capsys, tmp_path, run):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(run / name, alone / name)
     assert "--dataset or --recipe" in refusal(capsys, "evaluate", "--model", alone)
+
+
+def test_images_become_inputs_as_for_predict_and_classes_go_by_name(capsys, tmp_path, run):
+    """Of a model without a recipe; the folders are in another order than its classes."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, alone / name)
+    images = load_longtail("fashion_lt").test
+    for i in range(0, 1000, 17):
+        image, label = images[i]
+        for split in ("train", "test"):
+            folder = tmp_path / "own" / split / CLASSES[label].replace("/", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+    found = json.loads(output(capsys, "evaluate", "--model", alone, "--dataset", tmp_path / "own", "--json"))
+    rows = json.loads(output(capsys, "predict", "--model", alone, tmp_path / "own" / "test", "--json"))
+    assert found["class_names"] == [name.replace("/", "-") for name in CLASSES]
+    assert found["images"] == len(rows) == 59
+    right = [row["label"].replace("/", "-") == Path(row["image"]).parent.name for row in rows]
+    assert 0 < found["correct"] == sum(right) < 59
+    known = json.loads(output(capsys, "evaluate", "--model", run, "--json"))
+    assert found["macs"] == known["macs"]
 
 
 def test_five_crops_are_averaged_at_five_times_the_macs(capsys, run, tmp_path):

@@ -121,8 +121,9 @@ def test_images_that_a_network_does_not_take(capsys, photos, tmp_path):
     found = json.loads(output(capsys, "predict", "--model", grey, *photos, "--json"))
     assert [row["image"] for row in found] == photos
     data = ("--dataset", "fashion_lt")
-    assert "28 x 28 pixels in 3 channels" in refusal(capsys, "evaluate", "--model", grey, *data)
-    assert "28 x 28 pixels in 3 channels" in refusal(capsys, "evaluate", "--model", patches, *data)
+    assert "160 x 160 pixels in 3 channels" in refusal(capsys, "evaluate", "--model", grey, *data)
+    small = refusal(capsys, "evaluate", "--model", patches, *data, "--input-size", "28")
+    assert "28 x 28 pixels in 3 channels" in small
     size = ("--input-size", "100")
     assert "100 x 100 pixels" in refusal(capsys, "flops", "ride", "--backbone", "test_vit", *size)
     message = refusal(capsys, "export", "--model", patches, "--output", tmp_path / "onnx", *size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from ...errors import InputError
 from .auto_augment import AutoAugment
@@ -123,10 +123,9 @@ def get_policy(policy: str | Policy) -> Policy:
 
 
 def backbone_policy(model: str) -> Policy:
-    """The policy that a timm network's weights expect: size, crop, interpolation and normalisation of its cfg.
+    """The policy that a timm network's weights expect, see `policy_of`.
 
-    Images for training are cropped at random, flipped and jittered in colour. Raises `InputError` for a name that timm
-    does not know, or a cfg with other than 3 channels or another crop.
+    Raises `InputError` for a name that timm does not know, or a network of other than 3 channels, as well.
     """
     try:
         cfg = get_pretrained_cfg(model)
@@ -134,11 +133,22 @@ def backbone_policy(model: str) -> Policy:
         raise InputError(f"backbone={model!r}: {error}") from error
     if cfg is None:
         raise InputError(f"backbone={model!r}: timm has no such model.")
-    channels, height, width = cfg.input_size
-    if channels != 3 or height != width or cfg.crop_mode not in ("center", "squash"):
+    if cfg.input_size[0] != 3:
+        raise InputError(f"backbone={model!r} expects input {cfg.input_size}: expected 3 channels; choose another.")
+    return policy_of(cfg, f"backbone={model!r}")
+
+
+def policy_of(cfg: PretrainedCfg, name: str) -> Policy:
+    """The policy of timm's cfg of a network: its size, crop, interpolation and normalisation.
+
+    Images for training are cropped at random, flipped and jittered in colour. Raises `InputError` for a cfg with
+    another crop.
+    """
+    _, height, width = cfg.input_size
+    if height != width or cfg.crop_mode not in ("center", "squash"):
         raise InputError(
-            f"backbone={model!r} expects input {cfg.input_size} cropped by {cfg.crop_mode!r}; expected 3 channels, a "
-            "square, and crop mode center or squash: choose another backbone, or name its --augment."
+            f"{name} expects input {cfg.input_size} cropped by {cfg.crop_mode!r}; expected a square, and crop mode "
+            "center or squash: name its --augment, or choose another."
         )
     interpolation = cfg.interpolation if cfg.interpolation in INTERPOLATIONS else "bicubic"
     return Policy(
