@@ -45,7 +45,8 @@ _BY_FACTORY = (
     "out_indices",
     "feature_cls",
 )
-_LARGEST = 1024  # arguments up to this are not compared with the weights, such as an image size
+_LARGEST = 1024  # arguments up to this are not compared with the weights
+LARGEST_IMAGE = 16384  # pixels a side, of which few networks' weights tell
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -100,11 +101,11 @@ class Release:
             raise InputError(f"{self.where}: {WEIGHTS} is damaged: not loaded ({error_line(error)}).") from error
         experts = {name.split(".")[1] for name in shapes if name.startswith("experts.")}
         largest = max(_LARGEST, *(size for shape in shapes.values() for size in shape))
+        limits = dict(num_experts=len(experts), input_size=LARGEST_IMAGE)
         stated = self.model_args | {key: self.pretrained_cfg[key] for key in ("num_classes", "input_size")}
         for key, value in stated.items():
-            limit = len(experts) if key == "num_experts" else largest
             for number in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(number, int | float) and not -largest <= number <= limit:
+                if isinstance(number, int | float) and not -largest <= number <= limits.get(key, largest):
                     raise InputError(f"{self.where}: {CONFIG} states {key}={value!r}, too large for its weights.")
 
     def load_into(

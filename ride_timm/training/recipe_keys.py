@@ -9,6 +9,7 @@ from ..data.longtail import IMB_FACTOR, IMBALANCE_TYPES
 from ..keys import key
 from ..losses import LOSSES, loss_keys
 from ..models.adapters import ADAPTERS
+from ..models.release import LARGEST_IMAGE
 from .schedules import SCHEDULES
 
 BALANCED_BATCHES = ("crt", "lws")  # methods of `decouple` by what their heads learn from
@@ -55,7 +56,7 @@ class DataKeys:
         None, "AutoAugment and its kind on top: cifar10, trivial, or timm's rand-m9-mstd0.5, original, augmix-m3-w3"
     )
     cutout: int = key(0, "edge in pixels of Cutout's black square (of two views, in the strong one)", low=0)
-    input_size: int | None = key(None, "image size in pixels (default: the augmentation's)", low=8)
+    input_size: int | None = key(None, "image size in pixels (default: the augmentation's)", low=8, high=LARGEST_IMAGE)
     reduced_decode: bool = key(False, "decode large JPEGs at reduced size: faster, with slightly different pixels")
     holdout: float = key(0.0, "fraction of each training class held out for selection", low=0, high=0.5)
 

@@ -143,6 +143,13 @@ def test_weights_that_are_not_finite_are_refused(folder, bad, dtype):
             load(folder)
 
 
+def test_large_images_are_no_matter_of_the_weights(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 1280, 1280]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert create(folder).pretrained_cfg["input_size"] == (3, 1280, 1280)
+
+
 @pytest.mark.parametrize(
     ("changes", "stated"),
     [
