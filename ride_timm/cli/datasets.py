@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--all", action="store_true", help="list every class, or every missing image")
     parser.add_argument(
         "--decode", action="store_true",
-        help=f"check {', '.join(LISTED)}: decode every image instead of checking that the file exists",
+        help=f"check {', '.join(LISTED)}: decode every image as well",
     )  # fmt: skip
     add_flags(parser, [name for name in keys_of("data") if name not in ("dataset", "holdout", "augment")])
 
@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--max-side shrinks the images that save writes: leave it out of {args.action}.")
     if args.action == "save":
         return _save(args, recipe)
+    installed: dict[str, Any] = {}
     if args.action == "check" and args.subject in LISTED and not is_saved(recipe.data_dir):
-        _check_published(args, recipe)
+        installed = _check_published(args, recipe, print_facts=not (args.json and args.decode))
         if not args.decode:
             return
     if args.action == "check" and recipe.streaming:
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         found = [find_unreadable(images, recipe.workers) for images in sets]
         facts["unreadable"] = unreadable = [error for some in found for _, error in some]
     if args.json:
-        print_json(facts)
+        print_json(installed | facts)
     else:
         print(f"{data.name}: {facts['train']:,} training and {facts['test']:,} test images, {data.num_classes} classes")
         print(f"images per class: {max(counts)} to {min(counts)}; classes by shot: {groups}")
@@ -91,18 +92,20 @@ def _save(args: argparse.Namespace, recipe: Recipe) -> None:
     print(f"read it with --dataset {args.output}, or with --data-dir {args.output} in place of {data.name}")
 
 
-def _check_published(args: argparse.Namespace, recipe: Recipe) -> None:
-    """Print what is installed of a data set with published lists.
+def _check_published(args: argparse.Namespace, recipe: Recipe, print_facts: bool) -> dict[str, Any]:
+    """What is installed of a data set with published lists, printed where asked or if something is missing.
 
     RunError if something is missing.
     """
     folders = [None if path is None else Path(path).expanduser() for path in (recipe.data_dir, recipe.annotations)]
     installed = check_installation(args.subject, *folders)
     if args.json:
-        print_json(installed)
+        if print_facts or installed["problems"]:
+            print_json(installed)
     else:
         print(format_installation(installed, sys.maxsize if args.all else 10))
     if installed["problems"]:
         raise RunError(f"{args.subject} is not as published: {len(installed['problems'])} problems, see above")
     checked = "every list and image is" if installed["root"] else "every list is"
     print(f"{checked} as published", file=sys.stderr)
+    return installed

@@ -5,6 +5,7 @@ from commands import output, refusal
 
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
+from ride_timm.data.load import load_longtail
 
 
 def test_datasets_show(capsys):
@@ -34,6 +35,15 @@ def test_an_installation_is_checked(capsys, tmp_path):
     assert found["splits"]["val"]["missing"] == [dict(line=1, path=f"{tmp_path}/val/n01440764/val_0.JPEG")]
     message = refusal(capsys, "datasets", "check", "places_lt", "--data-dir", tmp_path)
     assert "no Places_LT_train.txt" in message
+
+
+def test_an_installation_whose_images_are_decoded_is_one_json_document(capsys, colours, monkeypatch):
+    published = dict(problems=[], root="/data", splits={})
+    monkeypatch.setattr("ride_timm.cli.datasets.check_installation", lambda *_: published)
+    data = load_longtail(str(colours))
+    monkeypatch.setattr("ride_timm.cli.datasets.load_longtail", lambda **_: data)
+    found = json.loads(output(capsys, "datasets", "check", "imagenet_lt", "--data-dir", "x", "--decode", "--json"))
+    assert found["root"] == "/data" and found["unreadable"] == [] and found["classes"] == 3
 
 
 def test_a_check_reads_validation_images_too_and_no_flag_is_without_effect(capsys, colours, tmp_path):
