@@ -19,7 +19,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("subject", metavar="MODEL", help="a network of `python -m ride_timm models`")
     parser.add_argument("--num-classes", type=int, metavar="C", help="number of classes")
     parser.add_argument("--experts-used", metavar="P1,P2,…", help="percentages of images that use 1, 2, … experts")
-    model_keys = [name for name in keys_of("model") if name != "model"]
+    without_effect = ("model", "backbone_weights", "grad_checkpointing")
+    model_keys = [name for name in keys_of("model") if name not in without_effect]
     add_flags(parser, [*model_keys, "input_size", "top_choices_num", "share_expert_help_pred_fc"])
 
 

@@ -112,6 +112,6 @@ def create_ride_model(name: str, size: int | None = None, **kwargs: Any) -> Ride
         kwargs["img_size"] = size
     try:
         return timm.create_model(name, **kwargs)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # RuntimeError: an unknown tag
         reason = re.sub(r".*unexpected keyword argument", "it does not take", str(error))
         raise InputError(f"model {name}: {reason}") from error

@@ -72,3 +72,7 @@ def test_bad_percentages(capsys, used, message):
 )
 def test_bad_network_arguments(capsys, flags, message):
     assert message in refusal(capsys, "flops", "ride_resnet32", *flags)
+
+
+def test_an_unknown_tag(capsys):
+    assert "Invalid pretrained tag" in refusal(capsys, "flops", "ride_resnet32.nosuch")
