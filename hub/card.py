@@ -39,7 +39,7 @@ def render(staged: Staged) -> str:
     papers = [(loss.citation, loss.paper)]
     if recipe and recipe.decouple != "none":
         papers.append(text.DECOUPLED[recipe.decouple])
-    base = text.base_of(recipe, results)
+    base = text.base_of(recipe, results, args.get("adapter"))
     front = ModelCardData(
         **text.licence_of(base),
         base_model=base.repo if base else None,

@@ -44,15 +44,16 @@ class Base(NamedTuple):
         return f"{_HUB}/{self.repo}"
 
 
-def base_of(recipe: Recipe | None, results: dict[str, Any]) -> Base | None:
+def base_of(recipe: Recipe | None, results: dict[str, Any], adapter: str | None = None) -> Base | None:
     """The backbone that was pretrained, or the release that training started from; None for neither, or a private run.
 
-    The licence is the backbone's, MIT that of this project's releases, and "unknown" where neither is known.
+    adapter: kind of the release's weights, None for merged ones. The licence is the backbone's, MIT that of this
+    project's releases, and "unknown" where neither is known.
     """
     source, backbone = results.get("source"), None
     if recipe is not None and recipe.pretrained and (name := _backbone(recipe)):
         cfg = timm.get_pretrained_cfg(name)
-        relation = "finetune" if recipe.adapter is None else "adapter"
+        relation = "finetune" if adapter is None else "adapter"
         backbone = Base(cfg.hf_hub_id or f"timm/{cfg.architecture}.{cfg.tag}", cfg.license or "unknown", relation)
     if source is None:
         return backbone

@@ -185,6 +185,8 @@ MIT = dict(license="mit")
          "timm/convnext_tiny.fb_in1k", "finetune", dict(license="apache-2.0")),
         (dict(model="ride", backbone="convnextv2_tiny", backbone_pretrained=True, adapter="lora"), None,
          "timm/convnextv2_tiny.fcmae_ft_in22k_in1k", "adapter", dict(license="cc-by-nc-4.0")),
+        (dict(model="ride", backbone="convnext_tiny.fb_in1k", backbone_pretrained=True, adapter="lora"), None,
+         "timm/convnext_tiny.fb_in1k", "finetune", dict(license="apache-2.0")),  # merged
         (dict(model="ride_swin_tiny", backbone_pretrained=True), None,
          "timm/swin_tiny_patch4_window7_224.ms_in1k", "finetune", dict(license="mit")),
         (dict(model="ride", backbone="vit_small_patch16_dinov3", backbone_pretrained=True), None,
@@ -201,6 +203,10 @@ MIT = dict(license="mit")
 )  # fmt: skip
 def test_the_base_model_and_its_licence_are_carried_on(staged, changes, source, base, relation, licence):
     set_json(staged.path / "results.json", source=source)
+    if relation == "adapter":
+        set_json(
+            staged.path / "config.json", model_args=staged.json("config.json")["model_args"] | dict(adapter="lora")
+        )
     text = render_with(staged, **dict(backbone_pretrained=False) | changes)
     front = front_matter(text)
     assert (front.get("base_model"), front.get("base_model_relation")) == (base, relation)
