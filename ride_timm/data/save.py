@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -77,6 +78,8 @@ def save_longtail(
     except Exception as error:  # a missing image, a full disk: `datasets` and pyarrow have no common error
         raise RunError(f"{str(output)!r} could not be written: {first_line(error)}") from error
     finally:
+        splits.clear()  # Windows deletes no file that is mapped
+        gc.collect()
         shutil.rmtree(folder, ignore_errors=True)
     return data
 

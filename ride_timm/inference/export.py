@@ -122,6 +122,8 @@ def export(
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             if routed == "driver":
                 shutil.copyfile(Path(__file__).with_name("onnx_driver.py"), partial / "driver.py")
+            if folder.is_dir():  # empty; Windows replaces no folder
+                folder.rmdir()
             os.replace(partial, folder)
     except OSError as error:
         raise RunError(f"{folder} could not be written ({error}); nothing was left there.") from error

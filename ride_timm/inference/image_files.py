@@ -65,7 +65,9 @@ def _images_of(path: str) -> list[str]:
 def _matches(pattern: str) -> list[str]:
     """Sorted matches of a pattern; folders that exist are taken literally, brackets in their names included."""
     path = Path(pattern)
-    folder = next(parent for parent in path.parents if os.path.exists(parent))
+    folder = next((parent for parent in path.parents if os.path.exists(parent)), None)
+    if folder is None:  # of a drive that is not there
+        return []
     return sorted(glob(str(escape(str(folder)) / path.relative_to(folder)), recursive=True))
 
 
