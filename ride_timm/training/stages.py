@@ -47,10 +47,13 @@ class Stage:
         self.recipe, self.data, self.accelerator = recipe, data, accelerator
         self.settings = recipe.stage(self.name)
         self.objective, self.model = objective, objective.model
-        optimizer = make_optimizer(self.settings, objective, recipe.momentum)
+        fused = recipe.mixed_precision != "fp16"
+        optimizer = make_optimizer(self.settings, objective, recipe.momentum, fused)
         if recipe.sync_bn:
             convert_sync_batchnorm(objective)
         self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        if accelerator.num_processes > 1:  # `measure` sends the buffers before they are read
+            getattr(self.wrapped, "_orig_mod", self.wrapped).broadcast_buffers = False
         self.loader: Any = self.make_loader() if self.settings.epochs else []
         self.test_loader = data.test_loader(data.longtail.test)
         self.held_out_loader = None if data.held_out is None else data.test_loader(data.held_out)
