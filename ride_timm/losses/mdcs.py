@@ -39,6 +39,8 @@ class MdcsLoss(BalPoELoss):
 
     def __post_init__(self, class_counts: Any) -> None:
         super().__post_init__(class_counts)
+        # a tensor: compiled, a number would be one graph an epoch
+        self.register_buffer("strength", torch.zeros(()), persistent=False)
         self.set_epoch(0)
 
     @classmethod
@@ -51,7 +53,7 @@ class MdcsLoss(BalPoELoss):
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0; the weight of the consistency ramps up."""
-        self.strength = self.consistency * min((epoch + 1) / self.ramp_epochs, 1.0)
+        self.strength.fill_(self.consistency * min((epoch + 1) / self.ramp_epochs, 1.0))
 
     def compute(self, expert_logits: Tensor, targets: Tensor) -> Tensor:
         if len(expert_logits) != 2 * len(targets):

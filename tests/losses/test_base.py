@@ -168,7 +168,9 @@ def test_another_number_of_experts_is_refused(name):
 def test_compiled_there_is_one_graph_before_and_one_after_a_change_of_epoch(name):
     torch._dynamo.reset()
     loss, graphs = make_loss(name, COUNTS), []
-    compiled = torch.compile(loss, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    compiled = torch.compile(  # as `--compile` does
+        loss, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=False
+    )
     for epoch in (*range(6), 180, 181):
         loss.set_epoch(epoch)
         compiled(torch.randn(8 * loss.num_views, 3, len(COUNTS)), torch.arange(8))
