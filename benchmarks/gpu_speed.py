@@ -211,7 +211,8 @@ def profile(bench: Bench) -> None:
         with torch.profiler.profile(activities=[kind.CPU] + [kind.CUDA] * bench.on_gpu) as traced:
             seconds = run()
         num_steps = args.steps + args.warm_up
-        on_device = [event for event in traced.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        events = (event for event in traced.events() if not event.is_user_annotation)  # spans of kernels
+        on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in on_device) / 1e6 / num_steps
         to_host = sum("DtoH" in event.name for event in on_device) / num_steps
         row = dict(seconds=seconds, device_seconds=busy, device_fraction=busy / seconds)
