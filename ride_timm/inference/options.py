@@ -226,6 +226,7 @@ class Timed:
 
     @property
     def images_per_second(self) -> float:
-        """Over all calls but the first, a warm-up; over that one where it is the only one."""
-        calls = self.calls[1:] or self.calls
+        """Over all calls but the first of each batch size, a warm-up that may compile; over all if no other is left."""
+        first = {size: i for i, (size, _) in reversed([*enumerate(self.calls)])}
+        calls = [call for i, call in enumerate(self.calls) if first[call[0]] != i] or self.calls
         return sum(images for images, _ in calls) / sum(seconds for _, seconds in calls)

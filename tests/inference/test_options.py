@@ -138,9 +138,9 @@ def test_a_slow_bf16_is_noticed(monkeypatch, capsys):
     assert "bf16 is not faster" in capsys.readouterr().err
 
 
-def test_the_stopwatch_leaves_out_the_first_call():
+def test_the_stopwatch_leaves_out_the_first_call_of_each_size():
     timed = Timed(lambda images: (images, None))
-    timed.calls = [(10, 100.0), (10, 2.0), (6, 2.0)]
+    timed.calls = [(10, 100.0), (10, 2.0), (10, 3.0), (6, 50.0)]
     assert timed.images_per_second == 4
     timed.calls = [(10, 100.0)]
     assert timed.images_per_second == 0.1
