@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     names = class_names(model)
     tap = FeatureTap(model, experts) if args.features else None
     one_by_one = None if args.experts is None else experts
-    predict = prepare(model.to(device), inference, routed, threshold, size, one_by_one)
+    model = model.to(device, memory_format=torch.channels_last)
+    predict = prepare(model, inference, routed, threshold, size, one_by_one)
     files = ImageFiles(paths, create_transform(**config, is_training=False), grey=model.in_chans == 1)
     batch_size = min(args.batch_size or evaluation_batch(size), len(paths))
     workers = _workers(len(paths) > batch_size) if args.workers is None else args.workers

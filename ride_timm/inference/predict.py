@@ -69,7 +69,7 @@ def predict_batches(
         if images is None:
             yield Batch(errors)
             continue
-        logits, used = predict(images.to(device, non_blocking=True))
+        logits, used = predict(images.to(device, non_blocking=True, memory_format=torch.channels_last))
         logits = (logits if logits.ndim == 2 else logits.mean(1)).float().cpu()  # 3: of each expert
         yield Batch(errors, logits, None if used is None else used.cpu(), None if tap is None else tap.features().cpu())
 

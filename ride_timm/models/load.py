@@ -89,7 +89,7 @@ def load_teacher(spec: str | Path, num_classes: int, image: tuple[int, int, int]
     image: the student's input size (channels, height, width). Raises InputError for another number of classes, or if
     the teacher does not take such images, for example because it was made for another size.
     """
-    teacher = load_any_model(spec)
+    teacher = load_any_model(spec).to(memory_format=torch.channels_last)
     classes = getattr(teacher, "num_classes", num_classes)
     if classes != num_classes:
         raise InputError(f"the teacher {spec} has {classes} classes, the data {num_classes}.")
