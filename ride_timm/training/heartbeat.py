@@ -19,7 +19,7 @@ _CONNECT = timedelta(seconds=20)
 class Heartbeat:
     """Ends this process with 1 and one line where another process of the run has stopped.
 
-    A collective waits half an hour for such a process, as it must for one that is slow. So a thread of each process
+    A collective waits six hours for such a process, as it must for one that downloads a data set. So a thread of each process
     beats every `every` seconds in a store of the main process, which watches all of them; the others watch the main
     process. One that misses `limit` beats has stopped. Beats are counted, not timed: a suspended machine misses none.
     With one process, or where one cannot connect to the store (its port is any free one), does nothing.
@@ -39,7 +39,7 @@ class Heartbeat:
             if main:
                 print(
                     f"notice: port {port} of {host} is closed to some processes; one that stops answering ends the run "
-                    "only after the time limit of torch.distributed.",
+                    "only after six hours.",
                     file=sys.stderr,
                 )
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
@@ -22,6 +23,8 @@ from .options import Options
 from .recipe import Recipe
 from .state import TrainingState
 
+# of a collective: one process downloads a data set while the others wait; those that stop are noticed by `Heartbeat`
+_PATIENCE = timedelta(hours=6)
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -30,7 +33,7 @@ def adapt_to_machine(recipe: Recipe, options: Options) -> Recipe:
 
     What a flag, the launcher or the resumed run states is left as it is.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
     changes: dict[str, object] = {}
     if state.is_main_process:
         for notice in options.notices:
