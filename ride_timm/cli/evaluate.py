@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         batch_size = evaluation_batch(size) // crops
         return make_loader(image_set, policy, train=False, batch_size=batch_size, seed=0, **where)
 
-    threshold, chosen = threshold_for(args.model, flags.get("threshold")), None
+    threshold, chosen = threshold_for(args.model, recipe.threshold if "threshold" in flags else None), None
     if args.macs_budget is not None:
         chosen = _choose_threshold(model, macs, data, recipe, own_recipe(args.model), batches, args.macs_budget)
         threshold = chosen["threshold"]

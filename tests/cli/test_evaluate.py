@@ -45,6 +45,12 @@ def test_evaluate_routed(evaluated):
     assert found["macs"] < plain["macs"] or found["experts_used"][2] == 1
 
 
+def test_a_threshold_decides_how_many_experts_run(capsys, run):
+    for threshold, used in (("0", 100.0), ("1", 0.0)):
+        found = json.loads(output(capsys, "evaluate", "--model", run, "--routed", "--threshold", threshold, "--json"))
+        assert found["threshold"] == float(threshold) and found["experts_used"][2] == used
+
+
 def test_evaluate_prints_a_table(capsys, run, evaluated):
     text = output(capsys, "evaluate", "--model", f"local-dir:{run}", "--dataset", "fashion_lt")
     assert "ensemble" in text and "few" in text
