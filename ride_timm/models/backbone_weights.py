@@ -28,15 +28,15 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
     """Create a backbone with its published weights (True) or those of a file.
 
     make: creates it, from arguments of `timm.create_model`. Raises ValueError if weights cannot be loaded, do not fit,
-    are not finite, or leave tensors outside of the classifier as they were, and at once if the Hub is unreachable;
-    warns as `warn_of_twin` does.
+    are not finite, or if tensors outside of the classifier are missing or left over, and at once if the Hub is
+    unreachable; warns as `warn_of_twin` does.
     """
     overlay = {} if source is True else dict(pretrained_cfg_overlay=dict(file=str(source)))
     where = "published weights" if source is True else f"weights in {source}"
     if overlay:
         _check_file(Path(str(source)))
     try:
-        with quiet("huggingface_hub"), _missing_tensors() as missing:
+        with quiet("huggingface_hub"), _unmatched_tensors() as unmatched:
             if not overlay:
                 _check_hub(backbone)
             net = make(pretrained=True, **overlay)
@@ -59,12 +59,14 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
     beside = tuple(f"{name.rpartition('.')[0]}." for name in classifier if "." in name)
     optional = classifier + beside  # a norm in the classifier's module is not pretrained everywhere, such as by FCMAE
     tensors = net.state_dict()
-    lacking = [name for name in missing if not name.startswith(optional) and tensors[name].ndim]
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise ValueError(
-            f"backbone={backbone!r}: its {where} lack {', '.join(lacking[:3])}{more}: not of this network."
-        )
+    lacking = [name for name in unmatched["Missing"] if not name.startswith(optional) and tensors[name].ndim]
+    beyond = [name for name in unmatched["Unexpected"] if not name.startswith(optional)]
+    for names, what in ((lacking, "lack"), (beyond, "have, beyond its own,")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"backbone={backbone!r}: its {where} {what} {', '.join(names[:3])}{more}: not of this network."
+            )
     check_finite(tensors, f"backbone={backbone!r}: its {where}")
     if overlay:
         warn_of_twin(backbone, Path(str(source)))
@@ -104,21 +106,22 @@ def _no_connection(error: Exception) -> bool:
 
 
 @contextmanager
-def _missing_tensors() -> Iterator[list[str]]:
-    """Collect the names of tensors that timm finds no weights for: with other classes, it only logs them."""
-    missing: list[str] = []
+def _unmatched_tensors() -> Iterator[dict[str, list[str]]]:
+    """Collect the names of tensors without weights, and of weights without a tensor: timm may only log them."""
+    unmatched: dict[str, list[str]] = dict(Missing=[], Unexpected=[])
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found = re.match(r"Missing keys \((.*)\) discovered", record.getMessage())
-            missing.extend(found[1].split(", ") if found else [])
+            found = re.match(r"(Missing|Unexpected) keys \((.*?)\) (discovered|found)", record.getMessage())
+            if found:
+                unmatched[found[1]].extend(found[2].split(", "))
 
     logger, handler = logging.getLogger("timm.models._builder"), Collect()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield missing
+        yield unmatched
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)

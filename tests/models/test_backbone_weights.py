@@ -91,6 +91,15 @@ def test_weights_of_another_network_are_refused_with_any_number_of_classes(of, w
         timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=num_classes)
 
 
+@pytest.mark.parametrize("num_classes", [7, 1000])
+@pytest.mark.parametrize(("of", "backbone"), [("resnet34", "resnet18"), ("seresnet18", "resnet18")])
+def test_weights_of_a_deeper_network_are_refused_with_any_number_of_classes(of, backbone, num_classes, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model(of).state_dict(), file)
+    with pytest.raises(ValueError, match=f"backbone='{backbone}': its weights in .*(beyond its own, layer|could not)"):
+        timm.create_model("ride", backbone=backbone, backbone_pretrained=file, num_classes=num_classes)
+
+
 @pytest.mark.parametrize("lost", ["bn1.running_mean", "bn1.weight", "blocks.0.0.bn1.bias"])
 def test_a_tensor_of_one_dimension_is_not_left_at_its_start(tmp_path, lost):
     weights = timm.create_model("test_efficientnet").state_dict()
