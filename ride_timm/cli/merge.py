@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 from ..errors import InputError, RunError
 from ..evaluation.evaluate import with_macs
 from ..files import write_text
-from ..inference.load import SPEC, folder_of, load_ride
+from ..inference.load import SPEC, folder_of, load_ride, own_recipe
 from ..models.release import DATA_CONFIG
 from ..models.ride_any import AnyRide
 from ..training.run_folder import RunFolder
@@ -55,9 +56,10 @@ def _write(model: AnyRide, folder: Path, source: Path) -> None:
     """Write the weights, and the run's recipe and results with the MACs of the merged network."""
     cfg = model.pretrained_cfg
     RunFolder(folder).export(model, {key: cfg[key] for key in DATA_CONFIG}, tuple(cfg.get("label_names") or ()))
-    for file in ("recipe.yaml", "metrics.csv"):
-        if (source / file).is_file():
-            shutil.copyfile(source / file, folder / file)
+    if recipe := own_recipe(str(source)):
+        write_text(folder / "recipe.yaml", dataclasses.replace(recipe, adapter=None).to_yaml())
+    if (source / "metrics.csv").is_file():
+        shutil.copyfile(source / "metrics.csv", folder / "metrics.csv")
     if (source / "results.json").is_file():
         results = RunFolder(source).results()
         stages = {name: with_macs(row, model, tuple(cfg["input_size"])) for name, row in results["stages"].items()}
