@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.class_order import class_order
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
 from ..errors import InputError
@@ -35,7 +36,7 @@ from ..evaluation.tables import GROUPS, classes_table, confusions_table, groups_
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..files import write_text
 from ..hardware import choose_device
-from ..inference.load import SPEC, data_recipe, in_model_order, input_policy, load_ride, own_recipe, threshold_for
+from ..inference.load import SPEC, data_recipe, input_policy, load_ride, own_recipe, threshold_for
 from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
 from ..inference.options import (
     Timed,
@@ -49,6 +50,7 @@ from ..inference.options import (
 )
 from ..models import Ride
 from ..models.load import check_images, check_path
+from ..models.release import class_names
 from ..training.arguments import add_flags, flags_given, keys_of
 from ..training.recipe import Recipe
 from .process import print_json
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         print(data.notice, file=sys.stderr)
     if data.num_classes != model.num_classes:
         raise InputError(f"{args.model} has {model.num_classes} classes, the data set {data.name} {data.num_classes}.")
-    data = in_model_order(data, model, args.model)
+    data = data.in_order(class_order(class_names(model), data.class_names, args.model))
     policy = input_policy(model, recipe, args.model, args.recipe is not None or "augment" in flags)
     size = policy.input_size(recipe.input_size)
     crops = 5 if args.five_crop else 1

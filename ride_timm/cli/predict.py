@@ -18,7 +18,7 @@ from ..evaluation.evaluate import evaluation_batch
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
 from ..hardware import choose_device
 from ..inference.image_files import ImageFiles, find_images
-from ..inference.load import SPEC, check_channels, class_names, load_ride, threshold_for
+from ..inference.load import SPEC, check_channels, load_ride, threshold_for
 from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
 from ..inference.options import (
     add_inference_flags,
@@ -30,6 +30,7 @@ from ..inference.options import (
 )
 from ..inference.predict import Batch, Counted, FeatureTap, predict_batches, predicted_rows
 from ..inference.writers import Columns, check_output, print_json_rows, print_rows, write_rows
+from ..models.release import class_names
 from ..progress import progress_bar
 
 

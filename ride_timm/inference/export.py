@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import InputError, RunError
 from ..models import Ride, Router
-from ..models.release import DATA_CONFIG
-from .load import class_names
+from ..models.release import DATA_CONFIG, class_names
 
 KINDS = {"none": "ensemble", "masked": "masked", "driver": "driver"}  # by the value of --routed
 

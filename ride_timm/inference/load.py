@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,7 @@ from timm.models import PretrainedCfg
 
 from ..data.augment.policies import Policy, policy_of
 from ..data.datasets import KNOWN
-from ..data.image_set import LongTailData
-from ..errors import InputError, listed
+from ..errors import InputError
 from ..models import Ride
 from ..models.load import load_model
 from ..models.release import is_release
@@ -33,12 +30,6 @@ def check_channels(model: Ride, spec: str) -> None:
     """InputError for a model that takes other channels than image files have."""
     if model.in_chans not in (1, 3):
         raise InputError(f"{spec} takes {model.in_chans} channels: image files have 1 (grey) or 3 (RGB).")
-
-
-def class_names(model: Ride) -> list[str]:
-    """Names of the model's classes; their numbers from 0 where it states none, or those of other classes."""
-    names = model.pretrained_cfg.get("label_names") or ()
-    return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))
 
 
 def folder_of(spec: str) -> Path:
@@ -89,40 +80,6 @@ def input_policy(model: Ride, recipe: Recipe, spec: str, stated: bool) -> Policy
     """
     stated = stated or own_recipe(spec) is not None or (Path(spec).is_file() and recipe.dataset in KNOWN)
     return recipe.policy if stated else policy_of(PretrainedCfg(**model.pretrained_cfg), spec)
-
-
-def in_model_order(data: LongTailData, model: Ride, spec: str) -> LongTailData:
-    """The data with its classes numbered as the model's of the same names.
-
-    A notice where all names differ, whose numbers are taken as they are; `InputError` where only some are the same and
-    have other numbers.
-    """
-    names, own = class_names(model), list(data.class_names)
-    if list(map(str, range(len(own)))) in (names, own):  # mere numbers name nothing
-        return data
-    keys, own_keys = map(_spelled_alike, (names, own))
-    if len(set(own_keys)) < len(own):
-        keys, own_keys = names, own
-    if sorted(keys) == sorted(own_keys):
-        return data.in_order([own_keys.index(key) for key in keys])
-    moved = next((i for i, key in enumerate(own_keys) if key in keys and keys[i] != key), None)
-    if moved is not None:
-        raise InputError(
-            f"class {own[moved]!r} is number {keys.index(own_keys[moved])} of {spec} and {moved} of the data, which "
-            f"have other names as well: name the classes of the data as the model does ({listed(map(repr, names))})."
-        )
-    one, other = next((names[i], own[i]) for i, key in enumerate(keys) if own_keys[i] != key)
-    print(
-        f"notice: classes are compared by their numbers: {spec} and the data name them differently, such as {one!r} "
-        f"and {other!r}",
-        file=sys.stderr,
-    )
-    return data
-
-
-def _spelled_alike(names: list[str]) -> list[str]:
-    """The names without what folders may spell differently: capitals, and signs such as /."""
-    return [re.sub(r"[\W_]+", " ", name).strip().casefold() for name in names]
 
 
 def threshold_for(spec: str, given: float | None) -> float:

@@ -50,6 +50,12 @@ LARGEST_IMAGE = 16384  # pixels a side, of which few networks' weights tell
 _SCALARS = (bool, int, float, str, type(None))
 
 
+def class_names(model: nn.Module) -> list[str]:
+    """Names of a model's classes; their numbers from 0 where it states none, or those of other classes."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))
+
+
 @lru_cache
 def release_table() -> dict[str, dict[str, Any]]:
     """Read facts about tags that timm's cfgs have no field for.

@@ -145,8 +145,9 @@ class TimmExpert(Expert):
         pruned = num_levels < len(stages.feature_info)
         stages.feature_info = stages.feature_info[:num_levels]
         last = stages.first + num_levels - 1
+        prune_head = prune_head or pruned
         stages.net.prune_intermediate_layers([last], prune_norm=prune_norm, prune_head=prune_head)
-        if prune_head or pruned:
+        if prune_head:
             self._take_classifier()
 
     def forward_pre_logits(self, x: Tensor) -> Tensor:

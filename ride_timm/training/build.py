@@ -17,6 +17,7 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import nn
 
 from ..data.augment.policies import Policy
+from ..data.class_order import class_order
 from ..data.image_set import ImageSet, LongTailData
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
@@ -27,6 +28,7 @@ from ..files import read_class_values
 from ..models import Ride
 from ..models.fused import fuse
 from ..models.load import create_ride_model, load_model, load_teacher
+from ..models.release import class_names
 from ..priors import inverse_root_weights
 from .options import Options
 from .recipe import Recipe, StageSettings
@@ -204,7 +206,7 @@ def build_model(recipe: Recipe, data: RunData, options: Options, state: Training
         source = None if complete else options.source or state.source
     if source is not None or complete:
         recipe = replace(recipe, backbone_pretrained=False, backbone_weights=None)  # other weights follow
-    model = create_model(recipe, data.num_classes, source, data.size)
+    model = create_model(recipe, data.num_classes, source, data.size, data.longtail.class_names)
     if recipe.fused_norm and data.accelerator.device.type == "cpu":
         fuse(model)
     if state is None or not state.model:
@@ -221,10 +223,17 @@ def build_model(recipe: Recipe, data: RunData, options: Options, state: Training
     return model
 
 
-def create_model(recipe: Recipe, num_classes: int, source: str | None = None, size: int | None = None) -> Ride:
+def create_model(
+    recipe: Recipe,
+    num_classes: int,
+    source: str | None = None,
+    size: int | None = None,
+    names: Sequence[str] | None = None,
+) -> Ride:
     """The recipe's network without a router, from its seed, or with the trunk and experts of `source`.
 
-    size: image size in pixels. Raises `InputError` for an argument the network does not take, or weights of another.
+    size: image size in pixels; names: of the classes, in whose order the classifiers of `source` are put. Raises
+    `InputError` for an argument the network does not take, or weights of another.
     """
     torch.manual_seed(recipe.seed)
     model = create_ride_model(recipe.model, size, num_classes=num_classes, router=False, **recipe.model_args)
@@ -237,7 +246,17 @@ def create_model(recipe: Recipe, num_classes: int, source: str | None = None, si
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{source} holds another model than the recipe's {recipe.model}: {reason}") from error
+        if names is not None:
+            reorder_classes(model, np.argsort(class_order(class_names(loaded), names, source)).tolist())
     return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def reorder_classes(model: Ride, classes: Sequence[int]) -> None:
+    """Put each expert's classifier in another order of its classes."""
+    for expert in model.experts:
+        for tensor in expert.fc.state_dict().values():  # each has a row for every class
+            tensor.copy_(tensor[classes])
 
 
 def _without_router(weights: dict[str, Any]) -> dict[str, Any]:
@@ -271,6 +290,10 @@ def build_teacher(recipe: Recipe, data: RunData, options: Options, state: Traini
     if known is not None and options.teacher is None and spec.startswith((".", "/")) and not Path(spec).exists():
         raise InputError(f"the teacher of this run, {spec}, is gone: name its new path by --teacher.")
     teacher = Teacher(load_teacher(spec, data.num_classes, (3, data.size, data.size)), str(spec))
+    if hasattr(teacher.model, "pretrained_cfg"):
+        order = class_order(class_names(teacher.model), data.longtail.class_names, str(spec))
+        if order != sorted(order):
+            raise InputError(f"the teacher {spec} has the data's classes in another order: number them as it does.")
     if known is not None and teacher.identity["sha256"] != known["sha256"]:
         raise InputError(
             f"teacher={spec}: its weights differ from those of {known['spec']}, which the run in {options.output} "

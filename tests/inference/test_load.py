@@ -3,12 +3,10 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from ride_timm.data.image_set import ImageSet, LongTailData
 from ride_timm.errors import InputError
-from ride_timm.inference.load import data_recipe, in_model_order, input_policy, own_recipe, threshold_for
+from ride_timm.inference.load import data_recipe, input_policy, own_recipe, threshold_for
 from ride_timm.training.recipe import Recipe, load_recipe
 
 
@@ -49,43 +47,6 @@ def test_another_data_set_takes_nothing_from_the_images_of_the_run(tmp_path):
     assert other.data_args == Recipe(dataset="other", label_column="label").data_args
     assert (other.many_shot, other.workers, other.augment) == (50, 3, "cifar")
     assert data_recipe(None, str(tmp_path), dict(dataset="my/set")).data_args == recipe.data_args
-
-
-def data_of(*class_names):
-    """Two training images of the first class, one of every other; a test image of each."""
-    train, test = ([0, *range(len(class_names))], [*range(len(class_names))])
-    sets = [ImageSet(None, np.arange(len(y)), np.array(y), "image", "s") for y in (train, test)]
-    return LongTailData(*sets, class_names, "set")
-
-
-def model_of(*label_names):
-    return SimpleNamespace(num_classes=3, pretrained_cfg=dict(label_names=list(label_names)))
-
-
-@pytest.mark.parametrize("names", [("a", "b", "c"), ("0", "1", "2"), ()])
-@pytest.mark.parametrize("own", [("a", "b", "c"), ("0", "1", "2")])
-def test_classes_named_alike_or_not_at_all_stay_as_they_are(names, own, capsys):
-    data = data_of(*own)
-    found = in_model_order(data, model_of(*names), "m")
-    assert found.class_names == own and found.test.labels.tolist() == [0, 1, 2]
-    assert capsys.readouterr().err == ""
-
-
-def test_classes_in_another_order_take_the_models(capsys):
-    data = in_model_order(data_of("a", "b", "c"), model_of("c", "a", "b"), "m")
-    assert data.class_names == ("c", "a", "b") and data.class_counts == [1, 2, 1]
-    assert data.train.labels.tolist() == [1, 1, 2, 0] and data.test.labels.tolist() == [1, 2, 0]
-    assert capsys.readouterr().err == ""
-    data = in_model_order(data_of("B b", "C", "a_a"), model_of("a/A", "b-b", "c"), "m")  # as folders spell them
-    assert data.class_names == ("a_a", "B b", "C") and data.test.labels.tolist() == [1, 2, 0]
-
-
-def test_classes_of_other_names_are_compared_by_number_unless_some_contradict(capsys):
-    data = data_of("a", "b", "c")
-    assert in_model_order(data, model_of("x", "b", "c"), "m") is data
-    assert "by their numbers: m and the data name them differently, such as 'x' and 'a'" in capsys.readouterr().err
-    with pytest.raises(InputError, match="class 'b' is number 2 of m and 1 of the data"):
-        in_model_order(data, model_of("x", "c", "b"), "m")
 
 
 def test_the_input_is_the_models_unless_it_is_stated(release):

@@ -31,6 +31,19 @@ def test_create_model_is_seeded_and_takes_weights(tmp_path):
         create_model(TINY.override({"num_experts": 3}), 5, str(folder.path))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_classifiers_of_a_source_take_the_order_of_the_data(tmp_path, affine):
+    source, images = create_model(TINY, 3), torch.randn(2, 3, 32, 32)
+    if affine:
+        source.add_class_affine()
+        source.experts[0].fc.affine.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    RunFolder(tmp_path).export(source, dict(input_size=(3, 32, 32)), ("a", "b", "c"))
+    found = create_model(TINY, 3, str(tmp_path), names=("C", "a", "b")).eval()
+    expected = source.eval().forward_experts(images)[1][:, :, [2, 0, 1]]
+    assert torch.equal(found.forward_experts(images)[1], expected)
+
+
 @pytest.mark.parametrize(
     ("available", "counts", "change"),
     [

@@ -21,8 +21,9 @@ from ...evaluation.tables import GROUPS
 from ...hardware import choose_device
 from ...models import Ride
 from ...models.download import download_if_there
+from ...models.release import class_names
 from ..image_files import ImageFiles
-from ..load import check_channels, class_names, folder_of, load_ride, own_recipe
+from ..load import check_channels, folder_of, load_ride, own_recipe
 from ..model_prior import run_results
 
 TOP, OWN = 5, 3  # classes shown of the ensemble, and of each expert
