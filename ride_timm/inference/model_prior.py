@@ -42,22 +42,19 @@ def check_prior_flags(args: argparse.Namespace, shifted: bool = False) -> None:
         raise InputError("model-prior is where --test-prior moves the logits from: pass both, or leave it out.")
 
 
-def run_log_prior(
+def stage_one_log_prior(
     recipe: Recipe,
     class_counts: Sequence[int],
     class_weights: Sequence[float] | None = None,
     num_epochs: int | None = None,
 ) -> Tensor:
-    """Log-prior that the mean logits of a recipe's experts suit, [C].
+    """Log-prior that the mean logits of experts suit after stage one of a recipe, [C].
 
-    class_counts [C], of the training images; class_weights [C]: given to the loss, if any; num_epochs: after which the
-    weights were kept, by default all of them. Batches drawn by a sampler of class probabilities s under class weights w
-    and an offset o added to the logits give logits for a prior proportional to s * w * exp(-o); of RIDE and LDAM, by
-    the weights of the last of these epochs, margins and diversity aside. Re-trained or tau-normalised heads count as
-    balanced.
+    class_counts [C], of the images trained on; class_weights [C]: given to the loss, if any; num_epochs: after which
+    the weights were kept, by default all of them. Batches drawn by a sampler of class probabilities s under class
+    weights w and an offset o added to the logits give logits for a prior proportional to s * w * exp(-o); of RIDE and
+    LDAM, by the weights of the last of these epochs, margins and diversity aside.
     """
-    if recipe.decouple in (*LEARNT, "tau_norm"):
-        return torch.full((len(class_counts),), 1 / len(class_counts)).log()
     recipe = recipe.for_images(sum(class_counts))
     weights = {} if class_weights is None else dict(weights=class_weights)
     loss = make_loss(recipe.loss, class_counts, **recipe.loss_args, **weights)
@@ -65,10 +62,36 @@ def run_log_prior(
     last = (num_epochs or epochs) - 1
     loss.set_epoch(last)
     drawn = class_probabilities(class_counts, recipe.sampler, last, epochs)
-    prior = torch.from_numpy(drawn).log().float() - loss.removed_log_prior()
+    return (torch.from_numpy(drawn).log().float() - loss.removed_log_prior()).log_softmax(0)
+
+
+def rebalanced_log_prior(recipe: Recipe, class_counts: Sequence[int], before: Tensor) -> Tensor:
+    """Log-prior after a recipe's `decouple`, [C], from the one before; learnt and tau-normalised heads are balanced."""
+    if recipe.decouple in (*LEARNT, "tau_norm"):
+        return torch.full_like(before, 1 / len(before)).log()
     if recipe.decouple == "logit_adjustment":
-        prior = prior - recipe.decouple_tau * log_prior(class_counts)
-    return prior.log_softmax(0)
+        return (before - recipe.decouple_tau * log_prior(class_counts)).log_softmax(0)
+    return before
+
+
+def run_log_prior(spec: str) -> Tensor | None:
+    """Log-prior that the logits of a run or release suit, [C]; None if it is unknown.
+
+    A run that did not train its experts, but their heads or a router, has the experts of its source.
+    """
+    recipe, results = own_recipe(spec), run_results(spec)
+    counts = results.get("train_counts") or results.get("class_counts")
+    if recipe is None or counts is None:
+        return None
+    stages, source = results["stages"], results.get("source")
+    if "experts" in stages or source is None:
+        trained = stages.get("experts", {})
+        before = stage_one_log_prior(recipe, counts, results.get("class_weights"), trained.get("epochs"))
+    else:
+        before = run_log_prior(source)
+    if before is None or not ("heads" in stages or "experts" in stages or source is None):
+        return before
+    return rebalanced_log_prior(recipe, counts, before)
 
 
 def model_log_prior(
@@ -81,14 +104,11 @@ def model_log_prior(
             if value == -math.inf:
                 raise InputError(f"model-prior={given}: class {name!r} has 0, and no logits suit that.")
         return prior
-    recipe = own_recipe(spec)
-    if recipe is not None and class_counts is not None:
-        results = run_results(spec)
-        num_epochs = results.get("stages", {}).get("experts", {}).get("epochs")
-        return run_log_prior(recipe, class_counts, results.get("class_weights"), num_epochs)
+    if (known := run_log_prior(spec)) is not None:
+        return known
     print(
-        f"notice: {spec} has no recipe with class counts; its logits are taken to suit a uniform prior (see "
-        "--model-prior)",
+        f"notice: how the experts of {spec} were trained is not known here; their logits are taken to suit a uniform "
+        "prior (see --model-prior)",
         file=sys.stderr,
     )
     return log_prior_of("uniform", None, class_names)

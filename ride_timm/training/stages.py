@@ -153,6 +153,7 @@ class Stage:
             run.export(self.model, self.data.policy.data_config(self.data.size), self.data.longtail.class_names)
             facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
             facts |= dict(test_source=self.data.longtail.test_source)
+            facts |= dict(train_counts=self.data.train_counts) if self.recipe.holdout else {}
             facts |= dict(unreadable=[error for _, error in state.unreadable]) if state.unreadable else {}
             facts |= dict(seconds=round(state.seconds, 1))
             facts |= {key: value for key in ("source", "teacher", "class_weights") if (value := getattr(state, key))}

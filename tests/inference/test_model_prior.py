@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from ride_timm.errors import InputError
-from ride_timm.inference.model_prior import model_log_prior, run_log_prior, run_results
+from ride_timm.inference.model_prior import (
+    model_log_prior,
+    rebalanced_log_prior,
+    run_results,
+    stage_one_log_prior,
+)
 from ride_timm.priors import effective_number_weights, log_prior
 from ride_timm.training.recipe import Recipe
 
@@ -40,7 +45,7 @@ UNIFORM = torch.ones(4)
     ],
 )
 def test_the_prior_follows_from_loss_and_sampler(keys, expected):
-    found = run_log_prior(Recipe(**keys), COUNTS).exp()
+    found = rebalanced_log_prior(Recipe(**keys), COUNTS, stage_one_log_prior(Recipe(**keys), COUNTS)).exp()
     torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-5, atol=1e-7)
 
 
@@ -59,7 +64,7 @@ def test_cross_entropy_with_an_offset_learns_logits_for_the_prior_stated():
         return loss
 
     optimizer.step(closure)
-    prior = run_log_prior(Recipe(loss="logit_adjustment", tau=0.5), counts)
+    prior = stage_one_log_prior(Recipe(loss="logit_adjustment", tau=0.5), counts)
     expected = (likelihood.log() + prior).softmax(1)
     torch.testing.assert_close(logits.detach().softmax(1), expected, rtol=0, atol=1e-3)
 
@@ -78,7 +83,10 @@ def test_the_prior_of_a_model_is_given_known_or_uniform(tmp_path, capsys):
     torch.testing.assert_close(model_log_prior(None, run, COUNTS, names).exp(), UNIFORM / 4)
     assert capsys.readouterr().err == ""
     torch.testing.assert_close(model_log_prior(None, "resnet18", COUNTS, names).exp(), UNIFORM / 4)
-    assert "resnet18 has no recipe with class counts; its logits are taken to suit" in capsys.readouterr().err
+    assert (
+        "the experts of resnet18 were trained is not known here; their logits are taken to suit"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,6 +104,41 @@ def test_the_prior_is_that_of_the_epoch_kept(tmp_path, keys, epochs, expected):
     (tmp_path / "results.json").write_text(json.dumps(dict(stages=stages, class_counts=COUNTS)))
     prior = model_log_prior(None, f"local-dir:{tmp_path}", COUNTS, ("a", "b", "c", "d"))
     torch.testing.assert_close(prior.exp(), expected / expected.sum(), rtol=1e-5, atol=1e-7)
+
+
+def a_run(folder, recipe, stages, **facts):
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    facts |= dict(class_counts=COUNTS, stages={stage: dict(epochs=1) for stage in stages})
+    (folder / "results.json").write_text(json.dumps(facts))
+    return str(folder)
+
+
+def test_the_prior_of_experts_from_another_run_is_that_runs(tmp_path, capsys):
+    def found(spec):
+        return model_log_prior(None, spec, COUNTS, ("a", "b", "c", "d")).exp()
+
+    weights = [1.0, 2.0, 3.0, 4.0]
+    source = a_run(tmp_path / "source", Recipe(loss="ce"), ["experts"], class_weights=weights)
+    weighted = N * torch.tensor(weights) / (N * torch.tensor(weights)).sum()
+    torch.testing.assert_close(found(source), weighted)
+    gate = a_run(tmp_path / "gate", Recipe(loss="balpoe"), ["router"], source=source)
+    torch.testing.assert_close(found(gate), weighted)
+    heads = Recipe(loss="ce", decouple="logit_adjustment")
+    moved = a_run(tmp_path / "moved", heads, ["heads"], source=source)
+    torch.testing.assert_close(found(moved), weighted / N / (weighted / N).sum(), rtol=1e-5, atol=1e-7)
+    again = a_run(tmp_path / "again", Recipe(loss="ce"), ["router"], source=moved)
+    torch.testing.assert_close(found(again), found(moved))
+    assert capsys.readouterr().err == ""
+    lost = a_run(tmp_path / "lost", Recipe(loss="ce"), ["router"], source="runs/gone")
+    torch.testing.assert_close(found(lost), UNIFORM / 4)
+    assert "is not known here" in capsys.readouterr().err
+
+
+def test_the_prior_is_that_of_the_images_trained_on(tmp_path):
+    spec = a_run(tmp_path / "run", Recipe(loss="ce", holdout=0.5), ["experts"], train_counts=[4, 3, 2, 1])
+    found = model_log_prior(None, spec, COUNTS, ("a", "b", "c", "d")).exp()
+    torch.testing.assert_close(found, torch.tensor([0.4, 0.3, 0.2, 0.1]))
 
 
 @pytest.mark.parametrize("text", ['{"class_counts": [', "", "[]", "3", "{}", '{"stages": 1}', "[" * 5000])
