@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.class_order import class_order
 from ..data.load import hold_out, load_longtail
 from ..data.loaders import make_loader
+from ..data.readable import leave_out
 from ..errors import InputError
 from ..evaluation.confusion_plots import write_confusions
 from ..evaluation.counts import CountAccumulator
@@ -100,6 +101,10 @@ def run(args: argparse.Namespace) -> None:
     model = load_ride(args.model, args.routed or args.curve is not None).to(memory_format=torch.channels_last)
     experts = chosen_experts(args.experts, model.num_experts)
     data = load_longtail(**recipe.data_args | dict(use_val=recipe.use_val and args.macs_budget is not None))
+    own = own_recipe(args.model)
+    on_own_data = own is not None and all(getattr(own, key) == getattr(recipe, key) for key in _DATA_KEYS)
+    if on_own_data:
+        data = leave_out(data, run_results(args.model).get("unreadable", []))
     if data.notice:
         print(data.notice, file=sys.stderr)
     if data.num_classes != model.num_classes:
@@ -123,7 +128,8 @@ def run(args: argparse.Namespace) -> None:
 
     threshold, chosen = threshold_for(args.model, recipe.threshold if "threshold" in flags else None), None
     if args.macs_budget is not None:
-        chosen = _choose_threshold(model, macs, data, recipe, own_recipe(args.model), batches, args.macs_budget)
+        holdout = own.holdout if own is not None and on_own_data else 0.0
+        chosen = _choose_threshold(model, macs, data, recipe, holdout, batches, args.macs_budget)
         threshold = chosen["threshold"]
     test = batches(data.test)
     one_by_one = not args.routed and inference.runtime != "onnx"
@@ -248,18 +254,19 @@ def _evaluate_priors(
 
 
 def _choose_threshold(
-    model: Ride, macs: Macs, data: Any, recipe: Recipe, own: Recipe | None, batches: Any, macs_budget: float
+    model: Ride, macs: Macs, data: Any, recipe: Recipe, holdout: float, batches: Any, macs_budget: float
 ) -> dict[str, Any]:
     """The best point within the budget on other images than the test set's.
 
-    These are the validation split if it is used, else the images that the run held out, else a fifth of the training
-    images: the model has seen those and is more confident on them, so that new images may use more experts.
+    These are the validation split if it is used, else the fraction `holdout` that the run held out, if any, else a
+    fifth of the training images: the model has seen those and is more confident on them, so that new images may use
+    more experts.
     """
-    unseen = own is not None and own.holdout > 0 and all(getattr(own, k) == getattr(recipe, k) for k in _DATA_KEYS)
+    unseen = holdout > 0
     if data.val is not None:
         images, unseen, source = data.val, True, "validation images"
     else:
-        images = hold_out(data.train, own.holdout if own and unseen else 0.2, recipe.split_seed)[1]
+        images = hold_out(data.train, holdout or 0.2, recipe.split_seed)[1]
         source = "training images" + (" that the run held out" if unseen else ", which the model has SEEN in training")
     outcomes = collect_outcomes(model, batches(images))
     curve = routing_curve(outcomes, macs, data.class_counts, outcomes.balanced_weights(), recipe.shots)

@@ -154,7 +154,7 @@ class Stage:
             facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
             facts |= dict(test_source=self.data.longtail.test_source)
             facts |= dict(train_counts=self.data.train_counts) if self.recipe.holdout else {}
-            facts |= dict(unreadable=[error for _, error in state.unreadable]) if state.unreadable else {}
+            facts |= dict(unreadable=state.unreadable) if state.unreadable else {}
             facts |= dict(seconds=round(state.seconds, 1))
             facts |= {key: value for key in ("source", "teacher", "class_weights") if (value := getattr(state, key))}
             run.write_results(self.recipe, self.accelerator.device, state.results, **facts)

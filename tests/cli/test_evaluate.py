@@ -46,7 +46,7 @@ def test_evaluate_routed(evaluated):
 
 
 def test_a_threshold_decides_how_many_experts_run(capsys, run):
-    for threshold, used in (("0", 100.0), ("1", 0.0)):
+    for threshold, used in (("0", 1.0), ("1", 0.0)):
         found = json.loads(output(capsys, "evaluate", "--model", run, "--routed", "--threshold", threshold, "--json"))
         assert found["threshold"] == float(threshold) and found["experts_used"][2] == used
 
