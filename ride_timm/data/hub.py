@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,10 +151,12 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
             elif path.is_file():
                 builder, options = _BUILDERS[path.suffix.lower()]
                 splits = datasets.load_dataset(builder, data_files=_data_files({"train": [path]}), **how, **options)
-            elif by_card or (files := _files_by_split(path)) is None:
+            elif by_card:
                 splits = datasets.load_dataset(str(path), **how, **(dict(name=config) if config else {}))
             else:
-                splits = datasets.load_dataset(str(path), data_files=_data_files(files), **how)
+                files, options = _files_by_split(path), _options_of_rows(path)
+                data_files = {} if files is None else dict(data_files=_data_files(files))
+                splits = datasets.load_dataset(str(path), **data_files, **how, **options)
         except Exception as error:  # empty or mixed folders, broken parquet: `datasets` has no common error
             _check_config(error, f"folder {str(path)!r}", config)
             raise InputError(
@@ -161,6 +164,12 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
                 "folders of images by class under train/ and test/, or a folder of save_to_disk, and no empty split"
             ) from error
     return dict(splits) if isinstance(splits, dict) else {"train": splits}
+
+
+def _options_of_rows(path: Path) -> dict[str, Any]:
+    """Options of the builder that `datasets` chooses for the files of a folder: those of CSV files."""
+    kinds = {os.path.splitext(file)[1].lower() for file in files_below(path)}
+    return _BUILDERS[".csv"][1] if ".csv" in kinds and kinds <= {".csv", ".md", ".txt"} else {}
 
 
 def _files_by_split(path: Path) -> dict[str, list[Path]] | None:
