@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -69,15 +71,32 @@ def sets_of_columns(
             labels = _numbered(texts, train_names, f"split {name!r}")
         else:
             labels = numbers
-        if not sets:
-            try:
-                labels, num_classes = check_labels(labels, len(train_names) if train_names else None, train_names)
-            except InputError as error:
-                raise InputError(f"split {name!r}, column {label_column!r}: {error}") from error
-        check_unseen(labels, num_classes, f"split {name!r}")
         images = image_rows(split, image_column, folders)
         sets.append(ImageSet(images, np.arange(len(labels)), labels, image_column, name))
+    if train_names is not None:
+        sets, train_names = _without_unused(sets, train_names)
+    try:
+        num_classes = check_labels(sets[0].labels, len(train_names) if train_names else None, train_names)[1]
+    except InputError as error:
+        raise InputError(f"split {train_split!r}, column {label_column!r}: {error}") from error
+    for image_set in sets[1:]:
+        check_unseen(image_set.labels, num_classes, f"split {image_set.split!r}")
     return sets, tuple(train_names or map(str, range(num_classes)))
+
+
+def _without_unused(sets: list[ImageSet], names: list[str]) -> tuple[list[ImageSet], list[str]]:
+    """The sets without classes of which none has an image, with a warning: a part of a Hub set keeps all its names."""
+    used = np.unique(np.concatenate([image_set.labels for image_set in sets]))
+    if len(used) == len(names):
+        return sets, names
+    unused = [names[c] for c in np.setdiff1d(np.arange(len(names)), used)]
+    warnings.warn(
+        f"no split has an image of {len(unused)} of the {len(names)} named classes, which are left out: "
+        f"{listed(unused)}",
+        stacklevel=2,
+    )
+    sets = [replace(image_set, labels=np.searchsorted(used, image_set.labels)) for image_set in sets]
+    return sets, [names[c] for c in used]
 
 
 def check_unseen(labels: np.ndarray, num_classes: int, what: str) -> None:

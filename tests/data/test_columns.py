@@ -53,7 +53,6 @@ TWO = ClassLabel(names=["a", "b"])
         ([0, -1, 1], Value("int64"), "label -1 in row 1 of split 'train', column 'label', is outside 0, 1, 2"),
         ([0, 1, -1], TWO, "label -1 in row 2 .* outside 0 … 1"),
         ([-1, -1], TWO, "split 'train' is unlabelled"),
-        ([0, 0], TWO, "1 of 2 classes have no image: b; add images of them, or remove them from all"),
     ],
 )
 def test_hostile_training_labels_are_refused(tmp_path, train, feature, message):
@@ -83,6 +82,17 @@ def test_labels_of_other_kinds_become_classes(tmp_path, train, test, feature, na
     data = load_longtail(saved(tmp_path, **parts))
     assert data.class_names == names and data.train.labels.tolist() == expected
     assert data.test.labels.tolist() == [expected[train.index(value)] for value in test]
+
+
+def test_named_classes_without_any_image_are_left_out_unless_a_test_split_has_them(tmp_path):
+    three = ClassLabel(names=["a", "b", "c"])
+    parts = dict(train=split([0, 2, 2], feature=three), test=split([2, 0], feature=three))
+    with pytest.warns(UserWarning, match="no split has an image of 1 of the 3 named classes, .* left out: b"):
+        data = load_longtail(saved(tmp_path / "1", **parts))
+    assert data.class_names == ("a", "c") and data.class_counts == [1, 2] and data.test.labels.tolist() == [1, 0]
+    parts["test"] = split([1, 0], feature=three)  # a class to be told apart, and never learnt
+    with pytest.raises(InputError, match="1 of 3 classes have no image: b; add images of them, or remove them"):
+        load_longtail(saved(tmp_path / "2", **parts))
 
 
 def test_text_labels_of_a_test_split_are_those_of_training(tmp_path):
@@ -236,6 +246,14 @@ def test_labels_of_string_views(tmp_path):
     parquet.write_table(table, tmp_path / "train.parquet")
     data = load_longtail(str(tmp_path))
     assert data.class_names == ("a", "b") and data.class_counts == [1, 2]
+
+
+def test_a_class_called_none_in_a_folder_of_csv_files(tmp_path):
+    (tmp_path / "0.png").write_bytes(png())
+    (tmp_path / "lists").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "lists" / f"{name}.csv").write_text(f"image,label\n{tmp_path}/0.png,NA\n{tmp_path}/0.png,None\n")
+    assert load_longtail(str(tmp_path / "lists")).class_names == ("NA", "None")
 
 
 def test_a_folder_of_csv_files(tmp_path):
