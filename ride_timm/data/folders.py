@@ -99,6 +99,17 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
     depths = {folder.count("/") for found in by_class.values() for folder in set(found)}
     part = -1 if len(depths) == 1 else 0  # the folder of the images, else the topmost
     class_of = {folder: folder.split("/")[part] for found in by_class.values() for folder in set(found)}
+    parents_of: dict[str, set[str]] = {}
+    for folder, name in class_of.items():
+        parents_of.setdefault(name, set()).add(folder.rpartition("/")[0])
+    joined = next((name for name, above in parents_of.items() if part == -1 and len(above) > 1), None)
+    if joined is not None:
+        several = listed(f"{above}/{joined}" for above in sorted(parents_of[joined]))
+        warnings.warn(
+            f"classes are the innermost folders under {root}: {several} are one class, {joined!r}. Where the outer "
+            "folders are the classes, move their images up.",
+            stacklevel=2,
+        )
     names = sorted(set(class_of.values()))
     if len(names) == 1:
         raise InputError(

@@ -49,6 +49,13 @@ def test_the_rows_are_those_of_the_builder(tmp_path, tree):
     assert all(paths for paths, _, _ in found.values())
 
 
+def test_inner_folders_of_one_name_are_one_class_with_a_warning(tmp_path):
+    folders = ["cat/2020", "cat/2021", "dog/2020", "dog/2021"]
+    root = write(tmp_path, *(f"train/{folder}/1.jpg" for folder in folders))
+    with pytest.warns(UserWarning, match="cat/2020, dog/2020 are one class, '2020'. Where the outer folders are"):
+        assert list(scan_classes(root)["train"]["label"]) == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
