@@ -139,7 +139,8 @@ def test_bad_input_is_one_line_before_anything_is_written(train, photos, weights
         (dict(dataset="PHOTOS"), "finetune"),
         (dict(dataset="PHOTOS", model="ride"), "finetune"),
         (dict(dataset="PHOTOS", model="ride_resnet50"), "imagenet_lt_resnet50"),
-        (dict(dataset="COLOURS"), "fashion_lt"),  # of 32 pixels
+        (dict(dataset="PHOTOS", model="ride_resnet32"), "fashion_lt"),  # a network for 32 pixels
+        (dict(dataset="COLOURS"), "fashion_lt"),
     ],
 )
 def test_the_recipe_of_a_data_set(flags, recipe, photos, colours):
@@ -156,6 +157,7 @@ def test_the_recipe_of_a_data_set(flags, recipe, photos, colours):
     [
         (["COLOURS"], "cifar", 32),
         (["PHOTOS", "--model", "ride_resnet50"], "imagenet", 224),
+        (["PHOTOS", "--model", "ride_resnet32"], "cifar", 32),
         (["PHOTOS"], "backbone", 224),
     ],
 )

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
+from timm.models import get_pretrained_cfg
+
 from ..data.datasets import EMBEDDED, KNOWN
 from ..data.first_image import first_image_size
 from ..errors import InputError
@@ -134,8 +137,9 @@ def check_effect(flags: dict[str, Any], recipe: Recipe) -> None:
 def recipe_for(flags: dict[str, Any]) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """The recipe of a data set for which none is named, keys that the data set changes in it, and a notice.
 
-    A known data set has its own. Images of one's own, as small as CIFAR's, train the default with CIFAR's mean;
-    others fine-tune a backbone, or train the network of `--model` from scratch as ImageNet-LT is trained.
+    A known data set has its own. Images of one's own, as small as CIFAR's or for a network of such images, train the
+    default with CIFAR's mean; others fine-tune a backbone, or train the network of `--model` from scratch as ImageNet-LT
+    is trained.
     """
     dataset = str(flags.get("dataset", EMBEDDED[0]))
     known = KNOWN.get(dataset)
@@ -143,15 +147,20 @@ def recipe_for(flags: dict[str, Any]) -> tuple[str, dict[str, Any], tuple[str, .
         name = known.recipe or (FINETUNE if known.lists else DEFAULT_RECIPE)
         notice = f"dataset={dataset}: recipe {name}; --recipe names another"
         return name, {}, () if name == DEFAULT_RECIPE else (notice,)
-    size = first_image_size(dataset, **{key: flags[key] for key in _PLACES if key in flags})
-    if size is not None and max(size) <= _SMALL:
+    size, model = first_image_size(dataset, **{key: flags[key] for key in _PLACES if key in flags}), flags.get("model")
+    if (size is not None and max(size) <= _SMALL) or _takes_small_images(model):
         name, chosen = DEFAULT_RECIPE, dict[str, Any](augment="cifar")
-    elif flags.get("model", "ride") == "ride":
+    elif model in (None, "ride"):
         name, chosen = FINETUNE, {}
     else:
         name, chosen = "imagenet_lt_resnet50", dict(imb_type="none")
     values = "".join(f", {key}={flags.get(key, value)}" for key, value in chosen.items())
     return name, chosen, (f"dataset={dataset}: recipe {name}{values}; --recipe names another",)
+
+
+def _takes_small_images(model: str | None) -> bool:
+    cfg = get_pretrained_cfg(model) if model and timm.is_model(model.partition(".")[0]) else None
+    return cfg is not None and cfg.input_size[-1] <= _SMALL
 
 
 def _parser() -> Parser:
