@@ -74,21 +74,22 @@ def rebalanced_log_prior(recipe: Recipe, class_counts: Sequence[int], before: Te
     return before
 
 
-def run_log_prior(spec: str) -> Tensor | None:
+def run_log_prior(spec: str, class_counts: Sequence[int] | None = None) -> Tensor | None:
     """Log-prior that the logits of a run or release suit, [C]; None if it is unknown.
 
-    A run that did not train its experts, but their heads or a router, has the experts of its source.
+    class_counts [C], where it states none. A run that did not train its experts, but their heads or a router, has the
+    experts of its source.
     """
     recipe, results = own_recipe(spec), run_results(spec)
-    counts = results.get("train_counts") or results.get("class_counts")
+    counts = results.get("train_counts") or results.get("class_counts") or class_counts
     if recipe is None or counts is None:
         return None
-    stages, source = results["stages"], results.get("source")
+    stages, source = results.get("stages", {}), results.get("source")
     if "experts" in stages or source is None:
         trained = stages.get("experts", {})
         before = stage_one_log_prior(recipe, counts, results.get("class_weights"), trained.get("epochs"))
     else:
-        before = run_log_prior(source)
+        before = run_log_prior(source, counts)
     if before is None or not ("heads" in stages or "experts" in stages or source is None):
         return before
     return rebalanced_log_prior(recipe, counts, before)
@@ -104,7 +105,7 @@ def model_log_prior(
             if value == -math.inf:
                 raise InputError(f"model-prior={given}: class {name!r} has 0, and no logits suit that.")
         return prior
-    if (known := run_log_prior(spec)) is not None:
+    if (known := run_log_prior(spec, class_counts)) is not None:
         return known
     print(
         f"notice: how the experts of {spec} were trained is not known here; their logits are taken to suit a uniform "

@@ -19,10 +19,10 @@ _CONNECT = timedelta(seconds=20)
 class Heartbeat:
     """Ends this process with 1 and one line where another process of the run has stopped.
 
-    A collective waits six hours for such a process, as it must for one that downloads a data set. So a thread of each process
-    beats every `every` seconds in a store of the main process, which watches all of them; the others watch the main
-    process. One that misses `limit` beats has stopped. Beats are counted, not timed: a suspended machine misses none.
-    With one process, or where one cannot connect to the store (its port is any free one), does nothing.
+    A collective waits six hours for such a process, as it must for one that downloads a data set. So a thread of each
+    process beats every `every` seconds in a store of the main process, which watches all of them; the others watch the
+    main process. One that misses `limit` beats has stopped. Beats are counted, not timed: a suspended machine misses
+    none. With one process, or where one cannot connect to the store (its port is any free one), does nothing.
     """
 
     def __init__(self, accelerator: Accelerator, limit: int = 25, every: float = 2) -> None:
