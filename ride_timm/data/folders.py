@@ -99,17 +99,8 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
     depths = {folder.count("/") for found in by_class.values() for folder in set(found)}
     part = -1 if len(depths) == 1 else 0  # the folder of the images, else the topmost
     class_of = {folder: folder.split("/")[part] for found in by_class.values() for folder in set(found)}
-    parents_of: dict[str, set[str]] = {}
-    for folder, name in class_of.items():
-        parents_of.setdefault(name, set()).add(folder.rpartition("/")[0])
-    joined = next((name for name, above in parents_of.items() if part == -1 and len(above) > 1), None)
-    if joined is not None:
-        several = listed(f"{above}/{joined}" for above in sorted(parents_of[joined]))
-        warnings.warn(
-            f"classes are the innermost folders under {root}: {several} are one class, {joined!r}. Where the outer "
-            "folders are the classes, move their images up.",
-            stacklevel=2,
-        )
+    if part == -1:
+        _warn_of_joined(class_of, root)
     names = sorted(set(class_of.values()))
     if len(names) == 1:
         raise InputError(
@@ -123,6 +114,20 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
         for split, found in by_class.items()
     }
     return {split: files_as_dataset(paths, labels.get(split), names) for split, paths in files.items() if paths}
+
+
+def _warn_of_joined(class_of: dict[str, str], root: Path) -> None:
+    """Warn where folders of one name, and so of one class, are in several folders. class_of: class by folder."""
+    folders_of: dict[str, list[str]] = {}
+    for folder, name in sorted(class_of.items()):
+        folders_of.setdefault(name, []).append(folder)
+    joined = next((folders for folders in folders_of.values() if len(folders) > 1), None)
+    if joined is not None:
+        warnings.warn(
+            f"classes are the innermost folders under {root}: {listed(joined)} are one class, "
+            f"{class_of[joined[0]]!r}. Where the outer folders are the classes, move their images up.",
+            stacklevel=3,
+        )
 
 
 def check_zips(root: Path) -> None:

@@ -138,8 +138,8 @@ def recipe_for(flags: dict[str, Any]) -> tuple[str, dict[str, Any], tuple[str, .
     """The recipe of a data set for which none is named, keys that the data set changes in it, and a notice.
 
     A known data set has its own. Images of one's own, as small as CIFAR's or for a network of such images, train the
-    default with CIFAR's mean; others fine-tune a backbone, or train the network of `--model` from scratch as ImageNet-LT
-    is trained.
+    default with CIFAR's mean; others fine-tune a backbone, or train the network of `--model` from scratch, as
+    ImageNet-LT is trained.
     """
     dataset = str(flags.get("dataset", EMBEDDED[0]))
     known = KNOWN.get(dataset)
