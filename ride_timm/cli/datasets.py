@@ -85,6 +85,8 @@ def _save(args: argparse.Namespace, recipe: Recipe) -> None:
     if args.output is None:
         raise InputError("datasets save needs --output DIR, a new folder.")
     data = save_longtail(args.output, max_side=args.max_side, workers=recipe.workers, **recipe.data_args)
+    if data.notice:
+        print(data.notice, file=sys.stderr)
     facts = dict(output=args.output, train=len(data.train), test=len(data.test), val=len(data.val) if data.val else 0)
     if args.json:
         return print_json(facts)

@@ -255,11 +255,12 @@ def is_saved(path: str | Path | None) -> bool:
 def read_selection(path: Path) -> dict[str, Any]:
     """The selection that a folder of `save_longtail` holds; `InputError` for a damaged file.
 
-    -> {"dataset", "imb_type", "imb_factor", "seed"}
+    -> {"dataset", "imb_type", "imb_factor", "seed", "test_held_out"}, the last as in `LongTailData`
     """
     try:
         selection = json.loads((path / SELECTION).read_text(encoding="utf-8"))
-        return {key: selection[key] for key in ("dataset", "imb_type", "imb_factor", "seed")}
+        found = {key: selection[key] for key in ("dataset", "imb_type", "imb_factor", "seed")}
+        return found | dict(test_held_out=selection.get("test_held_out"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path / SELECTION} is not as `datasets save` wrote it ({first_line(error)}): save the data set again"

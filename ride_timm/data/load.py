@@ -120,7 +120,8 @@ def load_longtail(
         sets, class_names = sets_of_columns(chosen, image_column, label_column, folders)
     by_role = dict(zip(roles, sets, strict=True))
     if "test" in roles:
-        train, test, held_out = by_role["train"], by_role["test"], None
+        train, test, place = by_role["train"], by_role["test"], local_path(dataset, data_dir)
+        held_out = read_selection(place)["test_held_out"] if place and is_saved(place) else None
     else:
         train, test = _hold_out_test(by_role["train"], seed)
         held_out = f"{TEST_FRACTION:g} of {roles['train']}, held out with seed {seed}"
@@ -152,7 +153,9 @@ def _check_selection(data_dir: Path, annotations: Path | None, wanted: dict[str,
     if annotations is not None:
         raise InputError(f"folder {str(data_dir)!r} holds selected images: leave --annotations out")
     saved = read_selection(data_dir)
-    free = ("imb_factor", "seed") if wanted["imb_type"] == "none" else ()
+    free: tuple[str, ...] = ("imb_factor", "seed") if wanted["imb_type"] == "none" else ()
+    if saved["test_held_out"]:  # by the seed
+        free = free[:1]
     differing = [key for key, value in wanted.items() if key not in free and saved[key] != value]
     if differing:
         held, asked = (", ".join(f"{key}={values[key]}" for key in differing) for values in (saved, wanted))

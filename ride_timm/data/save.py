@@ -64,6 +64,7 @@ def save_longtail(
     how = (settings.get("imb_type"), settings.get("imb_factor", IMB_FACTOR), settings.get("seed", 0))
     selection = dict(dataset=dataset, imb_type=profile_of(dataset, *how), imb_factor=how[1], seed=how[2])
     selection |= {} if max_side is None else dict(max_side=max_side)
+    selection |= {} if data.test_held_out is None else dict(test_held_out=data.test_held_out)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:

@@ -141,6 +141,18 @@ def test_another_selection_than_the_saved_one_is_refused(tmp_path):
         load_longtail("cifar100", output, imb_factor=0.1)
 
 
+def test_a_test_set_that_was_held_out_is_remembered(tmp_path, colours):
+    source, output = str(colours / "train"), tmp_path / "saved"
+    expected = load_longtail(source, seed=3)
+    save_longtail(output, source, seed=3)
+    for found in (load_longtail(str(output)), load_longtail(source, output, seed=3)):
+        assert_same(found, expected)
+        assert found.test_source == expected.test_source == "0.2 of train, held out with seed 3"
+        assert found.notice == expected.notice
+    with pytest.raises(InputError, match="was saved with seed=3, not seed=4"):
+        load_longtail(source, output, seed=4)
+
+
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path):
     source = balanced(tmp_path / "cifar")
     for target, settings, message in (
