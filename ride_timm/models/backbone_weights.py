@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import timm
@@ -129,13 +130,21 @@ def _unmatched_tensors() -> Iterator[dict[str, list[str]]]:
 
 def stated_network(file: Path) -> str | None:
     """The timm network of a file of weights, by timm's config.json in its folder or by its name; None if unknown."""
-    try:
-        name = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):
+    name = _config_beside(file).get("architecture")
+    if name is None:
         words = re.split(r"\W", file.name)[0].split("_")  # such as efficientnet_lite0_ra-37913777.pth
         names = ("_".join(words[:n]) for n in range(len(words), 0, -1))
         name = next(filter(timm.is_model, names), None)
     return name if isinstance(name, str) and timm.is_model(name) else None
+
+
+def _config_beside(file: Path) -> dict[str, Any]:
+    """timm's config.json beside a file of weights; empty without one."""
+    try:
+        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def differences(name: str, other: str) -> list[str]:
@@ -175,7 +184,9 @@ def warn_of_twin(backbone: str, file: Path) -> None:
     other = stated_network(file)
     if other is None:
         other = architecture.removeprefix("tf_") if architecture.startswith("tf_") else f"tf_{architecture}"
-    if other == architecture or not timm.is_model(other):
+    if other == architecture:
+        return _warn_of_other_input(backbone, file)
+    if not timm.is_model(other):
         return
     found = differences(other, architecture)
     if found:
@@ -183,4 +194,21 @@ def warn_of_twin(backbone: str, file: Path) -> None:
             f"backbone={backbone!r}: the weights in {file} fit {other} as well, which has {'; '.join(found)}. If they "
             "are of that network, name it: here their logits would be wrong.",
             stacklevel=2,
+        )
+
+
+def _warn_of_other_input(backbone: str, file: Path) -> None:
+    """Warn where weights state another normalisation or crop than the backbone as named: those of another tag."""
+    stated, cfg = _config_beside(file).get("pretrained_cfg"), get_pretrained_cfg(backbone).to_dict()
+    if not isinstance(stated, dict):
+        return
+    keys = [key for key in DATA_CONFIG if key != "input_size" and key in stated]
+    pairs = {key: [tuple(v) if isinstance(v, list) else v for v in (stated[key], cfg.get(key))] for key in keys}
+    found = [f"{key} {theirs} for {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours]
+    if found:
+        tag = f", such as backbone={backbone.partition('.')[0]}.{stated['tag']}" if stated.get("tag") else ""
+        warnings.warn(
+            f"backbone={backbone!r}: the config.json beside {file} states {'; '.join(found)}. Name the backbone with "
+            f"its tag{tag}: here its input would be the other.",
+            stacklevel=3,
         )

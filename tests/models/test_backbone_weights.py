@@ -91,6 +91,19 @@ def test_weights_of_another_network_are_refused_with_any_number_of_classes(of, w
         timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=num_classes)
 
 
+@pytest.mark.parametrize("tag, warned", [("dino", True), ("augreg_in21k_ft_in1k", False)])
+def test_weights_of_another_tag_warn_of_their_input(tmp_path, tag, warned):
+    """Their architecture is the same, their normalisation is not."""
+    cfg = timm.get_pretrained_cfg(f"vit_small_patch16_224.{tag}").to_dict()
+    config = dict(architecture="vit_small_patch16_224", pretrained_cfg=dict(cfg, mean=list(cfg["mean"])))
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_twin("vit_small_patch16_224", tmp_path / "model.safetensors")
+    found = "states mean (0.485, 0.456, 0.406) for (0.5, 0.5, 0.5)"
+    assert [found in str(one.message) for one in caught] == [True] * warned
+
+
 @pytest.mark.parametrize("num_classes", [7, 1000])
 @pytest.mark.parametrize(("of", "backbone"), [("resnet34", "resnet18"), ("seresnet18", "resnet18")])
 def test_weights_of_a_deeper_network_are_refused_with_any_number_of_classes(of, backbone, num_classes, tmp_path):
