@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from math import atan, degrees
-from typing import Any
+from math import cos, radians, sin
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 from torchvision import transforms as T
 from torchvision.transforms.v2 import functional as F
 
@@ -17,45 +17,41 @@ from ...hardware import send
 _LEVELS = 9  # the strongest; the policy's levels are 0 to 9
 
 
-def _affine(images: Tensor, fill: list[float], **change: Any) -> Tensor:
-    return F.affine(images, **(dict(angle=0.0, translate=[0, 0], scale=1.0, shear=[0.0, 0.0], fill=fill) | change))
-
-
-def _shear(slope: float) -> float:
-    return degrees(atan(slope))
-
-
-def _shift(strength: float, images: Tensor) -> int:
-    return int(150 / 331 * images.shape[-1] * strength)
-
-
-# Each changes images uint8 [b, 3, S, S] by a strength from 0 to 1, or -1 to 1 for those of _SIGNED.
-_OPERATIONS: dict[str, Callable[[Tensor, float, list[float]], Tensor]] = {
-    "ShearX": lambda x, strength, fill: _affine(x, fill, shear=[_shear(0.3 * strength), 0.0], center=[0, 0]),
-    "ShearY": lambda x, strength, fill: _affine(x, fill, shear=[0.0, _shear(0.3 * strength)], center=[0, 0]),
-    "TranslateX": lambda x, strength, fill: _affine(x, fill, translate=[_shift(strength, x), 0]),
-    "TranslateY": lambda x, strength, fill: _affine(x, fill, translate=[0, _shift(strength, x)]),
-    "Rotate": lambda x, strength, fill: F.rotate(x, 30 * strength, fill=fill),
-    "Brightness": lambda x, strength, fill: F.adjust_brightness(x, 1 + 0.9 * strength),
-    "Color": lambda x, strength, fill: F.adjust_saturation(x, 1 + 0.9 * strength),
-    "Contrast": lambda x, strength, fill: F.adjust_contrast(x, 1 + 0.9 * strength),
-    "Sharpness": lambda x, strength, fill: F.adjust_sharpness(x, 1 + 0.9 * strength),
-    "Posterize": lambda x, strength, fill: F.posterize(x, 8 - round(4 * strength)),
-    "Solarize": lambda x, strength, fill: F.solarize(x, 255 * (1 - strength)),
-    "AutoContrast": lambda x, strength, fill: F.autocontrast(x),
-    "Equalize": lambda x, strength, fill: F.equalize(x),
-    "Invert": lambda x, strength, fill: F.invert(x),
+# Each gives the matrix from output to input pixels around the centre, for a strength from -1 to 1 and the image size.
+_GEOMETRIC: dict[str, Callable[[float, int], list[list[float]]]] = {
+    "ShearX": lambda strength, size: [[1, 0.3 * strength, 0.15 * strength * size], [0, 1, 0]],  # along the upper edge
+    "ShearY": lambda strength, size: [[1, 0, 0], [0.3 * strength, 1, 0.15 * strength * size]],
+    "TranslateX": lambda strength, size: [[1, 0, -int(150 / 331 * size * strength)], [0, 1, 0]],
+    "TranslateY": lambda strength, size: [[1, 0, 0], [0, 1, -int(150 / 331 * size * strength)]],
+    "Rotate": lambda strength, size: _rotation(radians(30 * strength)),
 }
-_NAMES = list(_OPERATIONS)
+# Each changes images uint8 [b, 3, S, S] by a strength from 0 to 1, or -1 to 1 for those of _SIGNED.
+_OF_COLOURS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "Brightness": lambda images, strength: F.adjust_brightness(images, 1 + 0.9 * strength),
+    "Color": lambda images, strength: F.adjust_saturation(images, 1 + 0.9 * strength),
+    "Contrast": lambda images, strength: F.adjust_contrast(images, 1 + 0.9 * strength),
+    "Sharpness": lambda images, strength: F.adjust_sharpness(images, 1 + 0.9 * strength),
+    "Posterize": lambda images, strength: F.posterize(images, 8 - round(4 * strength)),
+    "Solarize": lambda images, strength: F.solarize(images, 255 * (1 - strength)),
+    "AutoContrast": lambda images, strength: F.autocontrast(images),
+    "Equalize": lambda images, strength: F.equalize(images),
+    "Invert": lambda images, strength: F.invert(images),
+}
+_NAMES = [*_GEOMETRIC, *_OF_COLOURS]
 _SIGNED = _NAMES[: _NAMES.index("Posterize")]
 _NONE = -1
+
+
+def _rotation(angle: float) -> list[list[float]]:
+    return [[cos(angle), -sin(angle), 0], [sin(angle), cos(angle), 0]]
 
 
 class BatchPolicy:
     """AutoAugment's policy for CIFAR-10 on a batch: uint8 [B, S, S, 3] -> uint8 [B, S, S, 3].
 
-    Images with the same change are changed together, by torchvision's functions for tensors. mean: colour per channel,
-    for pixels in [0, 1], that fills uncovered pixels. Cubuk et al. 2019, arXiv:1805.09501, table 7.
+    Images that are moved are moved together; those with the same change of colours are changed together, by
+    torchvision's functions for tensors. mean: colour per channel, for pixels in [0, 1], that fills uncovered pixels.
+    Cubuk et al. 2019, arXiv:1805.09501, table 7.
     """
 
     def __init__(self, mean: tuple[float, float, float]) -> None:
@@ -77,12 +73,33 @@ class BatchPolicy:
         """Apply drawn changes."""
         images = images.permute(0, 3, 1, 2).contiguous()
         for step in changes.unbind(1):
-            groups = defaultdict(list)
+            moved, groups = {}, defaultdict(list)
             for row, (kind, strength) in enumerate(step.tolist()):
-                if kind != _NONE:
-                    groups[int(kind), strength].append(row)
-            for (kind, strength), rows in groups.items():
+                name = _NAMES[int(kind)] if kind != _NONE else None
+                if name in _GEOMETRIC:
+                    moved[row] = _GEOMETRIC[name](strength, images.shape[-1])
+                elif name is not None:
+                    groups[name, strength].append(row)
+            if moved:
+                index = send(torch.tensor([*moved]), images.device)
+                matrices = send(torch.tensor([*moved.values()], dtype=torch.float32), images.device)
+                images.index_copy_(0, index, self.move(images.index_select(0, index), matrices))
+            for (name, strength), rows in groups.items():
                 index = send(torch.tensor(rows), images.device)
-                changed = _OPERATIONS[_NAMES[kind]](images.index_select(0, index), strength, self.fill)
-                images.index_copy_(0, index, changed)
+                images.index_copy_(0, index, _OF_COLOURS[name](images.index_select(0, index), strength))
         return images.permute(0, 2, 3, 1)
+
+    def move(self, images: Tensor, matrices: Tensor) -> Tensor:
+        """Move images by a matrix each, the nearest pixel, as torchvision's `affine` does by one for all.
+
+        images uint8 [b, 3, S, S], matrices [b, 2, 3] from output to input pixels around the centre
+        """
+        S = images.shape[-1]
+        steps = torch.arange(S, dtype=torch.float32, device=images.device) + 0.5 - S / 2
+        places = torch.stack([*torch.meshgrid(steps, steps, indexing="xy"), torch.ones_like(steps).expand(S, S)], -1)
+        grid = (places.view(1, S * S, 3) @ (matrices / (S / 2)).mT).view(-1, S, S, 2)
+        moved = grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+        inside = grid_sample(images.new_ones(1, 1, S, S, dtype=torch.float32).expand(len(images), 1, S, S), grid,
+                             mode="nearest", padding_mode="zeros", align_corners=False)  # fmt: skip
+        fill = send(torch.tensor(self.fill), images.device)[:, None, None]
+        return torch.where(inside > 0.5, moved, fill).to(torch.uint8)
