@@ -169,4 +169,4 @@ def test_mdcs_rotates_its_weak_view_alone_and_warms_its_consistency_up_for_20_ep
     recipe = load_recipe("cifar100_lt_mdcs")
     strong = recipe.policy.strong(recipe.auto_augment, recipe.cutout)
     assert (strong.rotation, strong.weak.rotation, strong.weak.cutout) == (0, 15, 0)
-    assert recipe.num_views == 2 and recipe.loss_class.warmup_epochs == 20
+    assert recipe.num_views == 2 and recipe.loss_class.ramp_epochs == 20
