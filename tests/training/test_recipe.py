@@ -78,7 +78,8 @@ def test_every_method_has_a_recipe_on_cifar100():
     recipes = [load_recipe(name) for name in available()]
     cifar = [recipe for recipe in recipes if recipe.dataset == "cifar100"]
     assert {recipe.loss for recipe in cifar} >= set(LOSSES)
-    assert {recipe.decouple for recipe in cifar} == set(DECOUPLINGS)
+    learnt_late = {"balanced_softmax"}  # for the heads of any run, by --from; no recipe gains by it
+    assert {recipe.decouple for recipe in cifar} == set(DECOUPLINGS) - learnt_late
 
 
 @pytest.mark.parametrize(
