@@ -154,7 +154,7 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
             elif by_card:
                 splits = datasets.load_dataset(str(path), **how, **(dict(name=config) if config else {}))
             else:
-                files, options = _files_by_split(path), _options_of_rows(path)
+                files, options = _files_by_split(path), _csv_options(path)
                 data_files = {} if files is None else dict(data_files=_data_files(files))
                 splits = datasets.load_dataset(str(path), **data_files, **how, **options)
         except Exception as error:  # empty or mixed folders, broken parquet: `datasets` has no common error
@@ -166,10 +166,14 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
     return dict(splits) if isinstance(splits, dict) else {"train": splits}
 
 
-def _options_of_rows(path: Path) -> dict[str, Any]:
-    """Options of the builder that `datasets` chooses for the files of a folder: those of CSV files."""
-    kinds = {os.path.splitext(file)[1].lower() for file in files_below(path)}
-    return _BUILDERS[".csv"][1] if ".csv" in kinds and kinds <= {".csv", ".md", ".txt"} else {}
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Options of the CSV builder for a folder that `datasets` reads by it; none for other folders."""
+    kinds = set()
+    for file in files_below(path):
+        kinds.add(os.path.splitext(file)[1].lower())
+        if not kinds <= {".csv", ".md", ".txt"}:  # at the first image, without a walk through all of them
+            return {}
+    return _BUILDERS[".csv"][1] if ".csv" in kinds else {}
 
 
 def _files_by_split(path: Path) -> dict[str, list[Path]] | None:

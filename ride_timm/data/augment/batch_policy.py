@@ -8,7 +8,7 @@ from math import cos, radians, sin
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, pad
 from torchvision import transforms as T
 from torchvision.transforms.v2 import functional as F
 
@@ -98,8 +98,8 @@ class BatchPolicy:
         steps = torch.arange(S, dtype=torch.float32, device=images.device) + 0.5 - S / 2
         places = torch.stack([*torch.meshgrid(steps, steps, indexing="xy"), torch.ones_like(steps).expand(S, S)], -1)
         grid = (places.view(1, S * S, 3) @ (matrices / (S / 2)).mT).view(-1, S, S, 2)
-        moved = grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
-        inside = grid_sample(images.new_ones(1, 1, S, S, dtype=torch.float32).expand(len(images), 1, S, S), grid,
-                             mode="nearest", padding_mode="zeros", align_corners=False)  # fmt: skip
+        masked = pad(images.float(), (0, 0, 0, 0, 0, 1), value=1.0)  # a fourth channel of ones, 0 outside once moved
+        moved = grid_sample(masked, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+        moved, inside = moved.split([3, 1], 1)
         fill = send(torch.tensor(self.fill), images.device)[:, None, None]
         return torch.where(inside > 0.5, moved, fill).to(torch.uint8)
