@@ -85,13 +85,13 @@ def run_log_prior(spec: str, class_counts: Sequence[int] | None = None) -> Tenso
     if recipe is None or counts is None:
         return None
     stages, source = results.get("stages", {}), results.get("source")
-    if "experts" in stages or source is None:
+    if source is not None and "experts" not in stages:
+        before = run_log_prior(source, counts)
+        if before is None or "heads" not in stages:  # a router leaves the logits as they are
+            return before
+    else:
         trained = stages.get("experts", {})
         before = stage_one_log_prior(recipe, counts, results.get("class_weights"), trained.get("epochs"))
-    else:
-        before = run_log_prior(source, counts)
-    if before is None or not ("heads" in stages or "experts" in stages or source is None):
-        return before
     return rebalanced_log_prior(recipe, counts, before)
 
 
