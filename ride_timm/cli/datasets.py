@@ -95,8 +95,9 @@ def _save(args: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def _check_published(args: argparse.Namespace, recipe: Recipe, print_facts: bool) -> dict[str, Any]:
-    """What is installed of a data set with published lists, printed where asked or if something is missing.
+    """Check the installed files of a data set against its published lists; returns the facts.
 
+    print_facts: as JSON even if nothing is missing; text is always printed.
     RunError if something is missing.
     """
     folders = [None if path is None else Path(path).expanduser() for path in (recipe.data_dir, recipe.annotations)]
