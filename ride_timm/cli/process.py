@@ -91,6 +91,16 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
         raise  # the pipe was not stdout but, say, a tracker's
 
 
+def _interrupted(number: int) -> tuple[int, str]:
+    return 128 + number, "interrupted; --resume continues after the last finished epoch."
+
+
+def _caught() -> int | None:
+    """The signal that the `Signals` in force have caught."""
+    signals = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    return signals.caught if isinstance(signals, Signals) else None
+
+
 def _run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     try:
         command(argv)
@@ -98,7 +108,7 @@ def _run(command: Callable[[list[str] | None], None], argv: list[str] | None) ->
     except SystemExit as done:  # after --help and the like
         return int(done.code or 0)
     except Interrupted as error:
-        code, message = 128 + error.args[0], "interrupted; --resume continues after the last finished epoch."
+        code, message = _interrupted(error.args[0])
     except KeyboardInterrupt:
         code, message = 130, "interrupted."
     except InputError as error:
@@ -116,6 +126,8 @@ def _run(command: Callable[[list[str] | None], None], argv: list[str] | None) ->
         if what is None:
             raise
         code, message = 1, f"{what} ({first_line(error)})"
+        if number := _caught():  # a signal to all processes ends workers before the next check
+            code, message = _interrupted(number)
     # all processes of a machine find the same bad input: one prints it; another machine may find none
     if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: " + " ".join(message.split()), file=sys.stderr)

@@ -37,7 +37,7 @@ from .augment.policies import Policy
 from .image_set import open_stored
 from .lists import AnnotationList, NameKeys
 from .loaders.orders import SAMPLE, Batches, RankSlices
-from .loaders.workers import Sample, ViewTransform, collate, loaded, seeded
+from .loaders.workers import Sample, ViewTransform, collate, ignore_interrupts, loaded, seeded
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -201,6 +201,7 @@ class StreamBatches(Batches):
             num_workers=min(num_workers, part.rows.num_shards),  # more would be idle, and `datasets` would warn
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),
         )
 

@@ -146,6 +146,22 @@ def test_a_signal_waits_for_the_check(number):
     assert before == {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
 
+def _killed_with_its_workers(argv):
+    Signals()
+    signal.raise_signal(signal.SIGTERM)
+    raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
+
+
+def test_workers_that_a_signal_ended_are_no_lack_of_memory(capsys):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert exit_code(_killed_with_its_workers, None) == 143
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "error: interrupted; --resume continues after the last finished epoch.\n"
+
+
 def test_a_pipe_that_lacks_characters_gets_others(monkeypatch):
     pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", pipe)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.load import hold_out, load_longtail
 from ride_timm.data.loaders import make_loader
+from ride_timm.data.loaders.workers import ignore_interrupts
 from ride_timm.errors import InputError, RunError
 from ride_timm.training.run_folder import RunFolder
 
@@ -65,6 +66,7 @@ def test_evaluation_sees_every_listed_image_once(tmp_path, num_shards, num_proce
         loader(test, train=False, rank=rank, num_processes=num_processes, num_workers=num_workers)
         for rank in range(num_processes)
     ]
+    assert all(rank.loader.worker_init_fn is ignore_interrupts for rank in ranks)
     parts = [list(rank) for rank in ranks]
     assert close(found(chain(*parts)), listed("test"))
 

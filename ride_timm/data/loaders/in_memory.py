@@ -18,6 +18,7 @@ from ..augment.images import Fit
 from ..augment.policies import Policy, get_policy
 from ..image_set import ImageSet
 from .orders import BATCH, STRONG, Batches, EpochKeys, Order, RankSlices, Slice, torch_seed
+from .workers import ignore_interrupts
 
 
 def decode(image_set: ImageSet, size: int | None = None) -> Tensor:
@@ -92,6 +93,7 @@ class TensorBatches(Batches):
                 num_workers=num_workers,
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=num_workers > 0,
+                worker_init_fn=ignore_interrupts,
                 generator=torch.Generator(),  # its own: DataLoader always draws a base seed
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -104,6 +105,14 @@ def collate(samples: Sequence[Sample | RunError]) -> tuple[Tensor, Tensor, Tenso
     return *by_view, torch.tensor(labels, dtype=torch.int64)
 
 
+def ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl+C, which reaches every process of a terminal, to the main process.
+
+    A forked worker has its handler, any other one Python's, which would end the worker before the run.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loaded(loader: DataLoader) -> Iterator[Any]:
     """Iterate over a loader; raise the first error that a worker returned."""
     for batch in loader:
@@ -168,6 +177,7 @@ class WorkerBatches(Batches):
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=num_workers > 0,
+            worker_init_fn=ignore_interrupts,
             prefetch_factor=2 if num_workers else None,  # per worker; a batch of 256 at 224 pixels takes 39 MB
             generator=torch.Generator(),  # its own: DataLoader always draws a base seed
         )

@@ -14,6 +14,7 @@ from ride_timm.data.image_set import ImageSet
 from ride_timm.data.loaders import make_loader
 from ride_timm.data.loaders.in_memory import TensorBatches, decode
 from ride_timm.data.loaders.orders import SAMPLERS, RankSlices, ShuffledOrder
+from ride_timm.data.loaders.workers import ignore_interrupts
 from ride_timm.errors import InputError
 
 
@@ -113,6 +114,7 @@ def test_workers_that_auto_augment_change_nothing(views):
     data = png_set(13)
     how = dict(order=ShuffledOrder(13, 1), slices=RankSlices(13, 5, True), seed=1, views=views)
     loaders = [TensorBatches(decode(data), data.labels, CUT, num_workers=n, **how) for n in (0, 2)]
+    assert loaders[1].loader.worker_init_fn is ignore_interrupts
     for epoch in (0, 1):  # the workers persist, the epoch reaches them
         for loader in loaders:
             loader.set_epoch(epoch)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import signal
 import time
 import weakref
 from dataclasses import replace
@@ -14,7 +15,8 @@ from torchvision import transforms as T
 
 from ride_timm.data.augment.policies import get_policy
 from ride_timm.data.loaders import make_loader
-from ride_timm.data.loaders.workers import WorkerBatches
+from ride_timm.data.loaders.orders import RankSlices, SequentialOrder
+from ride_timm.data.loaders.workers import ViewTransform, WorkerBatches
 from ride_timm.errors import InputError, RunError
 
 
@@ -59,6 +61,19 @@ def test_workers_stop_at_once():
     del loader  # no cycle holds it: this alone ends the workers
     assert not any(worker.is_alive() for worker in workers)
     assert time.perf_counter() - start < 4
+
+
+class _Interrupted(ViewTransform):
+    def augment(self, image):
+        signal.raise_signal(signal.SIGINT)  # as Ctrl+C does; Python's own handler is that of workers not forked
+        return super().augment(image)
+
+
+def test_workers_leave_ctrl_c_to_the_main_process():
+    data = png_set(4)
+    how = dict(order=SequentialOrder(4), slices=RankSlices(4, 2, False), seed=0, num_workers=1)
+    labels = [labels.tolist() for _, labels in WorkerBatches(data, _Interrupted("inat", False, 8), **how)]
+    assert labels == [data.labels[:2].tolist(), data.labels[2:].tolist()]
 
 
 def test_the_global_generator_changes_nothing():
