@@ -121,8 +121,8 @@ def create_ride(
     if release:
         release.check_sizes()
         kwargs["pretrained_cfg"] = release.pretrained_cfg
-    if kwargs.get("num_classes") == 0 and (release or saved_args):
-        kwargs["router"] = kwargs["routed"] = False  # gates of a saved network need its logits
+    if kwargs.get("num_classes") == 0:
+        kwargs["router"] = kwargs["routed"] = False  # gates need logits
     classifier = _classifier_names(classifier_layer, kwargs)
     overlay.setdefault("classifier", classifier)
 

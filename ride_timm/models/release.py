@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -227,10 +228,17 @@ def read_config(path: Path, where: str, variant: str | None = None) -> tuple[dic
     if not isinstance(num_classes, int) or num_classes < 0:
         raise InputError(f"{where}: {CONFIG} states num_classes={num_classes!r}, expected a whole number.")
     names = cfg.get("label_names")
+    # a folder that transformers saved repeats the label_names and the sha256 of the weights that it had loaded
+    by_transformers = "transformers_version" in config
     if names is not None and len(names) != num_classes:
-        raise InputError(f"{where}: {CONFIG} states {len(names)} label_names for num_classes={num_classes}.")
-    # a folder that transformers saved repeats the sha256 of the weights that it had loaded
-    sha256 = "" if "transformers_version" in config else config.get("sha256", "")
+        stated = f"{where}: {CONFIG} states {len(names)} label_names for num_classes={num_classes}"
+        if not by_transformers:
+            raise InputError(f"{stated}.")
+        warnings.warn(
+            f"{stated}: classes are numbered; pass label_names to transformers' from_pretrained.", stacklevel=2
+        )
+        cfg["label_names"] = None
+    sha256 = "" if by_transformers else config.get("sha256", "")
     if sha256 and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)):
         raise InputError(f"{where}: {CONFIG} states sha256={sha256!r}, expected 64 hexadecimal digits.")
     return (

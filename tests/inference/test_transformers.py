@@ -13,6 +13,7 @@ from small_networks import build
 
 from ride_timm.data.augment.images import build_transform
 from ride_timm.data.augment.policies import POLICIES, Policy, backbone_policy
+from ride_timm.models.release import class_names
 from ride_timm.training.run_folder import RunFolder
 
 transformers = pytest.importorskip("transformers")
@@ -98,6 +99,18 @@ def test_a_pipeline_on_a_run_folder(mode, tmp_path):
     assert {row["label"]: row["score"] for row in found} == pytest.approx(expected, abs=1e-6)
 
 
+@torch.no_grad()
+def test_features_of_a_release():
+    model = transformers.AutoModel.from_pretrained(FASHION).eval()
+    assert model.timm_model.router is None
+    extract = transformers.pipeline("image-feature-extraction", model=str(FASHION), device="cpu", pool=True)
+    image = smooth(28, 28, "L")
+    x = transformers.AutoImageProcessor.from_pretrained(FASHION)(image.convert("RGB"))["pixel_values"]
+    expected = timm.create_model(f"local-dir:{FASHION}", pretrained=True, num_classes=0).eval()(x)
+    assert torch.equal(model(x).pooler_output, expected)
+    torch.testing.assert_close(torch.tensor(extract(image)), expected)
+
+
 def test_without_names_classes_are_numbered(tmp_path):
     RunFolder(tmp_path).export(build(num_classes=3), dict(input_size=(3, 64, 64)), ())
     assert load(tmp_path).config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
@@ -135,3 +148,15 @@ def test_fine_tuning_to_other_classes(folder, tmp_path):
     loss, _ = fine_tuned(model, tmp_path)
     assert loss < 10  # new heads are initialised
     saved_alike(tmp_path / "checkpoint-2", model, names)
+
+
+@torch.no_grad()
+def test_other_classes_named_to_transformers_alone_are_numbered(tmp_path):
+    names = {0: "ant", 1: "bee", 2: "cicada"}
+    labels = dict(id2label=names, label2id={name: i for i, name in names.items()})
+    model = load(FASHION, num_labels=3, **labels, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path)  # with the label_names of the release
+    x = torch.randn(2, 3, 28, 28)
+    with pytest.warns(UserWarning, match="states 10 label_names for num_classes=3.*pass label_names"):
+        again = by_timm(tmp_path)
+    assert torch.equal(again(x), model(x).logits) and class_names(again) == ["0", "1", "2"]
