@@ -54,6 +54,7 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
         way = "" if overlay else " (or name a file of them: backbone_pretrained=FILE, --backbone-weights FILE)"
         raise ValueError(
             f"backbone={backbone!r}: its {where} could not be loaded or do not fit{way}: {reason}"
+            + _named_otherwise(backbone, source)
         ) from error
     classifier = net.pretrained_cfg["classifier"] or ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -67,11 +68,20 @@ def load_backbone(make: Callable[..., nn.Module], backbone: str, source: bool | 
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
                 f"backbone={backbone!r}: its {where} {what} {', '.join(names[:3])}{more}: not of this network."
+                + _named_otherwise(backbone, source)
             )
     check_finite(tensors, f"backbone={backbone!r}: its {where}")
     if overlay:
         warn_of_twin(backbone, Path(str(source)))
     return net
+
+
+def _named_otherwise(backbone: str, source: bool | str | Path) -> str:
+    """A sentence on a file of weights that states another network, empty without one."""
+    other = None if source is True else stated_network(Path(str(source)))
+    if other in (None, backbone.partition(".")[0]):
+        return ""
+    return f" By its name or its config.json the file is of {other}: pass --backbone {other}."
 
 
 def _check_file(path: Path) -> None:

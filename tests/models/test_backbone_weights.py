@@ -91,6 +91,14 @@ def test_weights_of_another_network_are_refused_with_any_number_of_classes(of, w
         timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=num_classes)
 
 
+@pytest.mark.parametrize("num_classes", [7, 1000])
+def test_weights_of_another_network_say_which_by_their_name(num_classes, tmp_path):
+    file = tmp_path / "test_convnext.in1k.safetensors"
+    save_file(timm.create_model("test_convnext").state_dict(), file)
+    with pytest.raises(ValueError, match=r"the file is of test_convnext: pass --backbone test_convnext\.$"):
+        timm.create_model("ride", backbone="test_vit", backbone_pretrained=file, num_classes=num_classes)
+
+
 @pytest.mark.parametrize("tag, warned", [("dino", True), ("augreg_in21k_ft_in1k", False)])
 def test_weights_of_another_tag_warn_of_their_input(tmp_path, tag, warned):
     """Their architecture is the same, their normalisation is not."""
