@@ -73,7 +73,9 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--plots", metavar="DIR", help="draw long_tail.png, reliability.png and experts.png there")
     parser.add_argument(
-        "--confusions", metavar="DIR", help="write confusion_matrix.csv there, and with matplotlib confusion_matrix.png"
+        "--confusions",
+        metavar="DIR",
+        help="write confusion_matrix.csv and classes.csv there, and with matplotlib confusion_matrix.png",
     )
     parser.add_argument("--curve", metavar="FILE", help="write accuracy against MACs of best thresholds, .png or .csv")
     parser.add_argument("--time", action="store_true", help="report images per second of the forward passes")

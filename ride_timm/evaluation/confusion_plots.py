@@ -17,6 +17,7 @@ from . import figures
 from .confusions import NUM_EXAMPLES, confusion_matrix, largest_confusions, write_confusion_matrix
 from .counts import Counts
 from .figures import COLOURS
+from .metrics import write_class_metrics
 from .tables import GROUPS, number
 
 _NUM_BARS, _NUM_ROWS = 20, 8
@@ -26,7 +27,8 @@ _MAX_NAMES = 20  # classes; above, names do not fit beside a matrix
 def write_confusions(
     folder: Path, counts: Counts, class_counts: Sequence[int], class_names: Sequence[str], shots: tuple[int, int]
 ) -> None:
-    """Write confusion_matrix.csv, in the order of the classes, and confusion_matrix.png if matplotlib is there."""
+    """Write confusion_matrix.csv and classes.csv, in the order of the classes, and with matplotlib a picture."""
+    write_class_metrics(folder / "classes.csv", counts, class_counts, class_names)
     matrix = confusion_matrix(counts.targets, counts.predictions, len(class_names))
     write_confusion_matrix(folder / "confusion_matrix.csv", matrix, class_names)
     if find_spec("matplotlib") is not None:
@@ -123,7 +125,8 @@ def plot_confusion_gallery(
         true, predicted = confusion["true"], confusion["predicted"]
         for y, c, arrow in ((0.78, true, ""), (0.52, predicted, "→ ")):
             line[0].text(0, y, arrow + figures.label(class_names[c]), color=COLOURS[group_of[c]], weight="bold")
-        caption = f"{confusion['images']} images, {number(confusion['percent'], 1)} %\nof the true class"
+        images = f"{confusion['images']} image{'s' * (confusion['images'] > 1)}"
+        caption = f"{images}, {number(confusion['percent'], 1)} %\nof the true class"
         line[0].text(0, 0.1, caption, fontsize="small")
         for axes, example in zip(line[1:], confusion["examples"], strict=False):
             _show(axes, test, example["image"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,17 @@ def largest_confusions(counts: Counts, most: int = NUM_LARGEST) -> list[dict[str
 
 def write_confusion_matrix(path: Path, matrix: np.ndarray, class_names: Sequence[str]) -> None:
     """Write a matrix [C, C] as CSV: a row for each class, a column for each predicted class."""
+    rows = ([name, *row] for name, row in zip(class_names, matrix.tolist(), strict=True))
+    write_csv(path, ["true \\ predicted", *class_names], rows)
+
+
+def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table as CSV, whole or not at all; None is an empty cell."""
 
     def write(partial: Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(["true \\ predicted", *class_names])
-            table.writerows([name, *row] for name, row in zip(class_names, matrix.tolist(), strict=True))
+            table.writerow(heading)
+            table.writerows(rows)
 
     write_atomically(path, write)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
 from ..priors import shot_groups
-from .confusions import largest_confusions
+from .confusions import largest_confusions, write_csv
 from .counts import Counts
 from .tables import GROUPS
 
@@ -93,6 +94,13 @@ def precision_recall_f1(counts: Counts) -> dict[str, Any]:
         weighted = float(np.average(values, weights=weights)) if len(values) else None
         metrics[name] = dict(per_class=by_class, macro=_mean(values.tolist()), weighted=weighted)
     return metrics
+
+
+def write_class_metrics(path: Path, counts: Counts, class_counts: Sequence[int], class_names: Sequence[str]) -> None:
+    """Write a CSV row for each class: its training and test images; precision, recall and F1 in percent."""
+    measured = [part["per_class"] for part in precision_recall_f1(counts).values()]
+    heading = ["class", "training images", "test images", "precision", "recall", "f1"]
+    write_csv(path, heading, zip(class_names, class_counts, counts.images.tolist(), *measured, strict=True))
 
 
 def harmonic_mean(accuracies: Sequence[float]) -> float | None:

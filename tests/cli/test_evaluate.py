@@ -101,6 +101,14 @@ def test_confusions(capsys, run, evaluated, tmp_path):
     found = evaluated["plain"]
     assert header[1:] == [row[0] for row in rows] == found["class_names"]
     assert [row[c] for c, row in enumerate(matrix)] == pytest.approx(found["per_class"])  # of 100 images each
+    with (folder / "classes.csv").open(newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert [row["class"] for row in classes] == found["class_names"] and {row["test images"] for row in classes} == {
+        "100"
+    }
+    for name in ("precision", "recall", "f1"):
+        values = [float(row[name]) if row[name] else None for row in classes]
+        assert values == pytest.approx(found[name]["per_class"], nan_ok=True)
     largest = found["confusions"][0]
     names = [found["class_names"][largest[key]] for key in ("true", "predicted")]
     assert matrix[largest["true"]][largest["predicted"]] == largest["images"] == largest["percent"]

@@ -31,7 +31,7 @@ def counted(true=TRUE, predicted=PREDICTED, num_classes=3):
 
 def test_the_matrix_from_head_to_tail(drawn, tmp_path):
     write_confusions(tmp_path, counted(), COUNTS, NAMES, SHOTS)
-    assert {path.name for path in tmp_path.iterdir()} == {"confusion_matrix.csv", "confusion_matrix.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"classes.csv", "confusion_matrix.csv", "confusion_matrix.png"}
     bars, matrix, _ = drawn["confusion_matrix.png"].axes
     assert [bar.get_width() for bar in bars.containers[0]] == [2, 1, 1]
     assert bars.get_yticklabels()[0].get_text() == r"\$rare\$ → common"
