@@ -152,7 +152,13 @@ class LongTailData:
         """One line on a test set that is not the data set's own."""
         if self.test_held_out is None:
             return None
-        return f"notice: the data set has no test split; the {len(self.test):,} test images are {self.test_held_out}"
+        untested = np.flatnonzero(np.bincount(self.test.labels, minlength=self.num_classes) == 0)
+        few = f"; {len(untested)} of {self.num_classes} classes have too few images for one: " if len(untested) else ""
+        return (
+            f"notice: the data set has no test split; the {len(self.test):,} test images are {self.test_held_out}"
+            + few
+            + (listed(self.class_names[c] for c in untested) if few else "")
+        )
 
     @property
     def unreadable_notice(self) -> str | None:

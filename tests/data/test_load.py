@@ -151,6 +151,7 @@ def test_without_a_test_split_a_fifth_of_each_class_is_held_out(tmp_path, name):
     assert data.train.rows.tolist() == rest.rows.tolist() and data.test.rows.tolist() == held.rows.tolist()
     assert labels[data.test.rows].tolist() == data.test.labels.tolist()
     assert data.test_source == f"0.2 of {name}, held out with seed 3" and data.test_source in data.notice
+    assert data.notice.endswith("; 2 of 5 classes have too few images for one: 3, 4")
     assert load_longtail(path, seed=4).test.rows.tolist() != data.test.rows.tolist()
     tailed = load_longtail(path, imb_type="none", label_column="label", test_split=None)
     assert len(tailed.train) + len(tailed.test) == 68 and tailed.split_names == (name, "test")
