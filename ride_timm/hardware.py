@@ -76,6 +76,11 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
     return min(seconds)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(requested: int | None) -> None:
     """Take the requested CPU threads, else divide all cores among the processes.
 
@@ -86,8 +91,7 @@ def set_threads(requested: int | None) -> None:
         raise InputError(f"threads={requested}: expected 1 or more.")
     if requested is None and os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(requested or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch.set_num_threads(requested or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def keep_memory() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import InputError
+from ...hardware import usable_cores
 from ..augment.images import decode_full
 from ..augment.policies import Policy, get_policy
 from ..augment.reduced_decode import decode_reduced
@@ -48,6 +49,7 @@ def make_loader(
         `orders.class_probabilities`; epochs: those of the stage, over which "progressive" changes.
     views: 2 for two views of each image in a batch, the first without the policy's `auto_augment`.
     five_crops: five views of each image (evaluation only), see `workers.FiveCrops`.
+    num_workers: processes that load images; no more than the CPU has cores.
     input_size: default the policy's. Small images of another size are resized once, when they are decoded.
     reduced_decode: decode large JPEGs at reduced size. Crops are the same, pixels nearly so.
 
@@ -55,7 +57,7 @@ def make_loader(
     """
     policy = get_policy(policy)
     size = policy.input_size(input_size)
-    num_workers = check_integer(num_workers, "number of workers", 0)
+    num_workers = min(check_integer(num_workers, "number of workers", 0), usable_cores())
     if len(image_set) == 0:
         raise InputError(f"split {image_set.split!r} has zero images")
     if sampler not in SAMPLERS:
