@@ -9,6 +9,7 @@ from timm.models import PretrainedCfg
 
 from ..data.augment.policies import Policy, policy_of
 from ..data.datasets import KNOWN
+from ..data.hub import is_hub_id
 from ..errors import InputError
 from ..models import Ride
 from ..models.load import load_model
@@ -69,7 +70,17 @@ def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Re
         recipe = recipe.on_other_data()
     elif path and is_release(path.parent) and "data_dir" not in flags and set(recipe.on_disk) - {"backbone_weights"}:
         raise InputError(f"{path} is of a release and names local files: pass --dataset, --data-dir or --recipe.")
+    elif path and not {"dataset", "data_dir"} & flags.keys():
+        _check_still_there(recipe, path.parent)
     return recipe.override(flags)
+
+
+def _check_still_there(recipe: Recipe, run: Path) -> None:
+    """InputError for a run on a folder that is not here, such as a relative path; a Hub id is left to the Hub."""
+    dataset = recipe.dataset
+    if recipe.data_dir or dataset in KNOWN or is_hub_id(dataset) or Path(dataset).expanduser().exists():
+        return
+    raise InputError(f"the run {run} was trained on the images in {dataset!r}, which is not here: pass --dataset.")
 
 
 def input_policy(model: Ride, recipe: Recipe, spec: str, stated: bool) -> Policy:

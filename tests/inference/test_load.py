@@ -49,6 +49,19 @@ def test_another_data_set_takes_nothing_from_the_images_of_the_run(tmp_path):
     assert data_recipe(None, str(tmp_path), dict(dataset="my/set")).data_args == recipe.data_args
 
 
+@pytest.mark.parametrize("place", ["mini", "/gone/mini"])
+def test_images_that_are_not_where_the_run_had_them_are_asked_for(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (run := tmp_path / "run").mkdir()
+    (run / "recipe.yaml").write_text(load_recipe("finetune").override(dict(dataset=place)).to_yaml())
+    with pytest.raises(InputError, match=rf"run .* on the images in '{place}', which is not here: pass --dataset"):
+        data_recipe(None, str(run), {})
+    assert data_recipe(None, str(run), dict(dataset="cifar10")).dataset == "cifar10"
+    (tmp_path / "mini").mkdir()
+    if place == "mini":
+        assert data_recipe(None, str(run), {}).dataset == place
+
+
 def test_the_input_is_the_models_unless_it_is_stated(release):
     cfg = dict(input_size=(3, 96, 96), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.9, interpolation="bicubic")
     model, recipe = SimpleNamespace(pretrained_cfg=cfg | dict(num_classes=3)), Recipe()
