@@ -180,8 +180,16 @@ def test_the_images_looked_at_are_those_of_the_named_configuration(monkeypatch):
     assert seen == place
 
 
-def test_a_backbone_without_the_network_that_cuts_it_is_refused(colours):
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--backbone", "resnet18"], "backbone=resnet18"),
+        (["--backbone-weights", "resnet18.pth"], "backbone_weights=resnet18.pth"),
+        (["--backbone-pretrained"], "backbone_pretrained=True"),
+    ],
+)
+def test_a_backbone_without_the_network_that_cuts_it_is_refused(flags, named, colours):
     with pytest.raises(
-        InputError, match=r"resnet18 is cut by the model ride, not by ride_resnet32: .* --recipe finetune"
+        InputError, match=f"^{named} is for the model ride, .* not for ride_resnet32: .* --recipe finetune"
     ):
-        parse_arguments(["--dataset", str(colours), "--backbone", "resnet18"])
+        parse_arguments(["--dataset", str(colours), *flags])

@@ -17,6 +17,7 @@ from ..errors import InputError, RunError
 from ..evaluation.tables import GROUPS, STAGE_NAMES, markdown_table, millions, number
 from ..files import write_text
 from ..training.arguments import Parser, add_flags, flags_given
+from ..training.options import check_effect
 from ..training.recipe import load_recipe
 from ..training.run_folder import RunFolder
 from .process import print_json
@@ -86,6 +87,7 @@ def check_flags(recipes: Sequence[str], flags: Sequence[str]) -> None:
         raise InputError(f"recipes {', '.join(recipes)}: two of the same name would write to the same folders.")
     for name in recipes:
         recipe = load_recipe(name).override(values)
+        check_effect(values, recipe)
         if args.stage == "router":
             continue
         rebalances = recipe.decouple != "none" and getattr(args, "from")

@@ -18,11 +18,12 @@ from ..errors import InputError
 from ..losses import loss_keys
 from .arguments import Parser, add_flags, flags_given
 from .recipe import DEFAULT_RECIPE, Recipe, listing, load_recipe
-from .recipe_keys import DecouplingKeys
+from .recipe_keys import DecouplingKeys, RouterKeys
 from .run_folder import RunFolder
 
 FINETUNE = "finetune"
 _SMALL = 32  # pixels of the longer edge
+_WEIGHTS = ("backbone_weights", "backbone_pretrained")
 _PLACES = ("data_dir", "annotations", "image_column", "dataset_config", "dataset_revision")
 
 
@@ -91,12 +92,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
     check_effect(flags, recipe)
-    if flags.get("head_init") == "class_means" and args.source is not None:
-        raise InputError("head_init=class_means has no effect with --from, whose classifiers are kept: leave one out.")
-    if recipe.backbone is not None and recipe.model != "ride":
+    if args.source is not None:
+        _check_effect_on_weights(flags, recipe)
+    backbone = next((name for name in ("backbone", *_WEIGHTS) if getattr(recipe, name)), None)
+    if backbone is not None and recipe.model != "ride":
         raise InputError(
-            f"backbone={recipe.backbone} is cut by the model ride, not by {recipe.model}: fine-tune it by --recipe "
-            f"{FINETUNE}, or train it from scratch by --model ride."
+            f"{backbone}={getattr(recipe, backbone)} is for the model ride, which cuts a backbone, not for "
+            f"{recipe.model}: fine-tune it by --recipe {FINETUNE}, or train it from scratch by --model ride."
         )
     if args.stage == "router" and recipe.num_experts == 1:
         raise InputError("num_experts=1: a router needs at least 2 experts to choose from.")
@@ -128,10 +130,29 @@ def check_effect(flags: dict[str, Any], recipe: Recipe) -> None:
         unread |= {item.name: "decouple=none" for item in dataclasses.fields(DecouplingKeys)}
     if recipe.adapter is None:
         unread["adapter_rank"] = "adapter=none"
+    if recipe.num_experts == 1:
+        names = ["taus", "tau_reach", *(item.name for item in dataclasses.fields(RouterKeys))]
+        unread |= dict.fromkeys(names, "num_experts=1")
+        if recipe.freeze != "trunk" and recipe.adapter is None:
+            unread["split"] = "num_experts=1"
+    if recipe.freeze == "backbone":
+        unread["freeze_norm"] = "freeze=backbone, which keeps them all"
     for name in flags.keys() & unread.keys() - {"decouple"}:
         raise InputError(
             f"{name}={flags[name]} has no effect with {unread[name]}: leave --{name.replace('_', '-')} out."
         )
+
+
+def _check_effect_on_weights(flags: dict[str, Any], recipe: Recipe) -> None:
+    """InputError for a flag on initial weights beside `--from`, which gives all of them but what adapters leave out."""
+    if flags.get("head_init") == "class_means":
+        raise InputError("head_init=class_means has no effect with --from, whose classifiers are kept: leave one out.")
+    for name in _WEIGHTS:
+        if flags.get(name) and recipe.adapter is None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{name}={flags[name]} has no effect with --from, which holds all weights: leave {flag} out."
+            )
 
 
 def recipe_for(flags: dict[str, Any]) -> tuple[str, dict[str, Any], tuple[str, ...]]:

@@ -36,6 +36,7 @@ _SOURCE = (
     "dataset", "data_dir", "annotations", "dataset_config", "dataset_revision", "streaming", "shuffle_buffer",
     "imb_type", "imb_factor", "split_seed", "image_column", "label_column", "test_split", "use_val",
 )  # fmt: skip
+_OF_BACKBONE = ("layer_decay", "drop_rate", "drop_path_rate", "grad_checkpointing")  # without effect once it is frozen
 _PUBLIC_DATA = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
 
 
@@ -91,14 +92,12 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         """InputError for keys that have no effect on frozen weights."""
         if self.adapter and self.freeze == "trunk":
             raise InputError(f"adapter={self.adapter} freezes the backbone itself: leave freeze=trunk out.")
+        unread: tuple[str, ...] = ()
         if self.freeze == "backbone":
-            names = ("layer_decay", "drop_rate", "drop_path_rate", "grad_checkpointing", "adapter")
-            idle = [name for name in names if getattr(self, name)]
-        else:
-            idle = []
+            unread += (*_OF_BACKBONE, "adapter")
         if self.freeze == "backbone" or self.freeze_norm:
-            idle += [name for name in ("ghost_batch", "sync_bn") if getattr(self, name)]
-        if idle:
+            unread += ("ghost_batch", "sync_bn")
+        if idle := [name for name in unread if getattr(self, name)]:
             frozen = "freeze=backbone" if self.freeze == "backbone" else "freeze_norm=True"
             given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
             off = " ".join(_flag_off(name, getattr(self, name)) for name in idle)  # the recipe may have set them
@@ -246,11 +245,17 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         return dataclasses.replace(self, epochs=epochs, **values)
 
     def override(self, values: dict[str, Any]) -> "Recipe":
-        """Replace keys; other `epochs` alone scale those of decay and re-weighting, and a fifth limits the warm-up."""
+        """Replace keys, and those that depend on them.
+
+        Other `epochs` alone scale those of decay and re-weighting, and a fifth limits the warm-up. A frozen backbone
+        turns off what only its training reads.
+        """
         recipe, epochs = self, dataclasses.replace(self, epochs=values.get("epochs", self.epochs)).epochs
         if epochs and epochs != self.epochs:
             recipe = self.with_epochs(epochs)
             values = dict(warmup_epochs=min(self.warmup_epochs, round(epochs / 5))) | values
+        if values.get("freeze") == "backbone":
+            values = {name: Recipe.__dataclass_fields__[name].default for name in _OF_BACKBONE} | values
         recipe = dataclasses.replace(recipe, **values)
         if "imb_factor" in values and recipe.profile == "none":
             raise InputError(

@@ -214,7 +214,9 @@ class RunKeys:
     )
     gradient_accumulation: int = key(1, "batches per optimizer step", low=1)
     clip_grad: float | None = key(None, "largest gradient norm", above=0)
-    workers: int = key(2, "loader processes for large images, and on a GPU for AutoAugment of small ones", low=0)
+    workers: int = key(
+        2, "loader processes, at most one a core, for large images, and on a GPU for AutoAugment of small ones", low=0
+    )
     max_unreadable: int | None = key(
         None,
         "read all images before training, and leave out up to this many training images that cannot be read (default: "

@@ -162,6 +162,7 @@ def test_ctrl_c_stops_the_run_and_the_sweep(sweep, tmp_path):
             ["--recipes", "cifar100_lt", "cifar100_lt_sade", "--", "--num-experts", "2"],
             "num_experts=2: loss 'sade' trains 3 experts",
         ),
+        (["--recipes", "cifar100_lt", "cifar100_lt_ce", "--", "--reweight-epoch", "6"], "no effect with loss=ce"),
         (["--recipes", "cifar100_lt", "cifar100_lt_distill"], "recipe cifar100_lt_distill learns from a teacher"),
     ],
 )

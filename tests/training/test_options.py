@@ -16,6 +16,22 @@ def test_class_means_are_not_asked_for_with_the_classifiers_of_a_run(tmp_path):
         parse_arguments([*flags, "--head-init", "class_means"])
 
 
+def test_weights_of_a_backbone_are_not_asked_for_with_those_of_a_run(tmp_path):
+    flags = ["--recipe", "finetune", "--backbone-weights", "resnet18.pth", "--from", str(tmp_path)]
+    with pytest.raises(
+        InputError, match=r"backbone_weights=resnet18.pth has no effect with --from, .* leave --backbone-w"
+    ):
+        parse_arguments(flags)
+    assert parse_arguments([*flags, "--adapter", "lora"])[1].backbone_weights  # a run's checkpoint lacks the backbone
+
+
+def test_a_frozen_backbone_turns_off_the_recipes_keys_of_its_training():
+    assert load_recipe("finetune").layer_decay is not None
+    assert parse_arguments(["--recipe", "finetune", "--freeze", "backbone"])[1].layer_decay is None
+    with pytest.raises(InputError, match=r"freeze=backbone leaves layer_decay=0\.7 without effect"):
+        parse_arguments(["--recipe", "finetune", "--freeze", "backbone", "--layer-decay", "0.7"])
+
+
 @pytest.mark.parametrize(("begun", "resumed"), [(None, "cifar"), ("fashion", "fashion")])
 def test_a_resumed_run_keeps_its_recipe_where_the_data_set_has_defaults(begun, resumed, colours, tmp_path):
     flags = ["--dataset", str(colours), "--output", str(tmp_path / "run"), "--resume"]
