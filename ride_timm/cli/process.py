@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -26,6 +27,10 @@ _DEATHS = {
     "CUDA_VISIBLE_DEVICES",
     "gloo/transport": "another process of this run has died; --resume continues after the last finished epoch",
 }
+
+
+_LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}  # torchrun and `accelerate launch` set one or both
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Interrupted(Exception):
@@ -53,6 +58,12 @@ class Signals:
             raise Interrupted(self.caught)
 
 
+def end_with_parent() -> None:
+    """On Linux, have SIGTERM sent to this process when its parent has ended, however it ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def is_main_process() -> bool:
     """True in the first process of a launch, also before Accelerate knows of it."""
     return os.environ.get("RANK", "0") == "0"
@@ -72,8 +83,10 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
     """Run a command and return its exit code, with one line on stderr for an error.
 
     0 done, 2 bad input, 1 failed during the run, 128 + signal interrupted.
-    A closed pipe (`| head`) exits with 141, as SIGPIPE would.
+    A closed pipe (`| head`) exits with 141, as SIGPIPE would. A command that a launcher started ends with it.
     """
+    if _LAUNCHED & os.environ.keys():  # not that of a shell, which `nohup` outlives
+        end_with_parent()
     warnings.formatwarning = _format_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

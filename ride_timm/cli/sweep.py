@@ -20,10 +20,11 @@ from ..training.arguments import Parser, add_flags, flags_given
 from ..training.options import check_effect
 from ..training.recipe import load_recipe
 from ..training.run_folder import RunFolder
-from .process import print_json
+from .process import end_with_parent, print_json
 
 METRICS = (*GROUPS, "top5", "class_mean")
 _SET_BY_SWEEP = ("seed", "name")
+_IN_RUN = end_with_parent if sys.platform == "linux" else None  # Windows knows no function there
 _SCRIPT_FLAGS = ("--stage", "--from", "--teacher", "--tracker", "--threads")
 
 
@@ -113,7 +114,8 @@ def run_all(
             folder = _folder(output, recipe, seed)
             print(f"{folder}: {recipe}, seed {seed}", file=sys.stderr)
             own = ["--recipe", recipe, "--seed", str(seed), "--output", str(folder), "--resume"]
-            code = subprocess.run([*launcher, str(script), *own, *flags]).returncode
+            command = [*launcher, str(script), *own, *flags]
+            code = subprocess.run(command, preexec_fn=_IN_RUN).returncode
             # launchers turn every exit code into 1; a run that has begun has a recipe.yaml
             if code == 2 or (code and config is not None and not RunFolder(folder).occupied):
                 raise InputError(f"{folder} was refused, see above.")

@@ -5,10 +5,12 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 
 import pytest
 import torch
+from forked import Python
 from torch.utils.data import DataLoader
 
 from ride_timm import InputError, RunError
@@ -167,3 +169,44 @@ def test_a_pipe_that_lacks_characters_gets_others(monkeypatch):
     monkeypatch.setattr(sys, "stdout", pipe)
     assert exit_code(lambda argv: print("bee → ant, é"), None) == 0
     assert pipe.buffer.getvalue().splitlines() == ["bee ? ant, é".encode("cp1252")]
+
+
+LAUNCHER = """
+import os, time
+from ride_timm.cli.process import Signals, exit_code
+
+def command(argv):
+    signals = Signals()
+    print(os.getpid(), flush=True)
+    for _ in range(400):
+        signals.check()
+        time.sleep(0.05)
+
+if os.fork():
+    os.wait()
+else:
+    os._exit(exit_code(command, None))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "NO_LAUNCHER"])
+def test_a_process_is_interrupted_when_its_launcher_is_killed_but_outlives_a_shell(variable):
+    launcher = Python("-c", LAUNCHER, **{variable: "no"})
+    wait_until(lambda: launcher.stdout)
+    launcher.kill()
+    if variable == "NO_LAUNCHER":
+        time.sleep(0.5)
+        os.kill(int(launcher.stdout), signal.SIGKILL)
+        assert launcher.stderr == ""
+    else:
+        wait_until(lambda: launcher.stderr)
+        assert launcher.stderr.startswith("error: interrupted; --resume continues")
+
+
+def wait_until(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")

@@ -121,7 +121,12 @@ def test_a_run_that_a_launcher_ends_before_it_begins_stops_the_sweep(sweep, one_
     assert "cifar100_lt_ce-seed0 was refused" in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_the_run_and_the_sweep(sweep, tmp_path):
+@pytest.mark.parametrize(
+    ("kill", "number", "code"),
+    [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, -signal.SIGTERM)],  # the first as a terminal does
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a run does not end with its parent")
+def test_a_signal_stops_the_run_and_the_sweep(sweep, tmp_path, kill, number, code):
     sweep("--recipes", "cifar100_lt", codes={"cifar100_lt 0": 2})  # leaves the script's files
     (tmp_path / "codes").write_text(json.dumps({"cifar100_lt 0": "wait"}))
     command = [sys.executable, "-m", "ride_timm", "sweep", "--script", str(tmp_path / "fake.py")]
@@ -139,10 +144,12 @@ def test_ctrl_c_stops_the_run_and_the_sweep(sweep, tmp_path):
         if (tmp_path / "waiting").exists() or process.poll() is not None:
             break
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.wait(30) == 130 and "error: interrupted." in process.stderr.read()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # the run has ended, too
+    kill(process.pid, number)
+    assert process.wait(30) == code and ("error: interrupted." in process.stderr.read()) == (code == 130)
+    with pytest.raises(ProcessLookupError):  # the run ends, too
+        for _ in range(200):
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +184,7 @@ def test_nothing_finished_is_no_row(tmp_path):
 
 
 def test_a_real_run_and_its_resumption(colours, tmp_path, monkeypatch, capsys):
-    def run(command):
+    def run(command, preexec_fn):
         done = run_python(*command[1:])
         return subprocess.CompletedProcess(command, done.exit_code, done.stdout, done.stderr)
 
