@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -22,10 +24,11 @@ class Heartbeat:
     A collective waits six hours for such a process, as it must for one that downloads a data set. So a thread of each
     process beats every `every` seconds in a store of the main process, which watches all of them; the others watch the
     main process. One that misses `limit` beats has stopped. Beats are counted, not timed: a suspended machine misses
-    none. With one process, or where one cannot connect to the store (its port is any free one), does nothing.
+    none. It is killed where both have the same agent of torchrun, which otherwise waits half a minute for it to end.
+    With one process, or where one cannot connect to the store (its port is any free one), does nothing.
     """
 
-    def __init__(self, accelerator: Accelerator, limit: int = 25, every: float = 2) -> None:
+    def __init__(self, accelerator: Accelerator, limit: int = 18, every: float = 2) -> None:
         self.accelerator, self.limit, self.every = accelerator, limit, every
         self._closed = threading.Event()
         if accelerator.num_processes == 1:
@@ -35,7 +38,10 @@ class Heartbeat:
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         port = broadcast_object_list([self._store.port if main else None])[0]
         connected = main or self._connect(host, port)
-        if not all(gather_object([connected])):
+        agent = os.environ.get("GROUP_RANK")  # torchrun's, one per machine
+        found = gather_object([(connected, agent, os.getpid())])
+        self._neighbours = {rank: pid for rank, (_, other, pid) in enumerate(found) if agent and other == agent}
+        if not all(connected for connected, *_ in found):
             if main:
                 print(
                     f"notice: port {port} of {host} is closed to some processes; one that stops answering ends the run "
@@ -83,4 +89,7 @@ class Heartbeat:
         if not self._closed.wait(2 * self.every) and threading.main_thread().is_alive():
             way = "--resume continues after the last finished epoch."
             print(f"{line_end()}error: process {rank} of this run has stopped; {way}", file=sys.stderr, flush=True)
+            if rank in self._neighbours:
+                with suppress(ProcessLookupError):  # it has died since
+                    os.kill(self._neighbours[rank], signal.SIGKILL)
             os._exit(1)  # the main thread waits in a collective, which nothing interrupts
