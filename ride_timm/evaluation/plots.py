@@ -124,7 +124,7 @@ def plot_long_tail(
 
 def _mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 0.0
+    return float(known.mean()) if len(known) else np.nan
 
 
 def plot_reliability(path: Path, rows: Rows) -> None:
@@ -240,4 +240,5 @@ def plot_routing(
 
 
 def _heights(values: Iterable[float | None]) -> list[float]:
-    return [value or 0 for value in values]
+    """Heights of bars; NaN, which has none and no label, for a group without images."""
+    return [np.nan if value is None else value for value in values]

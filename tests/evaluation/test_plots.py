@@ -1,5 +1,7 @@
 """Plots, read back from their figures."""
 
+import math
+
 import pytest
 import torch
 
@@ -93,6 +95,23 @@ def test_many_classes_are_averaged_within_their_group(drawn, tmp_path):
     bars = drawn["long_tail.png"].axes[1].containers[0]
     assert [bar.get_height() for bar in bars] == [50.0] * 100 + [10.0]
     assert sum(round(bar.get_width()) for bar in bars) == 400
+
+
+def test_groups_and_classes_without_test_images_have_no_bar(drawn, tmp_path):
+    metrics = measured(False)
+    metrics |= dict(few=None, per_class=[None, 100.0, 0.0])
+    for values in metrics["experts"].values():
+        values["few"] = [None] * 2 if isinstance(values["few"], list) else None
+    plots.plot_metrics(tmp_path, {"ensemble": metrics}, COUNTS, NAMES, SHOTS)
+    alone, differing, diversity = drawn["experts.png"].axes[:3]
+    for axes in (alone, differing, diversity):
+        assert all(math.isnan(bars[3]) and not math.isnan(bars[2]) for bars in heights(axes))
+    tops = [text.get_text() for text in alone.texts]
+    assert tops == ["100", "100", "100", "", "67", "100", "100", "", "100", "100", "100", ""]
+    accuracy = drawn["long_tail.png"].axes[1]
+    assert heights(accuracy)[0] == [100, 0, pytest.approx(math.nan, nan_ok=True)]
+    assert [line.get_ydata()[0] for line in accuracy.lines[:2]] == [100, 0]
+    assert math.isnan(accuracy.lines[2].get_ydata()[0])
 
 
 def test_one_axis_a_panel_and_all_files(drawn, tmp_path):
