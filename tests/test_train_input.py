@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from journeys import flags_of, stop_after_epoch
+from small_splits import png, saved, split
 
 from ride_timm import RunError
 from ride_timm.training import run_folder
@@ -98,6 +99,12 @@ def test_bad_input_exits_with_2_and_writes_nothing(train, flags, message, tmp_pa
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_one_class_are_rejected_before_writing(train, tmp_path, capsys):
+    path = saved(tmp_path, train=split([0] * 12, data=[png()] * 12), test=split([0], data=[png()]))
+    assert train(flags_of(path, tmp_path / "run")) == 2 and not (tmp_path / "run").exists()
+    assert "error: the training images are of one class, '0': expected two or more; --la" in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_model_is_rejected(train, finished, colours, tmp_path, capsys):

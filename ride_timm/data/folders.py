@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sys
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter
@@ -28,6 +29,7 @@ SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _BETWEEN_WORDS = r"[-._ 0-9]+"
+_RUN = {"recipe.yaml", "state.pt"}  # files of every run
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # formats that Pillow identifies, but decodes only by another program or library, if at all
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -60,9 +62,10 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
     """The splits of a folder of images by class, columns "image" and "label"; None for a folder of another form.
 
     No image is opened. Rows are in the order of the paths. A class is the folder of its images; where images are at
-    different depths, the topmost one, with all below it. `datasets` reads other forms: without images, or with metadata
-    files. Warns of files in class folders that are no images by their extension. Raises `InputError` for training
-    images outside of class folders, or of one class.
+    different depths, the topmost one, with all below it; names are in NFC, which macOS does not keep. `datasets` reads
+    other forms: without images, or with metadata files. Warns of empty class folders, and of files in class folders
+    that are no images by their extension. Raises `InputError` for training images outside of class folders, or of one
+    class.
     """
     folders = split_folders(root) or {"train": [root]}
     files: dict[str, list[str]] = {}  # images by split
@@ -75,7 +78,8 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
                 parent, _, name = path.rpartition("/")
                 if is_image(name):
                     files[split].append(path)
-                    parents[split].append(sys.intern(parent[len(folder) + 1 :]))  # one string for all images there
+                    within = unicodedata.normalize("NFC", parent[len(folder) + 1 :])
+                    parents[split].append(sys.intern(within))  # one string for all images there
                 elif name in _METADATA:
                     return None
                 elif len(parent) > len(folder):
@@ -89,6 +93,8 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
         )
     if not any(files.values()):
         return None
+    if empty := [path for some in folders.values() for folder in some for path in _empty_folders(folder)]:
+        warnings.warn(f"class folders without a file are no classes: {listed(empty)}", stacklevel=2)
     by_class = {split: found for split, found in parents.items() if "" not in found}
     if "train" in folders and "train" not in by_class:
         stray = files["train"][parents["train"].index("")]
@@ -114,6 +120,12 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
         for split, found in by_class.items()
     }
     return {split: files_as_dataset(paths, labels.get(split), names) for split, paths in files.items() if paths}
+
+
+def _empty_folders(folder: Path) -> list[str]:
+    """Paths of the folders in a folder that hold nothing at all."""
+    with os.scandir(folder) as entries:
+        return sorted(e.path for e in entries if e.is_dir() and not _is_hidden(e) and not os.listdir(e))
 
 
 def _warn_of_joined(class_of: dict[str, str], root: Path) -> None:
@@ -178,10 +190,15 @@ def not_utf8(path: str) -> InputError:
 
 
 def files_below(folder: str | Path) -> Iterator[str]:
-    """Paths of the files in a folder and below, in the order of their paths; without hidden ones, pipes and devices."""
+    """Paths of the files in a folder and below, in the order of their paths.
+
+    Without hidden files, pipes and devices, and without run folders, whose plots are no data.
+    """
     with os.scandir(folder) as entries:
         kept = (entry for entry in entries if not (_is_hidden(entry) or _is_special(entry) or _leads_back(entry)))
         names = sorted(map(_marked, kept))
+    if _RUN.issubset(names):
+        return
     for name in names:
         path = f"{folder}/{name}"
         if name.endswith("/"):

@@ -131,7 +131,12 @@ def check_grad_checkpointing(model: Ride, recipe: Recipe) -> None:
 def preflight(
     recipe: Recipe, options: Options, data: RunData, model: Ride, state: TrainingState | None, accelerator: Accelerator
 ) -> None:
-    """The last checks before the first write: machine, initial weights, batches and BatchNorm of the stages to come."""
+    """The last checks before the first write: classes, machine, initial weights, batches and BatchNorm of the stages."""
+    if data.num_classes == 1:
+        raise InputError(
+            f"the training images are of one class, {data.longtail.class_names[0]!r}: expected two or more; "
+            "--label-column names another column, --dataset other data."
+        )
     check_machine(recipe, options, accelerator)
     stated = recipe.freeze_norm and "freeze_norm" in options.fixed  # of a recipe, it is for any backbone
     if stated and not any(isinstance(module, _BatchNorm) for module in model.modules()):

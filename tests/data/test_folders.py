@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 
 import datasets
 import pytest
@@ -47,6 +48,28 @@ def test_the_rows_are_those_of_the_builder(tmp_path, tree):
     found = rows(scan_classes(root))
     assert found == rows(datasets.load_dataset(str(root)))
     assert all(paths for paths, _, _ in found.values())
+
+
+@pytest.mark.parametrize("run", ["runs/a", "cat/runs/train", "runs"])
+def test_run_folders_among_the_classes_are_skipped(tmp_path, run):
+    files = [f"{run}/{name}" for name in ("recipe.yaml", "state.pt", "curves.png", "hub/1.png")]
+    found = rows(scan_classes(write(tmp_path, "cat/1.jpg", "dog/1.jpg", *files)))
+    assert found == {"train": ([f"{tmp_path}/cat/1.jpg", f"{tmp_path}/dog/1.jpg"], [0, 1], ["cat", "dog"])}
+
+
+def test_a_name_is_one_class_in_both_forms_of_unicode(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    write(tmp_path, f"train/{composed}/1.jpg", "train/tea/1.jpg", f"test/{decomposed}/1.jpg", "test/tea/1.jpg")
+    found = rows(scan_classes(tmp_path))
+    assert found["test"][0] == [f"{tmp_path}/test/{decomposed}/1.jpg", f"{tmp_path}/test/tea/1.jpg"]
+    assert all(names == [composed, "tea"] and labels == [0, 1] for _, labels, names in found.values())
+
+
+def test_empty_class_folders_are_a_warning(tmp_path):
+    root = write(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "test/dog/1.jpg")
+    (root / "train" / "mouse").mkdir()
+    with pytest.warns(UserWarning, match="without a file are no classes: .*/train/mouse$"):
+        assert rows(scan_classes(root))["train"][2] == ["cat", "dog"]
 
 
 def test_inner_folders_of_one_name_are_one_class_with_a_warning(tmp_path):
