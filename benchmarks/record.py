@@ -36,7 +36,8 @@ def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
     )
     made.add_argument("--rounds", type=int, default=rounds, help="alternating runs of each variant")
     made.add_argument("--threads", type=int, default=cores(), help="CPU threads of torch")
-    made.add_argument("--no-record", action="store_true", help="do not append to benchmarks/results.jsonl")
+    made.add_argument("--results", type=Path, default=RESULTS, help="file to append the results to, as JSON lines")
+    made.add_argument("--no-record", action="store_true", help="do not append them")
     return made
 
 
@@ -47,6 +48,8 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     for name in ("rounds", "threads", "steps", "batch_size"):
         if getattr(args, name, 1) < 1:
             made.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    if not args.results.parent.is_dir():
+        made.error(f"--results {args.results}: its folder does not exist")
     torch.set_num_threads(args.threads)
     _start = _clocks()
     return args
@@ -184,7 +187,7 @@ def record(benchmark: str, args: argparse.Namespace, figures: dict[str, Any]) ->
         return
     # no machine's paths in the record: the last part only
     given = {key: Path(value).name if isinstance(value, Path) else value for key, value in vars(args).items()}
-    del given["no_record"]
+    del given["no_record"], given["results"]
     line = {
         "benchmark": benchmark,
         "figures": _rounded(figures),
@@ -192,5 +195,5 @@ def record(benchmark: str, args: argparse.Namespace, figures: dict[str, Any]) ->
         **provenance(),
         "disturbed_percent": _rounded(others),
     }
-    with RESULTS.open("a", encoding="utf-8") as results:
+    with args.results.open("a", encoding="utf-8") as results:
         results.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -220,16 +220,25 @@ def test_zero_is_rejected(benchmark, capsys, flag):
     assert f"{flag} 0: expected 1 or more" in capsys.readouterr().err
 
 
-def test_recorded_line(benchmark, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flagged", [False, True])
+def test_recorded_line(benchmark, tmp_path, monkeypatch, flagged):
     import json
 
-    record = benchmark("record")
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results.jsonl")
-    args = record.parse(record.parser("A title."), ["--rounds", "2"])
+    record, results = benchmark("record"), tmp_path / "results.jsonl"
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "other.jsonl" if flagged else results)
+    args = record.parse(record.parser("A title."), ["--rounds", "2", *(["--results", str(results)] * flagged)])
     args.data_dir = tmp_path / "cifar"
     record.record("step", args, dict(ratio=2.3456789, rows=[dict(time=1 / 3)]))
-    line = json.loads(record.RESULTS.read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+    line = json.loads(results.read_text())
     assert line["benchmark"] == "step" and line["figures"] == {"ratio": 2.3457, "rows": [{"time": 0.33333}]}
     assert line["arguments"] == {"rounds": 2, "threads": args.threads, "data_dir": "cifar"}
     assert {"commit", "versions", "processor", "threads", "date"} <= set(line)
-    assert str(tmp_path) not in record.RESULTS.read_text()
+    assert str(tmp_path) not in results.read_text()
+
+
+def test_results_in_no_folder_are_rejected_before_anything_is_measured(benchmark, tmp_path, capsys):
+    record, results = benchmark("record"), tmp_path / "none" / "results.jsonl"
+    with pytest.raises(SystemExit):
+        record.parse(record.parser("A title."), ["--results", str(results)])
+    assert f"--results {results}: its folder does not exist" in capsys.readouterr().err
