@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +64,18 @@ class Bench:
         """Give back the memory of earlier measurements."""
         gc.collect()
         if self.on_gpu:
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # an error that CUDA repeats at every call has its line already
+                torch.cuda.empty_cache()
+
+    @contextmanager
+    def row(self, name: str) -> Iterator[None]:
+        """Body of one row of checks: its error is one line, and the next row is checked."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(name, error)
+        finally:
+            self.free()
 
     def check(self, name: str, error: float, tolerance: float, note: str = "") -> None:
         """Compare an error to its tolerance; any that is not below, such as NaN, is wrong."""

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ride_timm.losses import LOSSES
+from ride_timm.training.watch import FIRST_CHECKS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -54,6 +55,8 @@ def test_every_section_runs_on_a_cpu(gpu, module, capsys):
     assert {row["name"] for row in figures["losses"]["rows"]} == set(LOSSES)
     rows = [row for section in figures.values() for row in section["rows"]]
     assert all(row["error"] <= row["tolerance"] for row in rows if "error" in row)
+    tolerances = [[row["tolerance"] for row in figures[section]["rows"]] for section in ("outputs", "gradients")]
+    assert tolerances == [[1e-4, 1e-1] * 2] * 2
     step = next(row for row in figures["steps"]["rows"] if row["name"].startswith("ride_resnext50"))
     assert step["images_per_second_over_timm"] == pytest.approx(step["timm_seconds"] / step["seconds"], rel=1e-3)
     assert "the scaler's state" in figures["mixed_precision"]["left_out"]  # fp16 needs a GPU
@@ -99,6 +102,68 @@ def test_it_stops_in_time_and_says_what_it_left_out(gpu, capsys, monkeypatch):
     assert time.monotonic() - started < 10
     left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
     assert left_out == ["left out: steps: a year", "left out: steps: the rest", "left out: epochs: epochs"]
+
+
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        ("losses", "make_loss"),
+        ("outputs", "pair"),
+        ("gradients", "pair"),
+        ("routing", "pair"),
+        ("mixed_precision", "train_with"),
+        ("synchronisations", "train_with"),
+    ],
+)
+def test_a_failing_row_leaves_the_others_of_its_section(gpu, module, capsys, monkeypatch, section, part):
+    def broken(*args, **how):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(module("gpu_checks"), part, broken)
+    assert run(gpu, "--sections", section) == 1
+    printed = capsys.readouterr().out
+    rows = dict(losses=len(LOSSES), mixed_precision=len(LOSSES) + 1, synchronisations=len(LOSSES) + 5).get(section, 2)
+    assert printed.count("  FAILED: ") == printed.count("no kernel image") == rows
+
+
+def test_an_error_that_cuda_repeats_does_not_end_the_benchmark(module, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    module("gpu_bench").Bench(Namespace(toy=True), torch.device("cuda"), time.monotonic()).free()
+
+
+def test_gradients_are_compared_where_rounding_changes_them_little(module):
+    """At ReLU's kink the rounding of float32 alone can exceed the tolerance."""
+    checks, errors = module("gpu_checks"), []
+    bench = module("gpu_bench").Bench(Namespace(toy=True), torch.device("cpu"), time.monotonic())
+    images, targets = checks.batch_of(32)
+    for change in (lambda model: None, checks.smooth):
+        model, reference = checks.pair(bench, "ride_resnet32")
+        change(model)
+        change(reference)
+        expected = checks.gradient_of(reference, images.double(), targets, "fp32")
+        found = checks.gradient_of(model, images, targets, "fp32")
+        errors.append(((found - expected).norm() / expected.norm()).item())
+    assert 10 * errors[1] < min(errors[0], checks.TOLERANCES["fp32"]), errors
+
+
+def test_steps_enough_for_the_counted_ones_are_decoded(module):
+    """Beyond the first looks at the losses; fewer images than CIFAR100-LT's, which every row would decode anew."""
+    bench = module("gpu_bench").Bench(Namespace(toy=False), torch.device("cpu"), time.monotonic())
+    loader = module("gpu_checks").train_with(bench, "ce", "no").stage.loader
+    assert max(FIRST_CHECKS) + 5 <= len(loader) < 20
+
+
+def test_the_tests_of_a_gpu_are_the_marked_ones(gpu, monkeypatch):
+    commands = []
+    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command) or Namespace(returncode=1))
+    monkeypatch.setitem(gpu.SECTIONS, "steps", lambda bench: None)
+    assert run(gpu, "--sections", "steps", "--tests", "--no-record") == 1
+    files = [part for part in commands[-1] if part.endswith(".py")]
+    assert {"tests/losses/test_base.py", "tests/models/test_ride.py"} <= set(files)
+    assert not {"tests/benchmarks/test_gpu.py", "tests/test_hardware.py"} & set(files)
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1"])
