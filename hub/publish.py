@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import timm
-from folder import GOLDEN, HERE, STAMP, Staged, is_registered, record_published
-from huggingface_hub import HfApi, constants, get_token
+from folder import CARD, GOLDEN, HERE, STAMP, Staged, is_registered, record_published
+from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from tables import refresh
 from verify import check_golden
@@ -86,6 +86,17 @@ def check_release(staged: Staged, repo: str, release: str = RELEASE) -> None:
         raise InputError(f"release {release} of {repo} exists with other weights: raise the version of the package.")
 
 
+def check_base(staged: Staged) -> None:
+    """Print a notice where the Hub has no repository that the card names as its `base_model`."""
+    base = ModelCard.load(staged.path / CARD).data.base_model
+    with hub_errors(str(base)):
+        if base is not None and not make_api().repo_exists(base):
+            print(
+                f"notice: the card names {base} as its base_model, which the Hub does not have: publish it, too.",
+                file=sys.stderr,
+            )
+
+
 def check_stamp(staged: Staged) -> None:
     """InputError unless verify.py has checked these very files."""
     seen, hashes = staged.stamp().get("files"), staged.hashes()
@@ -143,6 +154,7 @@ def publish(staged: Staged, repo: str, push: bool, release: str = RELEASE) -> No
         return
     check_access(repo)
     check_release(staged, repo, release)
+    check_base(staged)
     commit = upload(staged.path, repo, f"{staged.name} {release}")
     check_download(staged, repo, commit)
     with hub_errors(repo):

@@ -74,7 +74,10 @@ def check_push(repo: str, network: str) -> None:
     found, _ = parse_name(name)
     if found != network:
         raise InputError(f"push_to_hub={repo!r} names a {found}, the recipe trains a {network}.")
-    if (provenance()["commit"] or "").endswith("+dirty"):
+    commit = provenance()["commit"]
+    if commit is None:
+        raise InputError("--push-to-hub: the code is in no git clone, which makes the release irreproducible.")
+    if commit.endswith("+dirty"):
         raise InputError("--push-to-hub: the clone has uncommitted changes, which make the release irreproducible.")
     if find_spec("matplotlib") is None:
         raise InputError("--push-to-hub draws the plots of the card: pip install matplotlib.")

@@ -190,13 +190,17 @@ def golden_pair(model: Ride) -> dict[str, torch.Tensor]:
 def _read_run(path: Path, *files: str) -> tuple[dict[str, Any], Recipe]:
     """Results and recipe of a finished run, which may be staged; it must have these further files.
 
-    InputError for an unfinished or damaged run, and for one of code that is in no commit.
+    InputError for an unfinished or damaged run, and for one of code that is in no commit or an unknown one.
     """
     for file in (*files, RESULTS, RECIPE):
         if not (path / file).is_file():
             raise InputError(f"{path} has no {file}: expected the folder of a finished run.")
     results, recipe = read_json(path / RESULTS, _DAMAGED), read_recipe(path / RECIPE, _DAMAGED)
-    if (results["commit"] or "").endswith("+dirty"):
+    if results["commit"] is None:
+        raise InputError(
+            f"{path} was trained by code outside a git clone, so it cannot be reproduced: train again from a clone."
+        )
+    if results["commit"].endswith("+dirty"):
         raise InputError(
             f"{path} was trained with uncommitted changes (commit {results['commit']}), so it cannot be reproduced: "
             "commit them and train again."

@@ -111,11 +111,17 @@ def test_seeds_that_are_none(run, make_run, tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("as_seed", [False, True])
-def test_runs_of_uncommitted_changes_are_refused(run, make_run, tmp_path, as_seed):
-    """Their commit is not the code that trained them."""
+@pytest.mark.parametrize(
+    ("commit", "message"),
+    [
+        ("0123456789ab+dirty", r"uncommitted changes \(commit 0123456789ab\+dirty\).*: commit them"),
+        (None, "outside a git clone.*: train again from a clone"),
+    ],
+)
+def test_runs_of_code_in_no_commit_are_refused(run, make_run, tmp_path, as_seed, commit, message):
     dirty = Path(shutil.copytree(make_run(seed=1, router=True, top_choices_num=3), tmp_path / "dirty"))
-    set_json(dirty / "results.json", commit="0123456789ab+dirty")
-    with pytest.raises(InputError, match=r"uncommitted changes \(commit 0123456789ab\+dirty\).*: commit them"):
+    set_json(dirty / "results.json", commit=commit)
+    with pytest.raises(InputError, match=message):
         stage(run if as_seed else dirty, TAG, tmp_path / "hub", seeds=(dirty,) if as_seed else ())
     assert not list((tmp_path / "hub").iterdir())
 

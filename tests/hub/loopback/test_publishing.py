@@ -52,6 +52,17 @@ def test_a_dry_run_lists_the_files_without_a_network(release, hub, capsys):
     assert all(file in out for file in release.hashes())
 
 
+def test_a_base_model_that_is_not_on_the_hub_is_a_notice(published, release, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    staged = folder.Staged(NAME, Path(shutil.copytree(release.path, tmp_path / NAME)))
+    for base, missing in ((None, False), (published, False), (f"org/elsewhere.{NAME}", True)):
+        card = ModelCard.load(staged.path / "README.md")
+        card.data.base_model = base
+        card.save(staged.path / "README.md")
+        publish_script.check_base(staged)
+        assert (f"names {base} as its base_model" in capsys.readouterr().err) == missing
+
+
 def test_what_was_pushed_from_nothing(published, release, hub):
     repo = hub.repos["model", published]
     files = repo.files(RELEASE)

@@ -102,6 +102,9 @@ def test_a_script_or_a_machine_that_cannot_release(train, script, short, tmp_pat
     assert train([*short, "--push-to-hub", NAME]) == 2
     assert "uncommitted changes" in capsys.readouterr().err
     monkeypatch.setattr(run_folder, "_commit", lambda: None)
+    assert train([*short, "--push-to-hub", NAME]) == 2
+    assert "the code is in no git clone" in capsys.readouterr().err
+    monkeypatch.setattr(run_folder, "_commit", lambda: COMMIT)
     monkeypatch.setattr("release.find_spec", lambda name: None)
     assert train([*short, "--push-to-hub", NAME]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
