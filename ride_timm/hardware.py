@@ -30,7 +30,8 @@ def processor_name() -> str:
 def choose_device(name: str | None = None) -> torch.device:
     """The device of this name, or the GPU where there is one; InputError for one that is not usable."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

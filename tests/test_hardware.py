@@ -12,7 +12,14 @@ from torch._inductor import config as inductor
 from torch._inductor import cpp_builder
 
 from ride_timm import InputError, hardware
-from ride_timm.hardware import has_compiler, keep_memory, set_threads
+from ride_timm.hardware import choose_device, has_compiler, keep_memory, set_threads
+
+
+@pytest.mark.parametrize(("cuda", "mps", "chosen"), [(1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_the_default_device_is_the_gpu(monkeypatch, cuda, mps, chosen):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(cuda))
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: bool(mps))
+    assert choose_device().type == chosen
 
 
 @pytest.fixture

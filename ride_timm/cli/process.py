@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import json
 import os
@@ -95,10 +96,12 @@ def exit_code(command: Callable[[list[str] | None], None], argv: list[str] | Non
         code = _run(command, argv)
         print(end="", flush=True)  # finds a closed pipe here rather than at interpreter exit
         return code
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and error.errno != errno.EINVAL:  # a closed pipe on Windows
+            raise
         try:
             print(flush=True)
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
             return 141
         raise  # the pipe was not stdout but, say, a tracker's

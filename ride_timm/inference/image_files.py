@@ -37,8 +37,11 @@ def find_images(names: Iterable[str]) -> list[str]:
             if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
                 raise InputError("images: standard input is UTF-16 text, as PowerShell writes: pass UTF-8.")
             listed = data.split(b"\0") if b"\0" in data else data.splitlines()
-            for line in filter(None, listed):
-                paths += _images_of(os.fsdecode(line))
+            try:
+                names_read = [os.fsdecode(line) for line in listed if line]
+            except UnicodeDecodeError as error:  # of a code page of Windows; elsewhere names are any bytes
+                raise InputError(f"images: standard input is not UTF-8 text ({error.object!r}): pass UTF-8.") from error
+            paths += [path for read in names_read for path in _images_of(read)]
         elif not name:
             raise InputError("images: an empty name; expected files, folders or patterns.")
         elif os.path.exists(name):

@@ -219,8 +219,8 @@ class Timed:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         started = time.perf_counter()
         predictions = self.predict(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
+        if images.device.type != "cpu":
+            torch.accelerator.synchronize(images.device)
         self.calls.append((len(images), time.perf_counter() - started))
         return predictions
 

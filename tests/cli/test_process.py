@@ -1,5 +1,6 @@
 """Exit codes and signals."""
 
+import errno
 import io
 import os
 import re
@@ -123,9 +124,22 @@ def test_a_closed_pipe_exits_with_141(monkeypatch, capsys, command, unbuffered):
     assert capsys.readouterr().err == ""  # nor at the end, when the file was closed
 
 
+class _ClosedOnWindows(io.FileIO):
+    def write(self, data):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_a_closed_pipe_of_windows_exits_with_141(monkeypatch, tmp_path):
+    out = _ClosedOnWindows(tmp_path / "pipe", "w")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, write_through=True))
+    assert exit_code(_print("short"), None) == 141
+
+
 def test_a_broken_pipe_of_others_is_not_hidden():
     with pytest.raises(BrokenPipeError, match="a tracker's"):
         exit_code(_raise(BrokenPipeError("a tracker's")), None)
+    with pytest.raises(OSError, match="another's"):
+        exit_code(_raise(OSError(errno.EINVAL, "another's")), None)
 
 
 def test_parser_complaints_are_input_errors():

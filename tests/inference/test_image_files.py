@@ -64,6 +64,13 @@ def test_standard_input_of_windows(folder, monkeypatch, encoding, found):
         assert find_images(["-"]) == found
 
 
+def test_standard_input_in_a_code_page_of_windows(monkeypatch):
+    monkeypatch.setattr("os.fsdecode", lambda name: name.decode())  # strict there
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("b.png\né.png\n".encode("cp1252"))))
+    with pytest.raises(InputError, match=r"standard input is not UTF-8 text \(b'\\xe9.png'\): pass UTF-8"):
+        find_images(["-"])
+
+
 def test_no_names(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(InputError, match="no images: expected files, folders or patterns"):
