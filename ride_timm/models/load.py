@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..errors import InputError, first_line
 from .download import check_network
 from .legacy import load_legacy
-from .release import check_finite
+from .release import WEIGHTS, check_finite
 from .ride import Ride
+from .weights_file import check_weights
 
 _HUB = "hf-hub:"
 
@@ -47,7 +48,7 @@ def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
     """Load any network in eval mode.
 
     spec: a run folder, an authors' `.pth`, or a name for `timm.create_model`.
-    Raises InputError if it does not exist, or the weights do not fit or are not finite.
+    Raises InputError if it does not exist, or the weights are damaged, do not fit or are not finite.
     """
     path = Path(spec)
     check_path(spec)
@@ -57,6 +58,8 @@ def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
         elif path.is_dir():
             if not (path / "config.json").is_file():
                 raise InputError(f"{path} holds no config.json: not a run folder, or its first stage is not finished.")
+            if (path / WEIGHTS).is_file():
+                check_weights(path / WEIGHTS)
             model = timm.create_model(f"local-dir:{path}", pretrained=True, **kwargs)
         else:
             model = timm.create_model(str(spec), pretrained=True, **kwargs)

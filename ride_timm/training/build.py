@@ -29,10 +29,11 @@ from ..models import Ride
 from ..models.fused import fuse
 from ..models.load import create_ride_model, load_model, load_teacher
 from ..models.release import class_names
+from ..models.weights_file import weights_sha256
 from ..priors import inverse_root_weights
 from .options import Options
 from .recipe import Recipe, StageSettings
-from .state import TrainingState, frozen_sha256, load_trained, weights_sha256
+from .state import TrainingState, frozen_sha256, load_trained
 
 _ADVICE = "; replace it and pass --resume, or begin anew with --max-unreadable N, which leaves out up to N such images"
 

@@ -131,7 +131,7 @@ def check_grad_checkpointing(model: Ride, recipe: Recipe) -> None:
 def preflight(
     recipe: Recipe, options: Options, data: RunData, model: Ride, state: TrainingState | None, accelerator: Accelerator
 ) -> None:
-    """The last checks before the first write: classes, machine, initial weights, batches and BatchNorm of the stages."""
+    """The last checks before the first write: classes, machine, initial weights, batches and BatchNorm."""
     if data.num_classes == 1:
         raise InputError(
             f"the training images are of one class, {data.longtail.class_names[0]!r}: expected two or more; "

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
@@ -24,7 +23,8 @@ from ..evaluation.tables import STAGE_NAMES, metrics_table
 from ..files import write_atomically, write_text
 from ..hardware import device_name
 from ..models import Ride
-from ..models.release import save_config
+from ..models.release import WEIGHTS, save_config
+from ..models.weights_file import check_weights, write_weights
 from .recipe import Recipe, load_recipe
 from .state import TrainingState
 
@@ -122,7 +122,7 @@ class RunFolder:
             raise InputError(f"{self.path} holds a router on other experts: resume it with --stage router --resume.")
         if router_in_place and not finished and not (resume and state is not None and state.stage == "router"):
             raise InputError(f"stage one in {self.path} is not finished: resume it with --resume --stage both.")
-        if state is None and (self.path / "model.safetensors").exists():
+        if state is None and (self.path / WEIGHTS).exists():
             raise InputError(
                 f"{self.path} holds a run without its state.pt, so there is nothing to resume from: choose another "
                 "--output, or delete the folder to begin again."
@@ -143,12 +143,15 @@ class RunFolder:
             )
 
     def has_finished(self, recipe: Recipe, stage: str) -> bool:
-        """The results of a stage are here; InputError where they are of another recipe."""
+        """The results of a stage are here; InputError where they are of another recipe, or the weights are damaged."""
         if not (self.path / "results.json").is_file() or not self.occupied:
             return False
         self.check_recipe(recipe)
         state = self.state()  # written after the results, so a kill between them is resumed
-        return stage in self.results()["stages"] and (state is None or stage in state.results)
+        finished = stage in self.results()["stages"] and (state is None or stage in state.results)
+        if finished:
+            check_weights(self.path / WEIGHTS)
+        return finished
 
     def lock(self) -> None:
         """Keep other runs out of the folder until this process ends, however it ends; creates the folder.
@@ -243,9 +246,7 @@ class RunFolder:
         """Plain weights and timm's config.json; data_config: input_size, mean, std, crop_pct of the test transform."""
         tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         config = dict(model_config=dict(label_names=list(class_names)), data_config=data_config)
-        write_atomically(
-            self.path / "model.safetensors", lambda p: safetensors.torch.save_file(tensors, p, {"format": "pt"})
-        )
+        write_atomically(self.path / WEIGHTS, lambda p: write_weights(tensors, p))
         write_atomically(self.path / "config.json", lambda p: save_config(model, p, **config))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import sync
 from ..models import Ride
+from ..models.weights_file import weights_sha256
 
 
 def trained_tensors(model: Ride) -> dict[str, Tensor]:
@@ -40,15 +40,6 @@ def frozen_sha256(model: Ride) -> str | None:
     """SHA-256 of the tensors that no stage trains; None where there are none."""
     frozen = model.frozen_names()
     return weights_sha256({k: v for k, v in model.state_dict().items() if k in frozen}) if frozen else None
-
-
-def weights_sha256(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the names and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_archive(path: Path) -> None:

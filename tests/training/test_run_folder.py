@@ -182,6 +182,18 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_files(disk, name, monkeypa
     assert RunFolder(disk / "run").state().epoch == 3
 
 
+def test_damaged_weights_are_neither_loaded_nor_finished(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin(TINY, TrainingState(results={"experts": {}}))
+    folder.export(timm.create_model("test_ride_resnet", num_experts=2, num_classes=5), SHAPE, tuple("abcde"))
+    folder.write_results(TINY, torch.device("cpu"), {"experts": {}})
+    assert folder.has_finished(TINY, "experts") and load_model(tmp_path).num_classes == 5
+    damage(tmp_path / "model.safetensors")
+    for use in (lambda: folder.has_finished(TINY, "experts"), lambda: load_model(tmp_path)):
+        with pytest.raises(InputError, match=r"model\.safetensors is damaged: .* SHA-256"):
+            use()
+
+
 @pytest.mark.parametrize("router", [False, True])
 def test_exported_weights_load_through_timm_and_load_model(tmp_path, router):
     torch.manual_seed(0)
