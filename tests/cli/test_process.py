@@ -50,7 +50,7 @@ class _Dies:
         return 2
 
     def __getitem__(self, i):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM)  # SIGKILL is none of Windows'
 
 
 def test_a_loader_process_that_is_killed_is_one_line(capsys):
@@ -153,7 +153,7 @@ def test_a_signal_waits_for_the_check(number):
     signals = Signals()
     try:
         signals.check()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         with pytest.raises(Interrupted) as caught:
             signals.check()
         assert caught.value.args == (number,)

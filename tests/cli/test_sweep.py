@@ -123,7 +123,7 @@ def test_a_run_that_a_launcher_ends_before_it_begins_stops_the_sweep(sweep, one_
 
 @pytest.mark.parametrize(
     ("kill", "number", "code"),
-    [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, -signal.SIGTERM)],  # the first as a terminal does
+    [("killpg", signal.SIGINT, 130), ("kill", signal.SIGTERM, -signal.SIGTERM)],  # the first as a terminal does
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a run does not end with its parent")
 def test_a_signal_stops_the_run_and_the_sweep(sweep, tmp_path, kill, number, code):
@@ -144,7 +144,7 @@ def test_a_signal_stops_the_run_and_the_sweep(sweep, tmp_path, kill, number, cod
         if (tmp_path / "waiting").exists() or process.poll() is not None:
             break
         time.sleep(0.05)
-    kill(process.pid, number)
+    getattr(os, kill)(process.pid, number)
     assert process.wait(30) == code and ("error: interrupted." in process.stderr.read()) == (code == 130)
     with pytest.raises(ProcessLookupError):  # the run ends, too
         for _ in range(200):

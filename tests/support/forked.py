@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["accelerate", "timm", "pytest"])
+_CONTEXT = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+if sys.platform != "win32":
+    _CONTEXT.set_forkserver_preload(["accelerate", "timm", "pytest"])
 
 
 def _run(arguments: list[str], environment: dict[str, str], folder: str) -> None:

@@ -2,9 +2,12 @@
 
 import re
 import signal
+import sys
 
 import pytest
 from two_ranks import run_two_ranks
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several processes need WSL")
 
 RANK = """
 import os, signal, sys, time
