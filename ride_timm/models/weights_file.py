@@ -53,7 +53,8 @@ def check_weights(path: Path) -> None:
             stated = (file.metadata() or {}).get("sha256")
             tensors = {} if stated is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is missing or damaged ({first_line(error)}): copy it anew, or train again.") from error
+        reason = first_line(error)
+        raise InputError(f"{path} is missing or damaged ({reason}): copy it anew, or train again.") from error
     if stated is not None and weights_sha256(tensors) != stated:
         raise InputError(
             f"{path} is damaged: its tensors do not have the SHA-256 that it states; copy it anew, or train again."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from .recipe import stage_flag
 
 CHECK_EVERY = 20  # steps between two looks at the losses, each of which waits for the device
 FIRST_CHECKS = (3, 10)  # steps of a stage; before the third, a network is compiled and a cache filled
+MAX_MS = 10_000  # between two looks; a launcher kills processes half a minute after it has sent them a signal
 MIN_SECONDS = 5  # of training that an estimate is made from
 
 
@@ -32,12 +33,12 @@ class Watch:
     """Collects the losses of an epoch and ends the run where it must end.
 
     Processes agree before any of them raises: one that left alone would leave the others waiting in a collective. With
-    one process a signal is raised at once, with several at the next check.
+    one process a signal is raised at once, with several at the next check, which comes sooner where steps are slow.
     """
 
     def __init__(self, accelerator: Accelerator, signals: Signals, mixed_precision: str) -> None:
         self.accelerator, self.signals = accelerator, signals
-        self.stage = ""
+        self.stage, self.every = "", CHECK_EVERY
         self.other_advice = "" if mixed_precision == "no" else " or --mixed-precision no"
 
     def begin_epoch(self, stage: str, epoch: int, num_steps: int, epochs: int) -> None:
@@ -51,13 +52,13 @@ class Watch:
         self.losses = torch.zeros(num_steps, device=self.accelerator.device)
 
     def update(self, loss: Tensor) -> None:
-        """Record the loss of a step; raises as `check` does, every `CHECK_EVERY` steps and at the `FIRST_CHECKS`."""
+        """Record the loss of a step; raises as `check` does, every few steps and at the `FIRST_CHECKS`."""
         self.losses[self.step] = loss.detach()
         self.step += 1
         self.steps += 1
         if self.accelerator.num_processes == 1:
             self.signals.check()
-        if self.step % CHECK_EVERY == 0 or self.steps in FIRST_CHECKS:
+        if self.step % self.every == 0 or self.steps in FIRST_CHECKS:
             self._check_losses()
 
     def mean(self) -> float:
@@ -65,32 +66,40 @@ class Watch:
         self._check_losses()
         return self.accelerator.reduce(self.losses, "mean").mean().item()
 
-    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The loader's batches; a single process raises a signal between two of them."""
-        for batch in loader:
-            if self.accelerator.num_processes == 1:
+    def batches(self, loader: Collection[Any]) -> Iterator[Any]:
+        """The loader's batches; raises a signal between two of them, with several processes while all have one."""
+        several = self.accelerator.num_processes > 1
+        shared = -self._agree(-len(loader))[0]
+        for i, batch in enumerate(loader):
+            if not several:
                 self.signals.check()
+            elif i < shared:
+                self.check()
             yield batch
 
     def check(self) -> None:
         """Raise on all processes if a signal has come to any of them."""
-        self._agree(torch.tensor([self.signals.caught or 0], device=self.accelerator.device))
+        self._agree()
 
     def _check_losses(self) -> None:
         """`check`, and `RunError` for the first loss that is not finite."""
         bad = ~self.losses[: self.step].isfinite()
         # as a maximum over the processes, the first bad step is the one with the most steps from it to the end
-        remaining = torch.where(bad, torch.arange(self.step, 0, -1, device=bad.device), 0).amax()
-        remaining = self._agree(torch.stack([remaining.new_tensor(self.signals.caught or 0), remaining]))[1]
+        remaining = torch.where(bad, torch.arange(self.step, 0, -1, device=bad.device), 0).amax().item()
+        now, ms = time.perf_counter(), 0.0  # milliseconds of a step
+        if self.last_check is not None and self.step > self.last_check[1]:
+            ms = 1000 * (now - self.last_check[0]) / (self.step - self.last_check[1])
+        remaining, slowest = self._agree(int(remaining), round(ms))
         if remaining:
             step = self.step - remaining + 1
             advice = f"a lower {stage_flag(self.stage, 'lr')}{self.other_advice}"
             raise RunError(f"the loss is not finite at epoch {self.epoch + 1}, step {step}: try {advice}.")
-        self._estimate()
+        if slowest:
+            self.every = min(CHECK_EVERY, max(1, MAX_MS // slowest))
+        self._estimate(now)
 
-    def _estimate(self) -> None:
+    def _estimate(self, now: float) -> None:
         """Print once how long a stage of some minutes will take, without its first steps and its evaluations."""
-        now = time.perf_counter()
         if self.last_check is not None:
             self.seconds += now - self.last_check[0]
             self.timed += self.step - self.last_check[1]
@@ -102,13 +111,15 @@ class Watch:
                 span = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
                 print(f"notice: stage {self.stage}: about {span} for {self.epochs} epochs", file=sys.stderr)
 
-    def _agree(self, numbers: Tensor) -> list[int]:
-        """Maxima over the processes of a signal and other numbers; raises the signal."""
+    def _agree(self, *numbers: int) -> list[int]:
+        """Maxima of numbers over the processes; raises a signal that has come to any of them."""
+        found = [self.signals.caught or 0, *numbers]
         if self.accelerator.num_processes > 1:
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        found = numbers.tolist()
+            tensor = torch.tensor(found, device=self.accelerator.device)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            found = tensor.tolist()
         if found[0]:  # never reset: a signal may have come since
             self.signals.caught = found[0]
         if found[0] or self.accelerator.num_processes == 1:  # one that came since waits until all know of it
             self.signals.check()
-        return found
+        return found[1:]

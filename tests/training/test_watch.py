@@ -103,9 +103,9 @@ def test_a_signal_that_comes_while_the_losses_are_read_is_kept():
     watch = watch_of(CHECK_EVERY, signals)
     agree = watch._agree
 
-    def late(numbers):
+    def late(*numbers):
         signals.caught = 15
-        return agree(numbers)
+        return agree(*numbers)
 
     watch._agree = late
     with pytest.raises(Interrupted):
@@ -140,8 +140,15 @@ if accelerator.process_index == 1 and sys.argv[1] == "late":
     torch.distributed.all_reduce = late
 step = -1
 try:
+    if sys.argv[1] == "slow":
+        import itertools, time
+        times = itertools.count(0, 0 if accelerator.process_index else 7 * 12)  # of the first 3 steps, of the next 7, …
+        time.perf_counter = lambda: next(times)
+    for batch in watch.batches("abc" if accelerator.process_index else "ab") if sys.argv[1] == "batches" else ():
+        signals.caught = 15 if batch == "a" and accelerator.process_index else None
+        print("batch", batch, end=" ")
     for step in range(100):
-        if accelerator.process_index == 1 and step == 25 and sys.argv[1] == "signal":
+        if accelerator.process_index == 1 and step == 25 and sys.argv[1] in ("signal", "slow"):
             signals.caught = 15
         bad = accelerator.process_index == 1 and step == 25 and sys.argv[1] == "nan"
         watch.update(torch.tensor(float("nan") if bad else 1.0))
@@ -154,6 +161,8 @@ except (Interrupted, RunError) as error:
     ("kind", "expected"),
     [
         ("signal", "39 Interrupted 15"),
+        ("slow", "25 Interrupted 15"),  # the main process takes 12 seconds a step
+        ("batches", "batch a -1 Interrupted 15"),
         ("late", "9 Interrupted 15"),  # at the second look
         ("nan", "39 RunError the loss is not finite at epoch 1, step 26"),
     ],
