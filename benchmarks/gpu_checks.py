@@ -227,6 +227,7 @@ def synchronisations(bench: Bench) -> None:
     count_syncs(bench, "erasing, mixing, clipping, EMA", "ce", **changes)
     teacher = Teacher(timm.create_model("ride_resnet32", num_experts=1, num_classes=100), "teacher")
     count_syncs(bench, "distillation", "ce", teacher=teacher, distillation=True)
+    count_syncs(bench, "AutoAugment, Cutout", "ce", auto_augment="cifar10", cutout=16)
     count_syncs(bench, "photographs", "ce", augment="imagenet")
     count_syncs(bench, "heads", "ce", stage="heads", decouple="crt")
     count_syncs(bench, "router", "ce", stage="router")

@@ -10,12 +10,30 @@ from typing import Any
 import torch
 from batches import Clocked
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # operators whose value or shape the host reads; a CPU dispatches the same ones, so that a CPU can test for them
 _READING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
             "bincount", "equal", "is_nonzero")  # fmt: skip
 _CUDA = "called a synchronizing CUDA operation"
+
+
+class _Creations(TorchFunctionMode):
+    """Count tensors made of Python's numbers on a device, which a blocking copy takes there, unseen by the dispatcher.
+
+    A CPU stands for any device.
+    """
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None:
+            self.found[func.__name__] += output.is_cuda or not torch.cuda.is_initialized()
+        return output
 
 
 class Syncs(TorchDispatchMode):
@@ -28,6 +46,7 @@ class Syncs(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.creations = _Creations(self.found)
         self.warned = 0
 
     def __enter__(self) -> Syncs:
@@ -37,9 +56,11 @@ class Syncs(TorchDispatchMode):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
         super().__enter__()
+        self.creations.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.creations.__exit__(*error)
         super().__exit__(*error)
         if torch.cuda.is_initialized():
             torch.cuda.set_sync_debug_mode("default")
@@ -55,7 +76,8 @@ class Syncs(TorchDispatchMode):
     def _waits(self, func: Any, args: Any, kwargs: Any, output: Any) -> bool:
         name = func.overloadpacket.__name__
         if name in ("index", "index_put", "index_put_"):  # a mask is turned into indices first
-            return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+            filled = name != "index" and args[2].ndim == 0 and args[2].device.type == "cpu"  # `masked_fill` on a GPU
+            return not filled and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if name == "repeat_interleave":
             return kwargs.get("output_size") is None
         if name in ("_to_copy", "copy_") and not kwargs.get("non_blocking", len(args) > 2 and args[2]):

@@ -122,7 +122,7 @@ def test_a_failing_row_leaves_the_others_of_its_section(gpu, module, capsys, mon
     monkeypatch.setattr(module("gpu_checks"), part, broken)
     assert run(gpu, "--sections", section) == 1
     printed = capsys.readouterr().out
-    rows = dict(losses=len(LOSSES), mixed_precision=len(LOSSES) + 1, synchronisations=len(LOSSES) + 5).get(section, 2)
+    rows = dict(losses=len(LOSSES), mixed_precision=len(LOSSES) + 1, synchronisations=len(LOSSES) + 6).get(section, 2)
     assert printed.count("  FAILED: ") == printed.count("no kernel image") == rows
 
 
@@ -180,6 +180,9 @@ def test_no_time_is_rejected(gpu, capsys, minutes):
         (lambda x: float(x[0]), "_local_scalar_dense"),
         (lambda x: x.nonzero(), "nonzero"),
         (lambda x: x[x > 0], "index"),
+        (lambda x: x.detach().index_put_([x > 0], torch.ones(2)[:1]), "index_put_"),
+        (lambda x: torch.tensor([1.0], device=x.device), "tensor"),
+        (lambda x: torch.as_tensor([1.0], device=x.device), "as_tensor"),
         (lambda x: x.masked_select(x > 0), "masked_select"),
         (lambda x: x.long().unique(), "_unique2"),
         (lambda x: x.sum().backward() or x.grad.max().item(), "_local_scalar_dense"),
@@ -198,6 +201,8 @@ def test_other_operators_are_not(module):
     with module("syncs").Syncs() as syncs:
         torch.where(x > 0, x[rows][:1], 0).sum().to(torch.float64)
         x.repeat_interleave(2)
+        x[x > 0] = 1.0  # masked_fill on a GPU
+        torch.tensor([1.0]).to("cpu", non_blocking=True)
     assert syncs.total == 0, str(syncs)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision import transforms as T
 from torchvision.transforms.autoaugment import _apply_op
+from torchvision.transforms.v2 import functional as F
 
 from ride_timm.data.augment.batch_policy import _NAMES, _NONE, _SIGNED, BatchPolicy
 from ride_timm.data.augment.policies import POLICIES
@@ -37,6 +38,29 @@ def test_each_operation_is_that_of_torchvision(name, level, images):
             difference = (own.int() - expected.int()).abs()
             # half a level may be rounded either way, and the nearest of two pixels be either
             assert difference.max() <= 1 or (difference.amax(0) > 0).float().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "amount"),
+    [
+        ("Brightness", F.adjust_brightness, lambda strength: 1 + 0.9 * strength),
+        ("Color", F.adjust_saturation, lambda strength: 1 + 0.9 * strength),
+        ("Contrast", F.adjust_contrast, lambda strength: 1 + 0.9 * strength),
+        ("Sharpness", F.adjust_sharpness, lambda strength: 1 + 0.9 * strength),
+        ("Posterize", F.posterize, lambda strength: 8 - round(4 * strength)),
+        ("Solarize", F.solarize, lambda strength: 255 * (1 - strength)),
+    ],
+)
+def test_colours_of_any_strength_are_those_of_torchvision_to_the_bit(name, function, amount):
+    """Images of one batch, each with its strength: noise, and few colours, where rounding decides."""
+    generator = torch.Generator().manual_seed(0)
+    strengths = torch.arange(-9 if name in _SIGNED else 0, 10).double() / 9
+    images = torch.randint(256, (len(strengths), 3, 32, 32), generator=generator, dtype=torch.uint8)
+    images[::2] = images[::2] // 26 * 10
+    changes = torch.stack([torch.full_like(strengths, _NAMES.index(name)), strengths], -1)
+    found = BatchPolicy(MEAN)(images.permute(0, 2, 3, 1).contiguous(), changes[:, None])
+    for image, own, strength in zip(images, found.permute(0, 3, 1, 2), strengths.tolist(), strict=True):
+        assert torch.equal(own, function(image, amount(strength))), strength
 
 
 def test_sub_policies_are_drawn_as_often_as_they_should():
