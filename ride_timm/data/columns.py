@@ -273,6 +273,7 @@ def _label_values(split: Dataset, column: str, name: str) -> pa.ChunkedArray:
     """
     import pyarrow as pa
     import pyarrow.compute as pc
+    from datasets import ClassLabel, Value
 
     if split.num_rows == 0:
         raise InputError(f"split {name!r} has zero images")
@@ -293,21 +294,23 @@ def _label_values(split: Dataset, column: str, name: str) -> pa.ChunkedArray:
         return pc.if_else(values, "true", "false")
     if pa.types.is_floating(values.type):
         numbers = values.to_numpy()
-        wrong = ~((np.abs(numbers) < 2**53) & (numbers == np.rint(numbers)))
+        wide = numbers.astype(np.float64)  # 2**53 is none of float16
+        wrong = ~((np.abs(wide) < 2**53) & (wide == np.rint(wide)))
         if wrong.any():
             row = int(np.argmax(wrong))
             raise InputError(
                 f"{where} holds {numbers[row]} in row {row}, not a class: name the column of the classes by "
                 "--label-column"
             )
-        return values.cast(pa.int64())
+        return pa.chunked_array([wide.astype(np.int64)])
     if pa.types.is_integer(values.type) or _is_text(values):
         return values
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        others = [other for other in split.column_names if other != column]
+        others = [other for other in split.column_names if isinstance(split.features[other], ClassLabel | Value)]
+        there = f" (there are {listed(others)})" if others else ""
         raise InputError(
             f"{where} holds lists of labels, and an image has one class here: name a column with one label per image "
-            f"by --label-column (there are {listed(others)}), or list one class per image in `path label` lines "
+            f"by --label-column{there}, or list one class per image in `path label` lines "
             "(--annotations)"
         )
     raise InputError(f"{where} holds {kind}, not classes: name the column of the classes by --label-column")

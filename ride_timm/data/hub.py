@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -102,6 +103,7 @@ def read_hub(
             splits = datasets.load_dataset(hub_id, **{key: value for key, value in how.items() if value is not None})
         except Exception as error:  # no network, no such repository, gated, no images: all have the same way out
             _check_config(error, f"data set {name!r}", config)
+            _check_cache(error)
             folder = f" (there is no folder {hub_id!r} here either)" if hub_id == name else ""
             at = f" at revision {revision!r}" if revision else ""
             raise InputError(
@@ -123,6 +125,23 @@ def _check_config(error: Exception, what: str, config: str | None) -> None:
             f"{what} is read by a script, {text.rpartition(' ')[2]}, which `datasets` does not run: pass "
             "--dataset-revision refs/convert/parquet for the Hub's copy in parquet, or a local copy as --data-dir"
         ) from error
+
+
+def _check_cache(error: BaseException | None) -> None:
+    """Raise `InputError` where `datasets` cannot write its cache."""
+    from datasets import config
+
+    cache = Path(config.HF_DATASETS_CACHE)
+    while error is not None:
+        if isinstance(error, OSError):
+            file = Path(str(error.filename)) if error.filename else None
+            at_cache = file is not None and (cache.is_relative_to(file) or file.is_relative_to(cache))
+            if at_cache or error.errno == errno.ENOSPC:
+                raise InputError(
+                    f"the cache of `datasets`, {cache}, cannot be written ({first_line(error)}): make room, or name "
+                    "another folder by the environment variable HF_HOME"
+                ) from error
+        error = error.__cause__
 
 
 def read_local(path: Path, streaming: bool = False, config: str | None = None) -> dict[str, Dataset | IterableDataset]:
@@ -159,6 +178,7 @@ def read_local(path: Path, streaming: bool = False, config: str | None = None) -
                 splits = datasets.load_dataset(str(path), **data_files, **how, **options)
         except Exception as error:  # empty or mixed folders, broken parquet: `datasets` has no common error
             _check_config(error, f"folder {str(path)!r}", config)
+            _check_cache(error)
             raise InputError(
                 f"cannot read a data set from {str(path)!r}: {first_line(error)}; expected parquet files, "
                 "folders of images by class under train/ and test/, or a folder of save_to_disk, and no empty split"

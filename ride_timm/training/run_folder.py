@@ -67,6 +67,8 @@ class RunFolder:
                 continue
             try:
                 state = TrainingState.read(path)
+            except InputError:  # of another version
+                raise
             except Exception as error:  # of any type, from a damaged pickle
                 problems.append(f"{path} is not a readable state ({first_line(error)})")
                 continue
@@ -234,7 +236,9 @@ class RunFolder:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is missing or damaged ({first_line(error)}).") from error
-        if not (isinstance(results, dict) and isinstance(results.get("stages"), dict)):
+        stages = results.get("stages") if isinstance(results, dict) else None
+        metrics = stages.values() if isinstance(stages, dict) else [None]
+        if not all(isinstance(values, dict) for values in metrics):
             raise InputError(f"{path} is damaged: it has no results of stages.")
         return results
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, listed
 from ..files import sync
 from ..models import Ride
 from ..models.weights_file import weights_sha256
@@ -150,6 +150,12 @@ class TrainingState:
 
     @classmethod
     def read(cls, path: Path) -> TrainingState:
-        """Read a state; raises errors of any type for a file that is damaged or none."""
+        """Read a state; raises `InputError` for one of a newer version, errors of any type for a damaged file."""
         check_archive(path)
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if unknown := set(content) - {key.name for key in fields(cls)}:
+            raise InputError(
+                f"{path} was written by another version of ride_timm, as it has {listed(sorted(map(str, unknown)))}: "
+                "resume the run with that version, or choose another --output."
+            )
+        return cls(**content)

@@ -44,7 +44,7 @@ TWO = ClassLabel(names=["a", "b"])
         ([0.0, 1.5], Value("float32"), r"holds 1\.5 in row 1, not a class"),
         ([0.0, 1e300], Value("float64"), r"holds 1e\+300 in row 1, not a class"),
         ([0.0, float("nan")], Value("float64"), "holds nan in row 1, not a class"),
-        ([[0], [1]], [Value("int64")], r"lists of labels, .* by --label-column \(there are image\), .*--annotations"),
+        ([[0], [1]], [Value("int64")], r"lists of labels, .* by --label-column, or list .*--annotations"),
         ([b"a", b"b"], Value("binary"), "holds binary, not classes: .* --label-column"),
         (["a", None], Value("string"), r"no value in row 1 .* --label-column"),
         ([0, None, 1], Value("int64"), r"no value in row 1 \(1 rows in all\)"),
@@ -75,13 +75,21 @@ def test_hostile_training_labels_are_refused(tmp_path, train, feature, message):
         ([10, 9, 10], [9], "uint8", ("9", "10"), [1, 0, 1]),
         ([0, 10**9], [0], "int64", ("0", "1000000000"), [0, 1]),
         ([2.0, 4.0], [4.0], "float32", ("2", "4"), [0, 1]),
+        ([2.0, 4.0], [4.0], "float16", ("2", "4"), [0, 1]),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_labels_of_other_kinds_become_classes(tmp_path, train, test, feature, names, expected):
     parts = {name: split(labels, feature=Value(feature)) for name, labels in dict(train=train, test=test).items()}
     data = load_longtail(saved(tmp_path, **parts))
     assert data.class_names == names and data.train.labels.tolist() == expected
     assert data.test.labels.tolist() == [expected[train.index(value)] for value in test]
+
+
+def test_lists_of_labels_name_the_columns_that_may_hold_classes(tmp_path):
+    several = split([[0], [1]], feature=[Value("int64")]).add_column("kind", [0, 1])
+    with pytest.raises(InputError, match=r"lists of labels, .* by --label-column \(there are kind\), or list"):
+        load_longtail(saved(tmp_path, train=several, test=several), imb_type="none")
 
 
 def test_named_classes_without_any_image_are_left_out_unless_a_test_split_has_them(tmp_path):

@@ -275,3 +275,11 @@ def test_the_error_is_all_that_is_told(tmp_path, caplog):
     with pytest.raises(InputError, match=r"cannot read a data set from .*: ArrowInvalid: "):
         read_local(tmp_path)
     assert caplog.text == ""
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    split([0, 1], data=[png()] * 2).to_parquet(tmp_path / "data" / "train.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    with pytest.raises(InputError, match=r"the cache of `datasets`, .*file.datasets, cannot be written \(.*HF_HOME$"):
+        read_local(tmp_path / "data")

@@ -109,6 +109,22 @@ def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path, harm):
         folder.state()
 
 
+def test_a_state_of_another_version_is_no_damaged_one(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin(TINY, TrainingState())
+    folder.save(_state(epoch=1))
+    torch.save(vars(_state(epoch=2)) | dict(phase=1), tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"state\.pt was written by another version .* has phase: resume the run with"):
+        folder.state()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"stages": 5}', '{"stages": {"experts": 5}}'])
+def test_damaged_results_are_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match=r"results\.json is .*damaged"):
+        RunFolder(tmp_path).table()
+
+
 def test_a_damaged_state_does_not_replace_the_one_before_it(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.begin(TINY, TrainingState())
