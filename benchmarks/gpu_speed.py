@@ -22,6 +22,7 @@ from record import alternate, summary
 
 from ride_timm.data.loaders import make_loader
 from ride_timm.inference.options import fuse_conv_bn
+from ride_timm.training.optimizers import begin_momentum
 
 KEYS = {"bf16": "bf16", "fp16": "fp16", "tf32": "no", "fp32": "no"}  # mixed_precision of each, the fastest first
 
@@ -43,6 +44,7 @@ def timm_step(args: argparse.Namespace, precision: str, device: torch.device) ->
     """A plain training step of timm's ResNeXt-50: cross entropy, fused SGD, channels-last."""
     model = timm.create_model("resnext50_32x4d", num_classes=1000).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
+    begin_momentum(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def loop(batches: Clocked) -> None:

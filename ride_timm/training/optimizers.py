@@ -25,13 +25,8 @@ def check_optimizer(name: str, device: torch.device) -> None:
         raise InputError(f"optimizer={name!r} does not work here ({first_line(error)}): choose another.") from error
 
 
-def make_optimizer(
-    stage: StageSettings, objective: Objective, momentum: float, fused: bool = True
-) -> torch.optim.Optimizer:
-    """The optimizer of a stage over the parameters its objective trains.
-
-    fused: where torch has it. Not with fp16: GradScaler calls it even where the gradients overflow, and SGD's momentum
-    of a first such step would be uninitialised memory.
+def make_optimizer(stage: StageSettings, objective: Objective, momentum: float) -> torch.optim.Optimizer:
+    """The optimizer of a stage over the parameters its objective trains, fused where torch has it.
 
     With layer decay, timm's groups by layer have an "lr_scale".
     """
@@ -49,8 +44,22 @@ def make_optimizer(
         exempt = {f"model.{name}" for name in exempt}
         parameters = param_groups_weight_decay(objective, stage.weight_decay, no_weight_decay_list=exempt)
     settings = dict(lr=stage.lr, weight_decay=stage.weight_decay, momentum=momentum)
-    return create_optimizer_v2(parameters, opt=stage.optimizer, **settings, **_fused(stage.optimizer, fused))
+    optimizer = create_optimizer_v2(parameters, opt=stage.optimizer, **settings, **_fused(stage.optimizer))
+    if isinstance(optimizer, torch.optim.SGD):
+        begin_momentum(optimizer)
+    return optimizer
 
 
-def _fused(name: str, fused: bool = True) -> dict[str, bool]:
-    return dict(fused=True) if fused and name in _FUSED else {}
+def begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Begin the momentum at zero, from which the first step is the same.
+
+    Else a fused first step whose gradients overflow in fp16 leaves uninitialised memory as momentum.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _fused(name: str) -> dict[str, bool]:
+    return dict(fused=True) if name in _FUSED else {}

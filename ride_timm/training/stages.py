@@ -47,8 +47,7 @@ class Stage:
         self.recipe, self.data, self.accelerator = recipe, data, accelerator
         self.settings = recipe.stage(self.name)
         self.objective, self.model = objective, objective.model
-        fused = recipe.mixed_precision != "fp16"
-        optimizer = make_optimizer(self.settings, objective, recipe.momentum, fused)
+        optimizer = make_optimizer(self.settings, objective, recipe.momentum)
         if recipe.sync_bn:
             convert_sync_batchnorm(objective)
         self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)

@@ -107,3 +107,51 @@ def test_frozen_weights_are_in_no_group(freeze, trained):
     names = {name for name, p in model.named_parameters() if id(p) in chosen}
     prefix = "experts." if trained == {"experts"} else ("experts.0.fc.", "experts.1.fc.")
     assert names == {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """Uninitialised memory is NaN, and the scaler must not read whether a step overflowed, which waits for a GPU."""
+    monkeypatch.delattr(torch.amp.GradScaler, "_maybe_opt_step")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def steps_of(name, scaled_gradients, momentum=0.9):
+    """The weights after steps of fp16's scaler on these gradients, which it divides by its scale."""
+    model = timm.create_model("test_ride_resnet", num_classes=3, num_experts=2)
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    objective = ExpertsObjective(model, make_loss("ce", [3, 2, 1]))
+    stage = Recipe().override(dict(optimizer=name, lr=0.1, weight_decay=0.01)).stage("experts")
+    optimizer = make_optimizer(stage, objective, momentum)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8, growth_interval=100)
+    assert scaler.scale(torch.ones(())) == 8
+    for gradient in scaled_gradients:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient * scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum"), [("sgd", 0.9), ("momentum", 0.9), ("momentum", 0.0), ("adam", 0.9), ("adamw", 0.9)]
+)
+def test_a_first_step_that_overflows_changes_nothing(name, momentum, scaled):
+    skipped, plain = (steps_of(name, [*first, 0.5, 0.25], momentum) for first in ([float("inf")], []))
+    torch.testing.assert_close(skipped, plain)
+    assert all((parameter != 1).all() for parameter in plain)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_momentum_that_begins_at_zero_takes_the_first_steps_of_torch(name):
+    ours = steps_of(name, [0.5, 0.25])
+    theirs = torch.nn.Parameter(torch.ones(5))
+    how = dict(momentum=0.9, weight_decay=0.01, nesterov=name == "sgd", fused=True)
+    optimizer = torch.optim.SGD([theirs], 0.1, **how)
+    for gradient in (0.5, 0.25):
+        theirs.grad = torch.full_like(theirs, gradient)
+        optimizer.step()
+    assert all(torch.equal(parameter.flatten(), theirs[:1].expand(parameter.numel())) for parameter in ours)
