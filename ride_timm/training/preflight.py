@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -51,6 +52,11 @@ def adapt_to_machine(recipe: Recipe, options: Options) -> Recipe:
 def check_machine(recipe: Recipe, options: Options, accelerator: Accelerator) -> None:
     """InputError for an optimizer, precision or normalisation that does not work on this machine or launcher."""
     on_cpu = accelerator.device.type == "cpu"
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if accelerator.num_processes != int(launched):
+        raise InputError(
+            f"{launched} processes were launched, and each would train by itself: without GPUs, set ACCELERATE_USE_CPU=true."
+        )
     if accelerator.distributed_type in _SHARDED:
         raise InputError(
             f"{accelerator.distributed_type.value} is not supported: launch with --multi_gpu, which is DDP."

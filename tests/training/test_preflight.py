@@ -56,6 +56,14 @@ def test_requested_fused_norms_need_a_compiler(decide):
         preflight.check_machine(recipe, options, build_accelerator(recipe, options))
 
 
+def test_processes_that_do_not_find_each_other_are_refused(decide, monkeypatch):
+    options, recipe = parse_arguments(["--recipe", "cifar100_lt", "--mixed-precision", "no"])
+    accelerator = build_accelerator(recipe, options)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of `--multi_gpu` on a machine without GPUs
+    with pytest.raises(InputError, match=r"2 processes were launched, .* set ACCELERATE_USE_CPU=true"):
+        preflight.check_machine(recipe, options, accelerator)
+
+
 @pytest.mark.parametrize(
     ("values", "ways"),
     [
