@@ -148,12 +148,13 @@ def test_a_run_that_is_killed_after_its_last_epoch_is_completed(train, colours, 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
 def test_nothing_piles_up_over_the_epochs(train, colours, tmp_path, monkeypatch):
-    counts, save = [], RunFolder.save
+    counts, resident, save = [], [], RunFolder.save
 
     def counted(self, state):
         save(self, state)
         gc.collect()
         tensors = sum(type(value) in (torch.Tensor, torch.nn.Parameter) for value in gc.get_objects())
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
         counts.append((tensors, len(os.listdir("/proc/self/fd")), len(multiprocessing.active_children())))
 
     monkeypatch.setattr(RunFolder, "save", counted)
@@ -166,6 +167,7 @@ def test_nothing_piles_up_over_the_epochs(train, colours, tmp_path, monkeypatch)
         gc.unfreeze()
     begun, *epochs, _ = counts
     assert begun[2] == 0 and len(epochs) == 4 and len(set(epochs[1:])) == 1 and epochs[1][2] == 2
+    assert resident[4] - resident[2] < 2**25  # after the epoch that allocates; 1 MB is usual
 
 
 @pytest.fixture(scope="module")

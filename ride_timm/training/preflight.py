@@ -55,7 +55,8 @@ def check_machine(recipe: Recipe, options: Options, accelerator: Accelerator) ->
     launched = os.environ.get("WORLD_SIZE", "1")
     if accelerator.num_processes != int(launched):
         raise InputError(
-            f"{launched} processes were launched, and each would train by itself: without GPUs, set ACCELERATE_USE_CPU=true."
+            f"{launched} processes were launched, and each would train by itself: without GPUs, set "
+            "ACCELERATE_USE_CPU=true."
         )
     if accelerator.distributed_type in _SHARDED:
         raise InputError(

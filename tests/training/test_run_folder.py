@@ -17,6 +17,7 @@ from forked import Python
 from journeys import damage, fill
 
 from ride_timm import InputError, RunError, files
+from ride_timm.evaluation import figures
 from ride_timm.models.load import load_model
 from ride_timm.training import run_folder, state
 from ride_timm.training.recipe import Recipe, load_recipe
@@ -196,6 +197,18 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_files(disk, name, monkeypa
     (disk / "ballast").unlink()
     write_all(3)
     assert RunFolder(disk / "run").state().epoch == 3
+
+
+def test_a_full_disk_leaves_the_last_plot(disk):
+    pytest.importorskip("matplotlib")
+    figure, _ = figures.panels(1, 1, 3, 2)
+    figures.save(figure, disk / "curves.png")
+    before = (disk / "curves.png").read_bytes()
+    fill(disk)
+    with pytest.raises(RunError, match=r"curves\.png could not be written, is the disk full"):
+        figures.save(figure, disk / "curves.png")
+    assert {path.name for path in disk.iterdir()} == {"ballast", "curves.png"}
+    assert (disk / "curves.png").read_bytes() == before
 
 
 def test_damaged_weights_are_neither_loaded_nor_finished(tmp_path):
