@@ -162,7 +162,7 @@ class DistillationObjective(ExpertsObjective):
         with torch.no_grad():
             teacher_logits = forward_in_parts(self.teacher, self.teacher, images, self.ghost_batch)
         expert_logits = self.expert_logits(images)
-        taught = distillation(expert_logits.mean(1), teacher_logits, self.temperature)
+        taught = distillation(widen(expert_logits).mean(1), teacher_logits, self.temperature)
         loss = expert_logits.shape[1] * (self.loss_of(expert_logits, targets) + taught)
         return {"loss": loss, "logits": expert_logits.detach().mean(1)}
 

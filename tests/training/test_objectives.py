@@ -152,6 +152,17 @@ def test_epochs_reach_the_loss():
     assert values[0] != values[1]
 
 
+def test_distillation_learns_from_the_mean_before_it_is_rounded():
+    """In bf16 the mean of the experts keeps 8 bits, which the loss then could not widen."""
+    teacher, loss = TinyExperts(6, seed=1), make_loss("ce", COUNTS)
+    objective = DistillationObjective(TinyExperts(), loss, teacher, temperature=1.5).eval()
+    images, targets = batch()
+    expert_logits = objective.expert_logits(images).detach().bfloat16()
+    objective.expert_logits = lambda images: expert_logits
+    taught = distillation(expert_logits.float().mean(1), teacher(images), 1.5)
+    torch.testing.assert_close(objective(images, targets)["loss"], 3 * (loss(expert_logits, targets) + taught))
+
+
 def test_distillation_scales_with_the_number_of_experts():
     model, teacher, loss = TinyExperts(), TinyExperts(6, seed=1), make_loss("ride", COUNTS, reweight_epoch=0)
     objective = DistillationObjective(model, loss, teacher, temperature=1.5).eval()
