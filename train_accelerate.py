@@ -117,7 +117,7 @@ def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator:
 
 
 def train_epoch(stage: Stage, epoch: int, accelerator: Accelerator, watch: Watch, bar: tqdm) -> float:
-    """One epoch; its mean loss. All randomness follows from seed, epoch and rank, so that resuming is exact."""
+    """One epoch; its mean loss. Seed, epoch and rank give all randomness, so that resuming is exact on CPUs."""
     stage.begin_epoch(epoch)
     watch.begin_epoch(stage.name, epoch, len(stage.loader), stage.settings.epochs)
     for images, targets, num_batches, is_last in stage.micro_batches():
