@@ -21,6 +21,7 @@ from record import ROOT, parse, parser, record
 sys.path.insert(0, str(ROOT))  # this checkout is measured, installed or not
 
 import gpu_checks
+import gpu_journey
 import gpu_speed
 from gpu_bench import Bench, OutOfTime
 
@@ -33,6 +34,7 @@ CHECKS = (
     gpu_checks.routing,
     gpu_checks.mixed_precision,
     gpu_checks.synchronisations,
+    gpu_journey.journey,
 )
 SPEEDS = (
     gpu_speed.steps,

@@ -19,7 +19,7 @@ from ride_timm.losses import LOSSES, make_loss
 from ride_timm.training.build import Teacher
 from ride_timm.training.objectives import ExpertsObjective
 from ride_timm.training.state import TrainingState
-from ride_timm.training.watch import CHECK_EVERY, FIRST_CHECKS
+from ride_timm.training.watch import FIRST_CHECKS
 
 # largest error of outputs, over the largest output, and of gradients, over their norm; bf16 has 8 bits of mantissa and
 # fp16 has 11, and their errors add up over some fifty layers
@@ -236,7 +236,7 @@ def synchronisations(bench: Bench) -> None:
 def count_syncs(bench: Bench, name: str, loss: str, **how: Any) -> None:
     with bench.row(name):
         training = train_with(bench, loss, "bf16" if bench.has("bf16") else "no", **how)
-        warm_up = 1 if bench.toy else max(FIRST_CHECKS)
-        counted = Counted(training.stage.loader, min(2 if bench.toy else 5, CHECK_EVERY - warm_up - 1), warm_up)
+        warm_up, steps = (1, 1) if bench.toy else (max(FIRST_CHECKS), 5)  # before the next look at the losses
+        counted = Counted(training.stage.loader, steps, warm_up)
         training.train_batches(counted)
         bench.check(name, float(counted.syncs.total), 0.0, str(counted.syncs))

@@ -11,8 +11,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from ride_timm.cli.main import main
+from ride_timm.cli.process import exit_code
 from ride_timm.losses import LOSSES
-from ride_timm.training.watch import FIRST_CHECKS
+from ride_timm.training.watch import CHECK_EVERY, FIRST_CHECKS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -45,7 +47,19 @@ def run(gpu, *flags):
     return gpu.measure_all(["--toy", "--device", "cpu", "--threads", "1", "--rounds", "1", *flags])
 
 
-def test_every_section_runs_on_a_cpu(gpu, module, capsys):
+@pytest.fixture
+def in_process(module, train, monkeypatch):
+    """Commands run in this process: importing takes longer than all of them."""
+
+    def run_python(arguments):
+        script, *flags = arguments
+        AcceleratorState._reset_state(True)
+        assert (train(flags) if script == "train_accelerate.py" else exit_code(main, flags[1:])) == 0
+
+    monkeypatch.setattr(module("gpu_journey"), "run_python", run_python)
+
+
+def test_every_section_runs_on_a_cpu(gpu, module, in_process, capsys):
     assert run(gpu) == 0
     printed = capsys.readouterr().out
     lines = [json.loads(line) for line in module("record").RESULTS.read_text(encoding="utf-8").splitlines()]
@@ -59,6 +73,11 @@ def test_every_section_runs_on_a_cpu(gpu, module, capsys):
     assert tolerances == [[1e-4, 1e-1] * 2] * 2
     step = next(row for row in figures["steps"]["rows"] if row["name"].startswith("ride_resnext50"))
     assert step["images_per_second_over_timm"] == pytest.approx(step["timm_seconds"] / step["seconds"], rel=1e-3)
+    step, loader = figures["photographs"]["rows"]
+    assert loader["images_per_second_over_step"] == pytest.approx(
+        loader["images_per_second"] / step["images_per_second"], rel=1e-3
+    )
+    assert [row["name"] for row in figures["journey"]["rows"]] == ["train", "resume", "evaluate", "predict"]
     assert "the scaler's state" in figures["mixed_precision"]["left_out"]  # fp16 needs a GPU
     assert len(figures["compiled"]["left_out"]) == 4
     assert printed.splitlines()[-1].startswith("wrong 0, left out 5")
@@ -134,6 +153,17 @@ def test_an_error_that_cuda_repeats_does_not_end_the_benchmark(module, monkeypat
     module("gpu_bench").Bench(Namespace(toy=True), torch.device("cuda"), time.monotonic()).free()
 
 
+def test_a_failing_command_is_one_line_with_its_error(module):
+    with pytest.raises(RuntimeError, match=r"^-c .* returned 3: the reason$"):
+        module("gpu_journey").run_python(["-c", "import sys; sys.stderr.write('first\\nthe reason\\n'); sys.exit(3)"])
+
+
+def test_commands_are_left_out_where_they_cannot_run(module, gpu, capsys, monkeypatch):
+    monkeypatch.setattr(module("gpu_journey"), "find_spec", lambda name: None)
+    assert run(gpu, "--sections", "journey") == 0
+    assert "left out: all commands: datasets is not installed" in capsys.readouterr().out
+
+
 def test_gradients_are_compared_where_rounding_changes_them_little(module):
     """At ReLU's kink the rounding of float32 alone can exceed the tolerance."""
     checks, errors = module("gpu_checks"), []
@@ -153,7 +183,7 @@ def test_steps_enough_for_the_counted_ones_are_decoded(module):
     """Beyond the first looks at the losses; fewer images than CIFAR100-LT's, which every row would decode anew."""
     bench = module("gpu_bench").Bench(Namespace(toy=False), torch.device("cpu"), time.monotonic())
     loader = module("gpu_checks").train_with(bench, "ce", "no").stage.loader
-    assert max(FIRST_CHECKS) + 5 <= len(loader) < 20
+    assert max(FIRST_CHECKS) + 5 <= len(loader) < 20 and max(FIRST_CHECKS) + 5 < CHECK_EVERY
 
 
 def test_the_tests_of_a_gpu_are_the_marked_ones(gpu, monkeypatch):
