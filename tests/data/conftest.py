@@ -1,6 +1,5 @@
 """Fixtures of the tests of data."""
 
-import datasets
 import pytest
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -8,7 +7,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """A cache of each test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
