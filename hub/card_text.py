@@ -85,13 +85,19 @@ def widget(results: dict[str, Any]) -> list[dict[str, Any]]:
     return found or [dict(src=url, example_title=title) for title, url in images.items()]
 
 
-def compute(results: dict[str, Any]) -> str:
-    """The sentence on the time and the hardware of training, of all seeds."""
+def compute(results: dict[str, Any], base: Base | None = None) -> str:
+    """The sentences on the time and the hardware of training, of all seeds, and on the weights it started from."""
     processes = results.get("num_processes", 1)
     others = f" in {processes} processes" if processes > 1 else ""
     spans = [run.get("seconds") for run in results.get("seeds", ())]
     seeds = f"; its {len(spans)} seeds took {_span(sum(spans))}" if len(spans) > 1 and all(spans) else ""
-    return f"Training took {_span(results['seconds'])} on {results['device']}{others}, with its evaluations{seeds}."
+    before = ""
+    if earlier := results.get("source_seconds"):
+        before = f" Before that, the weights it started from took {_span(earlier)}."
+    elif base or "source" in results:
+        before = " The training of the weights it started from is not included."
+    own = f"Training took {_span(results['seconds'])} on {results['device']}{others}, with its evaluations{seeds}."
+    return own + before
 
 
 def _span(seconds: float) -> str:

@@ -217,6 +217,8 @@ def _copy_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
         if unfinished := begun - results["stages"].keys():
             raise InputError(f"stage {unfinished.pop()} of the run in {source} is not finished: finish it by --resume.")
     if "source" in results:
+        if seconds := results.get("source_seconds") or _seconds_before(results["source"]):
+            results["source_seconds"] = seconds
         results["source"] = _public_source(results["source"])
     if teacher := results.get("teacher"):
         teacher["spec"] = _public_source(teacher["spec"])
@@ -257,6 +259,21 @@ def _public_source(source: str | None) -> str | None:
     if "." not in source and timm.is_model(source):
         source = f"{source}.{timm.get_pretrained_cfg(source).tag}"
     return source if is_registered(source) else None
+
+
+def _seconds_before(source: str | None) -> float | None:
+    """Training time of the weights that a run started from, with theirs; None unless all of them are here."""
+    if source is None:
+        return None
+    folder = folder_of(source)
+    folder = folder if folder.is_dir() else HERE / (_public_source(source) or "")
+    if not (folder / RESULTS).is_file():
+        return None
+    results = read_json(folder / RESULTS, _DAMAGED)
+    seconds, earlier = results.get("seconds"), 0.0
+    if "source" in results:
+        earlier = results.get("source_seconds") or _seconds_before(results["source"])
+    return None if seconds is None or earlier is None else seconds + earlier
 
 
 def _convert_checkpoint(source: Path, name: str, new: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import timm
 from card import render
-from card_text import DECOUPLED, compute, widget
+from card_text import DECOUPLED, Base, compute, widget
 from folder import HERE
 from release_files import TAG, front_matter, set_json
 from stage import stage
@@ -238,7 +238,16 @@ def test_example_images_of_the_widget(staged):
         (dict(seconds=90, seeds=[dict(seconds=90), dict(seconds=8910)]),
          "Training took 2 minutes on a GPU, with its evaluations; its 2 seeds took 2.5 hours."),
         (dict(seconds=90, seeds=[dict(seconds=90), {}]), "Training took 2 minutes on a GPU, with its evaluations."),
+        (dict(seconds=90, source="a.b", source_seconds=9000),
+         "Training took 2 minutes on a GPU, with its evaluations. Before that, the weights it started from took "
+         "2.5 hours."),
+        (dict(seconds=90, source=None),
+         "Training took 2 minutes on a GPU, with its evaluations. The training of the weights it started from is not "
+         "included."),
     ],
 )  # fmt: skip
 def test_the_time_of_training(results, sentence):
     assert compute(dict(device="a GPU") | results) == sentence
+    assert ("is not included" in compute(dict(device="a GPU") | results, Base("timm/vit", "mit"))) == (
+        "source_seconds" not in results
+    )

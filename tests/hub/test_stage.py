@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from card import main as card_main
-from folder import parse_name
+from folder import HERE, Staged, parse_name
 from publish import check_stamp
 from release_files import TAG, set_json
 from stage import stage
@@ -124,6 +124,20 @@ def test_runs_of_code_in_no_commit_are_refused(run, make_run, tmp_path, as_seed,
     with pytest.raises(InputError, match=message):
         stage(run if as_seed else dirty, TAG, tmp_path / "hub", seeds=(dirty,) if as_seed else ())
     assert not list((tmp_path / "hub").iterdir())
+
+
+def test_the_time_of_the_weights_that_training_started_from(make_run, tmp_path):
+    first, second, third = (Path(shutil.copytree(make_run(), tmp_path / name)) for name in "abc")  # 125 s each
+    set_json(second / "results.json", source=str(first))
+    set_json(third / "results.json", source=str(second))
+    staged = stage(third, TAG, tmp_path / "hub")
+    assert staged.json("results.json")["source_seconds"] == 250
+    assert stage(staged.path, TAG, tmp_path / "hub").json("results.json")["source_seconds"] == 250
+    set_json(first / "results.json", source="hf-hub:somebody/beetles")
+    assert "source_seconds" not in stage(third, TAG, tmp_path / "hub").json("results.json")
+    set_json(first / "results.json", source="ride_resnet32.fashion_lt")  # staged in hub/
+    fashion = Staged.find("ride_resnet32.fashion_lt", HERE).json("results.json")["seconds"]
+    assert stage(third, TAG, tmp_path / "hub").json("results.json")["source_seconds"] == 250 + fashion
 
 
 def test_a_half_trained_router_is_not_released(make_run, tmp_path):
