@@ -25,7 +25,7 @@ from ride_timm.training.arguments import Parser
 from ride_timm.training.recipe import Recipe
 
 TEMPLATE = HERE / "card.md.jinja"
-_TAGS = ["image-classification", "timm", "ride", "long-tailed-recognition", "mixture-of-experts"]
+_TAGS = ["image-classification", "timm", "transformers", "ride", "long-tailed-recognition", "mixture-of-experts"]
 
 
 def render(staged: Staged) -> str:

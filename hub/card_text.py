@@ -78,7 +78,8 @@ def widget(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Example images: those of the release with its predictions, or public ones of classes that the data have."""
     found = [
         dict(src=example["file"], output=example["output"],
-             example_title=f"{example['class']} ({example['train_images']:,} training images)")
+             example_title=f"{example['class']}{', drawn' if example.get('drawn') else ''} "
+                           f"({example['train_images']:,} training images)")
         for example in results.get("examples", ())
     ]  # fmt: skip
     images = _IMAGES.get(results.get("data", {}).get("dataset"), {})

@@ -25,7 +25,7 @@ import safetensors.torch
 import timm
 import torch
 from card import shots_of, write_card
-from examples import write_examples
+from examples import draw_examples, write_examples
 from folder import (
     CLASSES,
     CURVES,
@@ -136,6 +136,8 @@ def build(
     results.pop("examples", None)
     if measured and recipe is not None and recipe.dataset in EMBEDDED:  # their licence lets the images go along
         results["examples"] = write_examples(model, recipe, new)
+    elif config.get("label_names") and results.get("class_counts"):
+        results["examples"] = draw_examples(model, config["label_names"], results["class_counts"], new)
     results |= dict(network=_network_facts(model), data=_data_facts(recipe, results)) | (facts or {})
     write_json(new / CONFIG, config)
     write_json(new / RESULTS, results)

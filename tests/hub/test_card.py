@@ -19,6 +19,7 @@ def test_the_card_says_what_the_data_say(staged):
     text = (staged.path / "README.md").read_text(encoding="utf-8")
     front = front_matter(text)
     assert front["library_name"] == "timm" and front["pipeline_tag"] == "image-classification"
+    assert {"timm", "transformers"} < set(front["tags"]) and '\npip install ".[transformers]"' in text
     assert front["license"] == "mit" and front["metrics"] == ["accuracy"]
     metrics = {m["name"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
     assert metrics["accuracy, all, ensemble"] == 50.0 and metrics["accuracy, many, routed"] == 60.0

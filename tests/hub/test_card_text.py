@@ -143,7 +143,8 @@ def test_the_usage_of_adapters_installs_peft(staged):
     assert "\npip install .  # in a clone" in render(staged)
     config = staged.json("config.json")
     set_json(staged.path / "config.json", model_args=config["model_args"] | dict(adapter="lora"))
-    assert '\npip install ".[adapters]"  # in a clone' in render(staged)
+    text = render(staged)
+    assert '\npip install ".[adapters]"  # in a clone' in text and 'install ".[transformers,adapters]"' in text
 
 
 @pytest.mark.parametrize("stages", [("experts", "router"), ("experts",), ("router",)])
@@ -225,6 +226,8 @@ def test_example_images_of_the_widget(staged):
     own = dict(file="example_tail.png", train_images=1200, output=[dict(label="bee", score=0.9)]) | {"class": "bee"}
     expected = dict(src="example_tail.png", example_title="bee (1,200 training images)", output=own["output"])
     assert widget(dict(examples=[own], data=dict(dataset="cifar100"))) == [expected]
+    (drawn,) = widget(dict(examples=[own | dict(drawn=True)]))
+    assert drawn["example_title"] == "bee, drawn (1,200 training images)"
     assert [example["example_title"] for example in widget(dict(data=dict(dataset="cifar100")))] == ["Tiger"]
     assert "widget" not in front_matter(render(staged))  # images of one's own are not published
 
