@@ -113,7 +113,7 @@ def test_recomputed_activations_and_frozen_norms_leave_a_run_as_it_is(train, pho
             ["--backbone-weights", "none", "--no-backbone-pretrained"],
             "freeze_norm=True, head_init=class_means need pretrained weights: pass --backbone-p",
         ),
-        (["--freeze", "backbone"], "freeze=backbone leaves layer_decay=0.75 without effect"),
+        (["--freeze", "backbone", "--layer-decay", "0.7"], "freeze=backbone leaves layer_decay=0.7 without effect"),
         (["--backbone", "resnt50"], "backbone='resnt50'"),
         (["--model", "ride", "--recipe", "finetune", "--backbone-weights", "none"], "--backbone-weights FILE"),
     ],

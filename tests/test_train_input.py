@@ -55,11 +55,6 @@ ADAPTED = ["--model", "ride", "--adapter", "lora", "--backbone"]
         (["--adapter", "lora"], r"model ride_resnet32: it does not take .*'adapter'"),
         (["--gamma", "2"], r"gamma=2 has no effect with loss=ride: leave --gamma out\.$"),
         (["--decouple-lr", "1"], r"decouple_lr=1 has no effect with decouple=none: leave --decouple-lr out"),
-        (
-            ["--num-experts", "1", "--pos-weight", "2"],
-            r"pos_weight=2 has no effect with num_experts=1: leave",
-        ),
-        (["--num-experts", "1", "--split", "s2"], r"split=s2 has no effect with num_experts=1: leave --split out"),
         (["--freeze", "backbone", "--freeze-norm"], r"freeze_norm=True has no effect with freeze=backbone, which"),
         (["--adapter-rank", "4"], r"adapter_rank=4 has no effect with adapter=none: leave --adapter-rank out"),
         ([*ADAPTED, "test_vit", "--freeze", "trunk"], r"adapter=lora freezes the backbone itself: leave freeze=trunk"),

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..losses import loss_keys
 from .arguments import Parser, add_flags, flags_given
 from .recipe import DEFAULT_RECIPE, Recipe, listing, load_recipe
-from .recipe_keys import DecouplingKeys, RouterKeys
+from .recipe_keys import DecouplingKeys
 from .run_folder import RunFolder
 
 FINETUNE = "finetune"
@@ -130,11 +130,6 @@ def check_effect(flags: dict[str, Any], recipe: Recipe) -> None:
         unread |= {item.name: "decouple=none" for item in dataclasses.fields(DecouplingKeys)}
     if recipe.adapter is None:
         unread["adapter_rank"] = "adapter=none"
-    if recipe.num_experts == 1:
-        names = ["taus", "tau_reach", *(item.name for item in dataclasses.fields(RouterKeys))]
-        unread |= dict.fromkeys(names, "num_experts=1")
-        if recipe.freeze != "trunk" and recipe.adapter is None:
-            unread["split"] = "num_experts=1"
     if recipe.freeze == "backbone":
         unread["freeze_norm"] = "freeze=backbone, which keeps them all"
     for name in flags.keys() & unread.keys() - {"decouple"}:
