@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import write_atomically
+from ..files import write_csv
 from .counts import Counts
 
 NUM_LARGEST, NUM_EXAMPLES = 10, 4
@@ -52,15 +51,3 @@ def write_confusion_matrix(path: Path, matrix: np.ndarray, class_names: Sequence
     """Write a matrix [C, C] as CSV: a row for each class, a column for each predicted class."""
     rows = ([name, *row] for name, row in zip(class_names, matrix.tolist(), strict=True))
     write_csv(path, ["true \\ predicted", *class_names], rows)
-
-
-def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table as CSV, whole or not at all; None is an empty cell."""
-
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(heading)
-            table.writerows(rows)
-
-    write_atomically(path, write)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..files import write_csv
 from ..priors import shot_groups
-from .confusions import largest_confusions, write_csv
+from .confusions import largest_confusions
 from .counts import Counts
 from .tables import GROUPS
 

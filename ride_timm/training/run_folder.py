@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import platform
@@ -20,7 +18,7 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..errors import InputError, first_line
 from ..evaluation.tables import STAGE_NAMES, metrics_table
-from ..files import write_atomically, write_text
+from ..files import write_atomically, write_csv, write_text
 from ..hardware import device_name
 from ..models import Ride
 from ..models.release import WEIGHTS, save_config
@@ -209,11 +207,9 @@ class RunFolder:
         write_atomically(self.path / _STATE, state.write, keep=None if self._damage else self.path / _PREVIOUS)
         self._damage = None
         if state.history:
-            text = io.StringIO()
-            table = csv.DictWriter(text, list(state.history[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(state.history)
-            write_text(self.path / "metrics.csv", text.getvalue())
+            columns = list(state.history[0])
+            rows = ([epoch.get(column) for column in columns] for epoch in state.history)
+            write_csv(self.path / "metrics.csv", columns, rows)
 
     def conclude(self) -> None:
         """Delete the state before the last, which a finished run does not need; with a stage in progress, nothing."""
