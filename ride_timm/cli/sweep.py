@@ -88,7 +88,7 @@ def check_flags(recipes: Sequence[str], flags: Sequence[str]) -> None:
         raise InputError(f"recipes {', '.join(recipes)}: two of the same name would write to the same folders.")
     for name in recipes:
         recipe = load_recipe(name).override(values)
-        check_effect(values, recipe)
+        check_effect(values, recipe, getattr(args, "from"))
         if args.stage == "router":
             continue
         rebalances = recipe.decouple != "none" and getattr(args, "from")

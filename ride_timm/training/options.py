@@ -91,9 +91,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
     if args.teacher:
         flags.setdefault("distillation", True)
     recipe = recipe.override(flags)
-    check_effect(flags, recipe)
-    if args.source is not None:
-        _check_effect_on_weights(flags, recipe)
+    check_effect(flags, recipe, args.source)
     backbone = next((name for name in ("backbone", *_WEIGHTS) if getattr(recipe, name)), None)
     if backbone is not None and recipe.model != "ride":
         raise InputError(
@@ -123,8 +121,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
     return options, recipe
 
 
-def check_effect(flags: dict[str, Any], recipe: Recipe) -> None:
-    """InputError for a flag that this recipe does not read: it would change nothing."""
+def check_effect(flags: dict[str, Any], recipe: Recipe, source: str | None = None) -> None:
+    """InputError for a flag that this recipe, or a run that starts from `source`, does not read.
+
+    It would change nothing: `--from` gives all weights but those that adapters leave out.
+    """
     unread = {name: f"loss={recipe.loss}" for name, (_, losses) in loss_keys().items() if recipe.loss not in losses}
     if recipe.decouple == "none":
         unread |= {item.name: "decouple=none" for item in dataclasses.fields(DecouplingKeys)}
@@ -132,22 +133,15 @@ def check_effect(flags: dict[str, Any], recipe: Recipe) -> None:
         unread["adapter_rank"] = "adapter=none"
     if recipe.freeze == "backbone":
         unread["freeze_norm"] = "freeze=backbone, which keeps them all"
+    if source is not None:
+        if flags.get("head_init") == "class_means":
+            unread["head_init"] = "--from, whose classifiers are kept"
+        if recipe.adapter is None:
+            unread |= {name: "--from, which holds all weights" for name in _WEIGHTS if flags.get(name)}
     for name in flags.keys() & unread.keys() - {"decouple"}:
         raise InputError(
             f"{name}={flags[name]} has no effect with {unread[name]}: leave --{name.replace('_', '-')} out."
         )
-
-
-def _check_effect_on_weights(flags: dict[str, Any], recipe: Recipe) -> None:
-    """InputError for a flag on initial weights beside `--from`, which gives all of them but what adapters leave out."""
-    if flags.get("head_init") == "class_means":
-        raise InputError("head_init=class_means has no effect with --from, whose classifiers are kept: leave one out.")
-    for name in _WEIGHTS:
-        if flags.get(name) and recipe.adapter is None:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{name}={flags[name]} has no effect with --from, which holds all weights: leave {flag} out."
-            )
 
 
 def recipe_for(flags: dict[str, Any]) -> tuple[str, dict[str, Any], tuple[str, ...]]:
