@@ -86,24 +86,26 @@ class Watch:
         bad = ~self.losses[: self.step].isfinite()
         # as a maximum over the processes, the first bad step is the one with the most steps from it to the end
         remaining = torch.where(bad, torch.arange(self.step, 0, -1, device=bad.device), 0).amax().item()
-        now, ms = time.perf_counter(), 0.0  # milliseconds of a step
-        if self.last_check is not None and self.step > self.last_check[1]:
-            ms = 1000 * (now - self.last_check[0]) / (self.step - self.last_check[1])
-        remaining, slowest = self._agree(int(remaining), round(ms))
+        now, seconds, steps = time.perf_counter(), 0.0, 0
+        if self.last_check is not None:
+            seconds, steps = now - self.last_check[0], self.step - self.last_check[1]
+        self.last_check = now, self.step
+        remaining, slowest = self._agree(int(remaining), round(1000 * seconds / steps) if steps else 0)  # milliseconds
         if remaining:
             step = self.step - remaining + 1
             advice = f"a lower {stage_flag(self.stage, 'lr')}{self.other_advice}"
             raise RunError(f"the loss is not finite at epoch {self.epoch + 1}, step {step}: try {advice}.")
         if slowest:
             self.every = min(CHECK_EVERY, max(1, MAX_MS // slowest))
-        self._estimate(now)
+        self._estimate(seconds, steps)
 
-    def _estimate(self, now: float) -> None:
-        """Print once how long a stage of some minutes will take, without its first steps and its evaluations."""
-        if self.last_check is not None:
-            self.seconds += now - self.last_check[0]
-            self.timed += self.step - self.last_check[1]
-        self.last_check = now, self.step
+    def _estimate(self, seconds: float, steps: int) -> None:
+        """Print once how long a stage of some minutes will take, without its first steps and its evaluations.
+
+        seconds, steps: since the last look at the losses.
+        """
+        self.seconds += seconds
+        self.timed += steps
         if not self.estimated and self.timed and self.seconds >= MIN_SECONDS:
             self.estimated = True
             seconds = self.seconds / self.timed * self.total
