@@ -219,7 +219,7 @@ def _copy_run(source: Path, new: Path, seeds: tuple[Path, ...]) -> tuple[dict[st
         if unfinished := begun - results["stages"].keys():
             raise InputError(f"stage {unfinished.pop()} of the run in {source} is not finished: finish it by --resume.")
     if "source" in results:
-        if seconds := results.get("source_seconds") or _seconds_before(results["source"]):
+        if seconds := _seconds_before(results):
             results["source_seconds"] = seconds
         results["source"] = _public_source(results["source"])
     if teacher := results.get("teacher"):
@@ -263,18 +263,21 @@ def _public_source(source: str | None) -> str | None:
     return source if is_registered(source) else None
 
 
-def _seconds_before(source: str | None) -> float | None:
+def _seconds_before(results: dict[str, Any]) -> float | None:
     """Training time of the weights that a run started from, with theirs; None unless all of them are here."""
+    if "source" not in results:
+        return 0.0
+    if "source_seconds" in results:
+        return results["source_seconds"]
+    source = results["source"]
     if source is None:
         return None
     folder = folder_of(source)
     folder = folder if folder.is_dir() else HERE / (_public_source(source) or "")
     if not (folder / RESULTS).is_file():
         return None
-    results = read_json(folder / RESULTS, _DAMAGED)
-    seconds, earlier = results.get("seconds"), 0.0
-    if "source" in results:
-        earlier = results.get("source_seconds") or _seconds_before(results["source"])
+    own = read_json(folder / RESULTS, _DAMAGED)
+    seconds, earlier = own.get("seconds"), _seconds_before(own)
     return None if seconds is None or earlier is None else seconds + earlier
 
 
