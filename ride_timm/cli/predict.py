@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..evaluation.evaluate import evaluation_batch
 from ..evaluation.test_prior import estimate_log_prior, log_prior_of
-from ..hardware import choose_device
+from ..hardware import choose_device, usable_cores
 from ..inference.image_files import ImageFiles, find_images
 from ..inference.load import SPEC, check_channels, load_ride, threshold_for
 from ..inference.model_prior import add_prior_flags, check_prior_flags, model_log_prior, run_results
@@ -128,7 +127,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _workers(several_batches: bool) -> int:
-    return min(8, os.cpu_count() or 1) if several_batches else 0
+    return min(8, usable_cores()) if several_batches else 0
 
 
 def _piped() -> bool:

@@ -28,8 +28,6 @@ _DEATHS = {
     "CUDA_VISIBLE_DEVICES",
     "gloo/transport": "another process of this run has died; --resume continues after the last finished epoch",
 }
-
-
 _LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}  # torchrun and `accelerate launch` set one or both
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 

@@ -125,7 +125,12 @@ def scan_classes(root: Path) -> dict[str, Dataset] | None:
 def _empty_folders(folder: Path) -> list[str]:
     """Paths of the folders in a folder that hold nothing at all."""
     with os.scandir(folder) as entries:
-        return sorted(e.path for e in entries if e.is_dir() and not _is_hidden(e) and not os.listdir(e))
+        return sorted(e.path for e in entries if e.is_dir() and not _is_hidden(e) and _is_empty(e))
+
+
+def _is_empty(folder: os.DirEntry[str]) -> bool:
+    with os.scandir(folder) as entries:  # a large class is not listed twice
+        return next(entries, None) is None
 
 
 def _warn_of_joined(class_of: dict[str, str], root: Path) -> None:

@@ -152,12 +152,13 @@ class LongTailData:
         """One line on a test set that is not the data set's own."""
         if self.test_held_out is None:
             return None
-        untested = np.flatnonzero(np.bincount(self.test.labels, minlength=self.num_classes) == 0)
-        few = f"; {len(untested)} of {self.num_classes} classes have too few images for one: " if len(untested) else ""
+        notice = f"notice: the data set has no test split; the {len(self.test):,} test images are {self.test_held_out}"
+        counts = np.bincount(self.test.labels, minlength=self.num_classes)
+        untested = [name for name, count in zip(self.class_names, counts, strict=True) if count == 0]
+        if not untested:
+            return notice
         return (
-            f"notice: the data set has no test split; the {len(self.test):,} test images are {self.test_held_out}"
-            + few
-            + (listed(self.class_names[c] for c in untested) if few else "")
+            f"{notice}; {len(untested)} of {self.num_classes} classes have too few images for one: {listed(untested)}"
         )
 
     @property
