@@ -12,7 +12,7 @@ from two_ranks import run_two_ranks
 from ride_timm.cli.main import main
 from ride_timm.cli.process import Interrupted
 from ride_timm.data.augment import mixing
-from ride_timm.training import build, stages
+from ride_timm.training import stages
 from ride_timm.training.run_folder import RunFolder
 
 
@@ -207,36 +207,6 @@ def test_batch_transforms_of_stage_one(train, finished, colours, tmp_path, monke
     assert train(flags_of(colours, tmp_path / "run", *flags)) == 0
     assert done[: len(expected)] == expected and len(done) == (done.count(expected[0]) * len(expected) if done else 0)
     assert bool(done) == bool(expected)
-
-
-def test_the_last_epochs_see_plain_images(train, colours, tmp_path, monkeypatch):
-    """Crops and flips alone; a run that is stopped before them resumes to the bit."""
-    mixed, policies = [], []
-
-    class Mixing(mixing.Mixing):
-        def __call__(self, images, targets):
-            mixed.append(len(policies))
-            return super().__call__(images, targets)
-
-    def make_loader(image_set, policy, *, train, **options):
-        if train:
-            policies.append((policy.auto_augment, policy.cutout, policy.rotation))
-        return make(image_set, policy, train=train, **options)
-
-    make = build.make_loader
-    monkeypatch.setattr(mixing, "Mixing", Mixing)
-    monkeypatch.setattr(build, "make_loader", make_loader)
-    flags = ["--stage", "experts", "--loss", "ce", "--mixup-alpha", "1", "--auto-augment", "cifar10", "--cutout", "8"]
-    flags += ["--epochs", "3", "--plain-epochs", "1"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train(flags_of(colours, whole, *flags)) == 0
-    assert policies == [("cifar10", 8, 0), (None, 0, 0)] and set(mixed) == {1}
-    with monkeypatch.context() as patched:
-        stop_after_epoch(patched, last=2)
-        assert train(flags_of(colours, stopped, *flags)) == 143
-    assert train(["--output", stopped, "--resume", "--stage", "experts", "--threads", "1"]) == 0
-    assert rows_of(stopped) == rows_of(whole)
-    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_ema_is_evaluated_and_saved(train, colours, tmp_path, capsys):

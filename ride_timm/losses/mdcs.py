@@ -47,8 +47,6 @@ class MdcsLoss(BalPoELoss):
     def arguments(cls, recipe: Any) -> dict[str, Any]:
         if recipe.auto_augment is None:
             raise InputError("loss=mdcs compares a weak and a strong view: set auto_augment, such as rand-m9-mstd0.5.")
-        if recipe.plain_epochs:
-            raise InputError("loss=mdcs compares a weak and a strong view to the end: set plain_epochs to 0.")
         if recipe.mixup_alpha or recipe.cutmix_alpha:
             raise InputError("loss=mdcs compares two views of an image: set mixup_alpha and cutmix_alpha to 0.")
         return super().arguments(recipe)

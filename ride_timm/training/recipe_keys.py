@@ -148,12 +148,6 @@ class StageOneKeys:
         low=1,
         by_data=True,
     )
-    plain_epochs: int = key(
-        0,
-        "of the epochs, the last on images that are cropped and flipped alone, neither mixed nor erased",
-        low=0,
-        in_epochs=True,
-    )
     batch_size: int = key(128, "images per step, over all processes", low=1)
     lr: float = key(0.1, "learning rate", above=0)
     layer_decay: float | None = key(

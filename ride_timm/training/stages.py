@@ -169,13 +169,10 @@ class ExpertsStage(Stage):
     """Stage one: trunk and experts under the recipe's loss, with a teacher or not. RIDE, section 3.2.
 
     from_scratch: the run began without `--from`, so that an EMA warms up. class_weights [C]: of the loss, if given.
-    plain: the last `plain_epochs` have begun, whose images are cropped and flipped alone. He et al. 2019,
-    arXiv:1909.09148.
     """
 
     name = "experts"
     loss: ExpertsLoss
-    plain = False
 
     def __init__(
         self, recipe: Recipe, data: RunData, model: Ride, accelerator: Accelerator, teacher: Teacher | None,
@@ -203,8 +200,7 @@ class ExpertsStage(Stage):
             self.ema = ModelEmaV3(model, recipe.ema_decay, use_warmup=from_scratch)
 
     def make_loader(self) -> Any:
-        policy = self.data.train_policy.plain if self.plain else self.data.train_policy
-        return self.data.train_loader(self.settings, policy, self.num_views)
+        return self.data.train_loader(self.settings, self.data.train_policy, self.num_views)
 
     def begin_epoch(self, epoch: int) -> None:
         if epoch == 0 and self.from_scratch and self.recipe.head_init == "class_means":
@@ -212,9 +208,6 @@ class ExpertsStage(Stage):
             heads_from_class_means(self.model, batches, self.accelerator, self.recipe.seed)
             if self.ema is not None:
                 self.ema.set(self.model)
-        if not self.plain and epoch >= self.settings.epochs - self.recipe.plain_epochs:
-            self.plain, self.changes = True, []
-            self.loader = self.make_loader()
         super().begin_epoch(epoch)
 
     def settle(self) -> None:

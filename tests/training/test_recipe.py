@@ -133,7 +133,6 @@ def test_samplers_are_those_of_their_stage():
 def test_epochs_alone_scale_decay_and_reweighting():
     recipe = load_recipe("cifar100_lt").override({"epochs": "40"})
     assert (recipe.decay_epochs, recipe.reweight_epoch, recipe.warmup_epochs) == ((32, 36), 32, 5)
-    assert Recipe(epochs=200, plain_epochs=40).override({"epochs": 50}).plain_epochs == 10
 
 
 def test_given_epochs_are_not_scaled():
@@ -179,7 +178,6 @@ def test_reweighting_off_reaches_the_loss():
         ({"loss": "balpoe", "taus": [0, 1, 3]}, r"taus 0, 1, 3 have a mean of 1.33333: expected 1"),
         ({"loss": "mdcs"}, r"loss=mdcs compares a weak and a strong view: set auto_augment"),
         ({"loss": "mdcs", "auto_augment": "v0", "mixup_alpha": 0.4}, r"set mixup_alpha and cutmix_alpha to 0"),
-        ({"loss": "mdcs", "auto_augment": "v0", "plain_epochs": 9}, r"to the end: set plain_epochs to 0"),
         ({"loss": "sade", "num_experts": 4}, r"num_experts=4: loss 'sade' trains 3 experts"),
         (
             {"loss": "ride", "class_weights": "auto"},

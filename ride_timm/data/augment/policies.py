@@ -58,11 +58,6 @@ class Policy:
         return replace(self, auto_augment=None, cutout=0)
 
     @property
-    def plain(self) -> Policy:
-        """The policy that crops and flips alone."""
-        return replace(self.weak, degrees=0.0, jitter=0.0)
-
-    @property
     def rotation(self) -> float:
         """Largest rotation in training, in degrees."""
         return self.degrees if self.auto_augment is None else 0.0
