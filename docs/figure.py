@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 
 ROOT = Path(__file__).parent.parent
-RELEASE = ROOT / "hub" / "ride_resnet32.cifar100_lt100_balpoe_refine"
+RELEASE = ROOT / "hub" / "ride_resnet32.cifar100_lt100_mutual"
 PICTURE = ROOT / "docs" / "ride.svg"
 INK, GREY, LINE = "#1f2933", "#66727f", "#9aa5b1"
 TRUNK, EXPERT, GATE = ("#e6eaef", "#7b8794"), ("#dbe8f6", "#3b6ea8"), ("#fdebd3", "#d9822b")  # fill, edge

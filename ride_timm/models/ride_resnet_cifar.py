@@ -126,10 +126,7 @@ default_cfgs = generate_default_cfgs(
     with_releases(
         {
             "ride_resnet32.cifar100_lt100": ride_cfg(**_CIFAR100),
-            "ride_resnet32.cifar100_lt100_balpoe": ride_cfg(**_CIFAR100),
-            "ride_resnet32.cifar100_lt100_balpoe_restart": ride_cfg(**_CIFAR100),
-            "ride_resnet32.cifar100_lt100_balpoe_average": ride_cfg(**_CIFAR100),
-            "ride_resnet32.cifar100_lt100_balpoe_refine": ride_cfg(**_CIFAR100),
+            "ride_resnet32.cifar100_lt100_mutual": ride_cfg(**_CIFAR100),
             "ride_resnet32.cifar100_lt100_zoo": ride_cfg(**_CIFAR100),
             "ride_resnet32.cifar100_lt100_distill": ride_cfg(**_CIFAR100),
             "ride_resnet32.cifar100_lt100_distill_4experts": ride_cfg(**_CIFAR100),

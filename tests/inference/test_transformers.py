@@ -21,7 +21,7 @@ from transformers.image_utils import load_image  # noqa: E402
 
 RELEASES = sorted(path.parent for path in (Path(__file__).parents[2] / "hub").glob("ride_*/config.json"))
 FASHION = RELEASES[0].with_name("ride_resnet32.fashion_lt")
-AFFINE = RELEASES[0].with_name("ride_resnet32.cifar100_lt100_balpoe_average")  # class_affine
+AFFINE = RELEASES[0].with_name("ride_resnet32.cifar100_lt100_mutual")  # class_affine
 ANY_SIZE = [(45, 37), (500, 333), (224, 224), (200, 3), (5, 60), (1, 1)]
 # the backbones resize by bicubic interpolation, the second to a square
 EVERY_POLICY = [
