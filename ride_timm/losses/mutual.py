@@ -28,7 +28,7 @@ class MutualLoss(BalPoELoss):
     Each expert j learns from every other expert i by KL(i || j) of their adjusted logits, i detached, averaged over i.
     Zhang et al. 2018, arXiv:1706.00384, equation 5, has the plain form. With `mutual_gate`, i teaches only images it is
     right about, with a weight for their class: sqrt(1 - its running accuracy), with mean 1 over the classes, so that
-    hard classes are taught most.
+    hard classes are taught most. Of a mixed image both labels count, so mixup brings these weights closer together.
     """
 
     reach = 0.1
