@@ -16,7 +16,15 @@ from folder import CARD, CLASSES, CONFIG, CURVES, HERE, RESULTS, Staged, is_regi
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ride_timm.cli.process import exit_code
-from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, ensemble_metrics, millions, number, percentages
+from ride_timm.evaluation.tables import (
+    GROUPS,
+    STAGE_NAMES,
+    ensemble_metrics,
+    millions,
+    number,
+    percentages,
+    short_threshold,
+)
 from ride_timm.files import write_text
 from ride_timm.losses import LOSSES, PerExpertPriorLoss
 from ride_timm.models.release import NAMESPACE
@@ -31,9 +39,11 @@ _TAGS = ["image-classification", "timm", "transformers", "ride", "long-tailed-re
 def render(staged: Staged) -> str:
     """The card as text: front matter and page."""
     config, results, recipe = staged.json(CONFIG), staged.json(RESULTS), staged.recipe()
-    args, title, hub_id, home = {"num_experts": 3, **config["model_args"]}, *text.describe_data(results)
+    args = {"num_experts": 3, **config["model_args"]}
+    title, hub_id, home = text.describe_data(results)
     num_experts, stages = args["num_experts"], results["stages"]
-    repo = results.get("repository", f"owner/{staged.name}")
+    stated, registered = results.get("repository"), is_registered(staged.name)
+    repo = stated or f"owner/{staged.name}"
     curve = _few_points(results.get("routing", {}).get("curve", []))
     loss = LOSSES[recipe.loss if recipe else "ride"]
     papers = [(loss.citation, loss.paper)]
@@ -57,9 +67,9 @@ def render(staged: Staged) -> str:
         front,
         template_path=str(TEMPLATE),
         name=staged.name,
-        spec=staged.name if is_registered(staged.name) else f"hf-hub:{repo}",
+        spec=staged.name if registered and not stated else f"hf-hub:{repo}",
         repo=repo,
-        published=f"{NAMESPACE}/{staged.name}" if is_registered(staged.name) else repo,
+        published=f"{NAMESPACE}/{staged.name}" if registered and not stated else repo,
         base=base,
         config=config,
         results=results,
@@ -115,13 +125,9 @@ def _eval_results(results: dict[str, Any], title: str, hub_id: str | None) -> li
 
 
 def _curve_row(point: dict[str, Any]) -> list[str]:
-    accuracies = [number(point[group], 1) for group in GROUPS]
-    return [_threshold(point["threshold"]), millions(point["macs"]), *accuracies, percentages(point["experts_used"])]
-
-
-def _threshold(value: float) -> str:
-    """A threshold as Python reads it; near 1, where six digits would name another one, its distance from 1."""
-    return f"{value:.6g}" if value == 1 or value < 1 - 1e-4 else f"1 - {1 - value:.3g}"
+    cells = [short_threshold(point["threshold"]), millions(point["macs"])]
+    cells += [number(point[group], 1) for group in GROUPS]
+    return [*cells, percentages(point["experts_used"])]
 
 
 def _few_points(curve: list[dict[str, Any]], most: int = 5) -> list[dict[str, Any]]:

@@ -139,12 +139,13 @@ def run(args: argparse.Namespace) -> None:
     predict = Timed(averaged_crops(prepared) if args.five_crop else prepared)
     num_members = len(experts) if one_by_one else None
     sizes = (model.num_classes, model.num_experts if args.routed else None, num_members)
+    bare = None
     if args.test_prior is None and not args.shifted:
         counts = CountAccumulator(*sizes, device)
         metrics = evaluate(model, test, data.class_counts, predict=predict, counts=counts, shots=recipe.shots)
     else:
         counts = CountAccumulator(*sizes)
-        metrics = _evaluate_priors(args, collect(predict, test), counts, data, recipe.shots)
+        metrics, bare = _evaluate_priors(args, collect(predict, test), counts, data, recipe.shots)
 
     used = metrics.get("experts_used")
     cost = macs.expected(used) if used else macs.trunk + sum(macs.experts[i] for i in experts)
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     if args.five_crop:
         metrics["crops"], name = crops, f"{name}, five crops"
     rows = {name: metrics}
-    if (bare := metrics.get("without_test_prior")) is not None:
+    if bare is not None:
         rows = {name: metrics | bare, f"{name}, prior {args.test_prior}": metrics}
     for folder in filter(None, (args.plots, args.confusions)):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -229,8 +230,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _evaluate_priors(
     args: argparse.Namespace, predictions: list[Any], counts: CountAccumulator, data: Any, shots: tuple[int, int]
-) -> dict[str, Any]:
-    """The metrics moved to the test prior, if one is given, and the accuracies on the shifted test sets.
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The metrics moved to the test prior, if one is given, and as predicted, which are None if none is.
+
+    The accuracies on the shifted test sets are among the first.
 
     counts: a new accumulator for the predictions of the metrics.
     """
@@ -239,6 +242,7 @@ def _evaluate_priors(
     model_prior = model_log_prior(args.model_prior, args.model, trained_on, data.class_names)
     shift: Tensor | float = 0.0
     found: dict[str, Any] = {}
+    bare = None
     if args.shifted:
         targets = torch.cat([targets for _, _, targets in predictions])
         found["shifted"] = shifted_accuracies(logits, targets, data.class_counts, model_prior)
@@ -252,7 +256,7 @@ def _evaluate_priors(
             prior = log_prior_of(args.test_prior, trained_on, data.class_names)
         shift, found["test_prior"] = prior - model_prior, prior.exp().tolist()
     moved = ((logits + shift, used, targets) for logits, used, targets in predictions)
-    return metrics_of(moved, counts, data.class_counts, shots) | found
+    return metrics_of(moved, counts, data.class_counts, shots) | found, bare
 
 
 def _choose_threshold(
@@ -292,7 +296,7 @@ def _print(
     if chosen := metrics.get("chosen_on"):
         over = ", above the budget" if metrics["macs"] > args.macs_budget else ""
         budget, there, here = map(millions, (args.macs_budget, chosen["macs"], metrics["macs"]))
-        print(f"threshold {chosen['threshold']:.4g} for at most {budget} MMACs per image, chosen on {chosen['images']} "
+        print(f"threshold {chosen['threshold']!r} for at most {budget} MMACs per image, chosen on {chosen['images']} "
               f"{chosen['source']}: {chosen['all']:.2f} % class-balanced at {there} MMACs there, {here} MMACs on the "
               f"test set{over}")  # fmt: skip
     if args.time:

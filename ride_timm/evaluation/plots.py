@@ -18,7 +18,7 @@ from ..data.image_set import ImageSet, LongTailData
 from . import figures
 from .confusion_plots import plot_confusion_gallery
 from .figures import COLOURS, TITLES
-from .tables import GROUPS, STAGE_NAMES, number
+from .tables import GROUPS, STAGE_NAMES, number, short_threshold
 
 Rows = dict[str, dict[str, Any]]  # metrics of `compute_metrics` by name, such as "ensemble" and "routed"
 
@@ -231,7 +231,8 @@ def plot_routing(
             at = (point["macs"] / 1e6, point[group])
             axes.annotate(str(i + 1), at, (0, -13), textcoords="offset points", ha="center")
         if chosen:
-            line(axes, [chosen], group, "o", color="black", label=f"router, threshold {chosen['threshold']:g}")
+            label = f"router, threshold {short_threshold(chosen['threshold'])}"
+            line(axes, [chosen], group, "o", color="black", label=label)
         axes.set(title=TITLES[group], xlabel="MMACs per image")
         axes.margins(x=0.1, y=0.2)
     grid[0][0].set_ylabel("test accuracy (%)")

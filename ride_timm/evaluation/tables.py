@@ -28,6 +28,11 @@ def millions(count: float | None) -> str:
     return "–" if count is None else f"{count / 1e6:,.1f}"
 
 
+def short_threshold(value: float) -> str:
+    """0.266986, or 1 - 5.96e-08 where six digits would say 1; Python reads both."""
+    return f"{value:.6g}" if value == 1 or value < 1 - 1e-4 else f"1 - {1 - value:.3g}"
+
+
 def percentages(fractions: Sequence[float] | None) -> str:
     """41.0 / 9.5 / 49.5 %; a dash for None and for an empty sequence."""
     return " / ".join(f"{100 * fraction:.1f}" for fraction in fractions) + " %" if fractions else "–"

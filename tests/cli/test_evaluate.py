@@ -11,6 +11,7 @@ import torch
 from commands import CLASSES, output, refusal, run_folder
 from PIL import Image
 
+from ride_timm.cli import evaluate
 from ride_timm.cli.evaluate import _DATA_KEYS
 from ride_timm.cli.main import main
 from ride_timm.cli.process import exit_code
@@ -116,7 +117,7 @@ def test_confusions(capsys, run, evaluated, tmp_path):
     assert (folder / "confusion_matrix.png").is_file() and len(found["f1"]["per_class"]) == 10
 
 
-def test_a_test_prior_moves_the_predictions(capsys, run, evaluated, tmp_path):
+def test_a_test_prior_moves_the_predictions(capsys, run, evaluated, tmp_path, monkeypatch):
     argv = ("evaluate", "--model", run, "--model-prior", "uniform", "--test-prior")
     plain = evaluated["plain"]
     same = json.loads(output(capsys, *argv, "uniform", "--json"))
@@ -127,6 +128,11 @@ def test_a_test_prior_moves_the_predictions(capsys, run, evaluated, tmp_path):
     assert found["per_class"] == [100 * (c == 6) for c in range(10)] and found["correct"] == 100
     assert found["test_prior"] == [float(c == 6) for c in range(10)]
     assert found["without_test_prior"] == {key: plain[key] for key in ("all", "many", "medium", "few", "top5")}
+    drawn = {}
+    monkeypatch.setattr(evaluate, "plot_metrics", lambda folder, rows, *_: drawn.update(rows))
+    output(capsys, *argv, one, "--plots", tmp_path / "plots")
+    bare, moved = drawn.values()
+    assert bare["per_class"] == plain["per_class"] != moved["per_class"] and bare["calibration"] == plain["calibration"]
     text = output(capsys, "evaluate", "--model", run, "--routed", "--test-prior", "estimate")
     assert "routed, prior estimate" in text
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -207,6 +208,7 @@ def test_a_budget_on_the_command_line(capsys, run):
     repeated = json.loads(output(capsys, *again))
     assert repeated == {key: value for key, value in found.items() if key not in ("macs_budget", "chosen_on")}
     text = output(capsys, "--model", run, "--routed", "--macs-budget", "60e6")
+    assert float(re.search(r"^threshold (\S+) for at most", text, re.M)[1]) == chosen["threshold"]
     assert "for at most 60.0 MMACs" in text and "SEEN in training" in text
 
 
