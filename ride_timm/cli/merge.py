@@ -62,5 +62,7 @@ def _write(model: AnyRide, folder: Path, source: Path) -> None:
         shutil.copyfile(source / "metrics.csv", folder / "metrics.csv")
     if (source / "results.json").is_file():
         results = RunFolder(source).results()
+        for of_the_adapters in ("network", "routing", "examples"):  # of a release: its MACs, and files left behind
+            results.pop(of_the_adapters, None)
         stages = {name: with_macs(row, model, tuple(cfg["input_size"])) for name, row in results["stages"].items()}
         write_text(folder / "results.json", json.dumps(results | dict(stages=stages), indent=2) + "\n")
