@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import InputError, first_line
 from ...evaluation.macs import Macs, count_macs
 from ...evaluation.routing_curve import Point
-from ...evaluation.tables import GROUPS
+from ...evaluation.tables import GROUPS, ensemble_metrics
 from ...hardware import choose_device
 from ...models import Ride
 from ...models.download import download_if_there
@@ -137,7 +137,7 @@ def load_demo(spec: str, device: str | None = None) -> Demo:
         if len(counts) not in (0, model.num_classes):
             raise ValueError(f"{len(counts)} class counts")
         settings, default = _settings(results) if model.router is not None else ((), 0)
-        accuracy = _number(stages.get("experts", {}).get("all"))
+        accuracy = _number(ensemble_metrics(stages).get("all"))
         dataset = data.get("dataset", recipe and recipe.dataset)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{spec}: its results.json is damaged ({first_line(error)}): copy it again.") from error

@@ -9,6 +9,7 @@ import timm
 import torch
 from commands import CLASSES, run_folder
 from PIL import Image
+from release_files import set_json
 from timm.data import create_transform, resolve_model_data_config
 
 from ride_timm import InputError
@@ -66,6 +67,13 @@ def test_settings_are_those_of_the_curve_and_the_models_own(demo):
     assert [point["all"] for point in demo.settings] == [40.0, 44.0, 45.5]
     assert demo.default == 1 and demo.settings[0]["few"] is None
     assert demo.accuracy == 46.0 and demo.dataset == "fashion_lt"
+
+
+def test_the_accuracy_is_that_of_re_balanced_heads(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    stages = json.loads((folder / "results.json").read_text())["stages"]
+    set_json(folder / "results.json", stages=stages | dict(heads=dict(all=48.0)))
+    assert load_demo(str(folder), "cpu").accuracy == 48.0
 
 
 def test_a_run_that_was_not_measured(bare_run, photo):
