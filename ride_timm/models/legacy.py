@@ -139,11 +139,12 @@ def _legacy_key(key: str, model: Ride) -> str:
     part, _, rest = key.partition(".")
     if part == "trunk":
         return rest
-    kind, i, rest = ("", *rest.split(".", 1)) if part == "experts" else (*rest.split(".", 2),)
     if part == "router":
+        kind, i, rest = rest.split(".", 2)
         if kind == "fc" and model.router and model.router.share_expert_help_pred_fc:
             return f"expert_help_pred_fc.{rest}"
         return f"{_ROUTER_KEYS[kind]}.{i}.{rest}"
+    i, rest = rest.split(".", 1)
     if rest.startswith("fc."):
         return rest.replace("fc.", f"linears.{i}." if model.num_experts > 1 else "linear.")
     _, stage, rest = rest.split(".", 2)

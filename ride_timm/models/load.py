@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from ..errors import InputError, first_line
 from .download import check_network
 from .legacy import load_legacy
-from .release import WEIGHTS, check_finite
+from .release import check_finite
 from .ride import Ride
-from .weights_file import check_weights
 
-_HUB = "hf-hub:"
+HUB = "hf-hub:"
 
 
 def check_path(spec: str | Path) -> None:
     """Raise InputError for a missing path, which timm would take for a Hub name."""
     text = str(spec)
     if "/" in text and ":" not in text and not Path(spec).exists():
-        raise InputError(f"model {text!r}: no such folder or file (for a Hub repository write {_HUB}owner/name).")
+        raise InputError(f"model {text!r}: no such folder or file (for a Hub repository write {HUB}owner/name).")
 
 
 @torch.no_grad()
@@ -58,8 +57,6 @@ def load_any_model(spec: str | Path, **kwargs: Any) -> nn.Module:
         elif path.is_dir():
             if not (path / "config.json").is_file():
                 raise InputError(f"{path} holds no config.json: not a run folder, or its first stage is not finished.")
-            if (path / WEIGHTS).is_file():
-                check_weights(path / WEIGHTS)
             model = timm.create_model(f"local-dir:{path}", pretrained=True, **kwargs)
         else:
             model = timm.create_model(str(spec), pretrained=True, **kwargs)
@@ -78,8 +75,8 @@ def load_model(spec: str | Path, **kwargs: Any) -> Ride:
     spec: a run folder, an authors' `.pth`, or a name for `timm.create_model`.
     Raises InputError if it does not exist, the weights do not fit, or it is another network.
     """
-    if str(spec).startswith(_HUB):
-        check_network(str(spec).removeprefix(_HUB))  # before weights are downloaded
+    if str(spec).startswith(HUB):
+        check_network(str(spec).removeprefix(HUB))  # before weights are downloaded
     model = load_any_model(spec, **kwargs)
     if not isinstance(model, Ride):
         raise InputError(f"model {str(spec)!r} is a {type(model).__name__}, expected a network with experts (ride_…).")

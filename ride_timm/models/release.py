@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .ride import Ride
+from .weights_file import check_weights
 
 NAMESPACE = "ride-timm"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -299,7 +300,7 @@ def save_config(model: Ride, path: Path, **facts: Any) -> None:
 def read_folder(folder: Path, variant: str | None = None) -> Release:
     """Read a release in a folder; InputError if it fails a check.
 
-    A sha256 stated in its config.json must be that of its weights.
+    The weights must have the sha256 that its config.json states, or, of a run folder, that they state themselves.
     """
     where = f"folder {folder}"
     config, cfg, sha256 = read_config(folder / CONFIG, where, variant)
@@ -308,6 +309,8 @@ def read_folder(folder: Path, variant: str | None = None) -> Release:
         raise InputError(f"{where} holds no {WEIGHTS}: only safetensors are read (load_legacy reads an authors' .pth).")
     if sha256 and sha256_of(weights) != sha256:
         raise InputError(f"{where}: {WEIGHTS} does not have the sha256 stated in {CONFIG}: damaged or changed.")
+    if not sha256:
+        check_weights(weights)
     return Release(where, config["model_args"], cfg, weights)
 
 

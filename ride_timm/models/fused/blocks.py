@@ -91,10 +91,9 @@ def _can_batch(experts: Sequence[nn.Module]) -> bool:
 
 
 def _enter_batched(blocks: Sequence[FusedBlock], xs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Run the first convolutions of all blocks as one, on one feature map.
+    """Run the first convolutions of all blocks as one, on the feature map that all `xs` are.
 
-    All `xs` are that feature map.
-    This map is the largest that experts see, and is read once in each xsion. The results differ from separate
+    It is the largest that experts see, and is read once in each direction. The results differ from separate
     convolutions only by the order of summation.
     """
     x, conv = xs[0], blocks[0].conv1
