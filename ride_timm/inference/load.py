@@ -12,10 +12,12 @@ from ..data.datasets import KNOWN
 from ..data.hub import is_hub_id
 from ..errors import InputError
 from ..models import Ride
-from ..models.load import load_model
+from ..models.download import download_if_there
+from ..models.load import HUB, load_model
 from ..models.release import is_release
 from ..training.recipe import Recipe, available, load_recipe
 
+RECIPE = "recipe.yaml"
 SPEC = "run folder, authors' .pth, or any name that timm.create_model takes"
 
 
@@ -38,15 +40,18 @@ def folder_of(spec: str) -> Path:
     return Path(spec.removeprefix("local-dir:"))
 
 
-def own_recipe(spec: str | None) -> Recipe | None:
-    """The recipe in the folder of a run or release; None for any other SPEC."""
-    path = _recipe_file(spec)
+def run_file(spec: str, file: str) -> Path | None:
+    """A file beside the weights of a run or release, in its folder or on the Hub; None where there is none."""
+    if spec.startswith(HUB):
+        return download_if_there(spec.removeprefix(HUB), file)
+    path = folder_of(spec) / file
+    return path if path.is_file() else None
+
+
+def own_recipe(spec: str) -> Recipe | None:
+    """The recipe of a run or release; None for any other SPEC."""
+    path = run_file(spec, RECIPE)
     return load_recipe(path) if path else None
-
-
-def _recipe_file(spec: str | None) -> Path | None:
-    path = folder_of(spec) / "recipe.yaml" if spec else None
-    return path if path and path.is_file() else None
 
 
 def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Recipe:
@@ -55,7 +60,7 @@ def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Re
     flags: recipe keys given on the command line, which take precedence; those of another data set replace all that the
     recipe says of its images. InputError where no data set is given, or only a release whose images were local files.
     """
-    path = None if name else _recipe_file(spec)
+    path = None if name or spec is None else run_file(spec, RECIPE)
     if source := name or path:
         recipe = load_recipe(source)
     elif "dataset" in flags:
@@ -68,7 +73,12 @@ def data_recipe(name: str | None, spec: str | None, flags: dict[str, Any]) -> Re
         raise InputError(f"no data set given: pass --dataset or --recipe (one of {', '.join(available())}).")
     if path and flags.get("dataset", recipe.dataset) != recipe.dataset:
         recipe = recipe.on_other_data()
-    elif path and is_release(path.parent) and "data_dir" not in flags and set(recipe.on_disk) - {"backbone_weights"}:
+    elif (
+        path
+        and (str(spec).startswith(HUB) or is_release(path.parent))
+        and "data_dir" not in flags
+        and set(recipe.on_disk) - {"backbone_weights"}
+    ):
         raise InputError(f"{path} is of a release and names local files: pass --dataset, --data-dir or --recipe.")
     elif path and not {"dataset", "data_dir"} & flags.keys():
         _check_still_there(recipe, path.parent)

@@ -19,7 +19,7 @@ from ..priors import log_prior
 from ..training.recipe import Recipe
 from ..training.recipe_keys import LEARNT
 from ..training.run_folder import RunFolder
-from .load import folder_of, own_recipe
+from .load import own_recipe, run_file
 
 
 def add_prior_flags(parser: argparse.ArgumentParser) -> None:
@@ -117,5 +117,5 @@ def model_log_prior(
 
 def run_results(spec: str) -> dict[str, Any]:
     """results.json of a run or release, with its `class_counts`; empty for any other SPEC."""
-    run = RunFolder(folder_of(spec))
-    return run.results() if (run.path / "results.json").is_file() else {}
+    path = run_file(spec, "results.json")
+    return RunFolder(path.parent).results() if path else {}

@@ -138,8 +138,12 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
         return dict(seed=values.pop("split_seed"), **values)
 
     def on_other_data(self) -> "Recipe":
-        """The recipe without what it says of its images: where they are, their columns, splits and profile."""
-        defaults: dict[str, Any] = {name: Recipe.__dataclass_fields__[name].default for name in _SOURCE}
+        """The recipe without what it says of its images: where they are, their columns, splits and profile.
+
+        An epoch that was selected on its validation split, too: the other data may have none.
+        """
+        names = (*_SOURCE, "select", "patience")
+        defaults: dict[str, Any] = {name: Recipe.__dataclass_fields__[name].default for name in names}
         return dataclasses.replace(self, **defaults)
 
     @property

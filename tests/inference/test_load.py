@@ -49,6 +49,12 @@ def test_another_data_set_takes_nothing_from_the_images_of_the_run(tmp_path):
     assert data_recipe(None, str(tmp_path), dict(dataset="my/set")).data_args == recipe.data_args
 
 
+def test_an_epoch_selected_on_the_runs_validation_split_is_no_matter_of_other_data(tmp_path):
+    recipe = load_recipe("imagenet_lt_resnet50").override(dict(use_val=True, select="best", patience=3))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert not data_recipe(None, str(tmp_path), dict(dataset="other")).use_val
+
+
 @pytest.mark.parametrize("place", ["mini", "/gone/mini"])
 def test_images_that_are_not_where_the_run_had_them_are_asked_for(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,8 @@ from huggingface_hub import constants
 from timm.models import _registry, generate_default_cfgs, resolve_model_input_args
 
 from ride_timm import InputError
+from ride_timm.inference.load import data_recipe, own_recipe, threshold_for
+from ride_timm.inference.model_prior import run_log_prior, run_results
 from ride_timm.models import download
 from ride_timm.models import release as release_module  # `release` is a fixture here
 from ride_timm.models.load import load_model
@@ -300,6 +302,14 @@ def test_the_command_line_says_what_is_wrong(hub, files, spec):
     hub.put("org/x", {CONFIG: files[CONFIG]})
     with pytest.raises(InputError, match=r"org/nothing .*not exist|not the name of a Hub|no such revision"):
         load_model(spec)
+
+
+def test_commands_read_threshold_prior_and_recipe_of_a_repository(published, release):
+    spec = f"hf-hub:{published}"
+    assert run_results(spec) == release.json("results.json")
+    torch.testing.assert_close(run_log_prior(spec), run_log_prior(str(release.path)))
+    assert own_recipe(spec) == data_recipe(None, spec, {}) == own_recipe(str(release.path))
+    assert threshold_for(spec, None) == own_recipe(spec).threshold
 
 
 def test_a_token_reads_what_is_private(hub, files, release, tmp_path, monkeypatch):
