@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -233,21 +233,24 @@ class StreamBatches(Batches):
             seen += len(batch[-1])
             yield batch
         if self.slices.num_processes == 1 and seen != len(self.images):
-            raise RunError(f"the stream gave {seen} of the {len(self.images)} listed images of {self.images.split!r}")
+            self._raise_incomplete(seen)
+
+    def _raise_incomplete(self, seen: int) -> NoReturn:
+        raise RunError(f"the stream gave {seen} of the {len(self.images)} listed images of {self.images.split!r}")
 
     def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of this rank's sizes, from as many passes as it takes."""
         sizes = (part.high - part.low for part in self.slices)
         images, changes, labels, size = [], [], [], next(sizes)
         for again in count():
-            empty = True
+            seen = 0
             # further passes are numbered beyond all epochs, so that no epoch has their order
             batches = self._pass(self.epoch + again * 1_000_000)
             for more_images, more_changes, more_labels in batches:
-                empty = False
                 images.append(more_images.unflatten(0, (self.num_views, -1)))
                 changes.append(more_changes.unflatten(0, (self.num_views, -1)))
                 labels.append(more_labels)
+                seen += len(more_labels)
                 held = sum(map(len, labels))
                 while held >= size:
                     joined, drawn, targets = torch.cat(images, 1), torch.cat(changes, 1), torch.cat(labels)
@@ -259,8 +262,10 @@ class StreamBatches(Batches):
                         if self.slices.num_processes == 1 and not again:
                             next(batches, None)  # a pass has as many images as the list, unless a name comes twice
                         return
-            if empty:
+            if not seen:
                 raise RunError(
                     f"this process' part of split {self.images.split!r} holds none of the listed images: use fewer "
                     "processes"
                 )
+            if self.slices.num_processes == 1 and not again:  # the pass has ended before the list
+                self._raise_incomplete(seen)

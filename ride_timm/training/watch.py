@@ -69,13 +69,16 @@ class Watch:
     def batches(self, loader: Collection[Any]) -> Iterator[Any]:
         """The loader's batches; raises a signal between two of them, with several processes while all have one."""
         several = self.accelerator.num_processes > 1
-        shared = -self._agree(-len(loader))[0]
-        for i, batch in enumerate(loader):
+        shared, given = -self._agree(-len(loader))[0], 0
+        for batch in loader:
             if not several:
                 self.signals.check()
-            elif i < shared:
+            elif given < shared:
                 self.check()
+            given += 1
             yield batch
+        for _ in range(given, shared if several else 0):  # a part of a stream may have fewer batches than its length
+            self.check()
 
     def check(self) -> None:
         """Raise on all processes if a signal has come to any of them."""

@@ -166,6 +166,11 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path, data):
         load_longtail("imagenet_lt", tmp_path / "saved", annotations=tmp_path / "lists", streaming=True)
     with pytest.raises(RunError, match="gave 9 of the 10 listed images"):
         list(loader(short.test, train=False))
+    lines = [*LISTS["train"], LISTS["train"][0].replace(".JPEG", "x.JPEG")]
+    longer = dict(annotations=write_lists(tmp_path / "longer", lists=LISTS | {"train": lines}))
+    train = load_longtail("imagenet_lt", tmp_path / "hub", streaming=True, **longer).train
+    with pytest.raises(RunError, match=rf"gave {len(lines) - 1} of the {len(lines)} listed images of 'train'"):
+        list(loader(train))
 
 
 def test_a_part_without_a_listed_image_is_refused_not_waited_for(tmp_path):

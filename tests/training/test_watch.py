@@ -144,6 +144,10 @@ try:
         import itertools, time
         times = itertools.count(0, 0 if accelerator.process_index else 7 * 12)  # of the first 3 steps, of the next 7, …
         time.perf_counter = lambda: next(times)
+    if sys.argv[1] == "short":  # of a stream, one process may have fewer batches than the length says
+        class Short(list):
+            __len__ = lambda self: 3
+        print(*watch.batches(Short("a" if accelerator.process_index else "abc")), *watch.batches("de"))
     for batch in watch.batches("abc" if accelerator.process_index else "ab") if sys.argv[1] == "batches" else ():
         signals.caught = 15 if batch == "a" and accelerator.process_index else None
         print("batch", batch, end=" ")
@@ -164,6 +168,7 @@ except (Interrupted, RunError) as error:
         ("slow", "25 Interrupted 15"),  # the main process takes 12 seconds a step
         ("batches", "batch a -1 Interrupted 15"),
         ("late", "9 Interrupted 15"),  # at the second look
+        ("short", "a "),  # ends: no process waits for another
         ("nan", "39 RunError the loss is not finite at epoch 1, step 26"),
     ],
 )
