@@ -15,7 +15,8 @@ from ride_timm import InputError
 from ride_timm.errors import listed
 from ride_timm.evaluation.tables import GROUPS
 from ride_timm.files import write_text
-from ride_timm.models.release import CONFIG, WEIGHTS, release_table, sha256_of
+from ride_timm.models.download import repository_of
+from ride_timm.models.release import CONFIG, NAMESPACE, WEIGHTS, release_table, sha256_of
 from ride_timm.training.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent
@@ -64,6 +65,16 @@ def check_num_classes(name: str, num_classes: int) -> None:
 def is_registered(name_and_tag: str) -> bool:
     """True for tags that timm knows, which `create_model(…, pretrained=True)` can download."""
     return name_and_tag in timm.models.get_arch_pretrained_cfgs(name_and_tag.partition(".")[0])
+
+
+def repository(name: str, namespace: str | None) -> str:
+    """The Hub id of a release or a split: in `namespace`, in RIDE_TIMM_HUB or in the project's own."""
+    return f"{namespace}/{name}" if namespace else repository_of(name)
+
+
+def repository_facts(name: str, repo: str) -> dict[str, str]:
+    """The entry of results.json by which a card names its repository; none for the project's own of a tag of timm."""
+    return {} if is_registered(name) and repo == f"{NAMESPACE}/{name}" else dict(repository=repo)
 
 
 def read_json(path: Path, way_out: str = "stage it again", **keys: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import timm
-from folder import CARD, GOLDEN, HERE, STAMP, Staged, is_registered, record_published
+from folder import CARD, GOLDEN, HERE, RESULTS, STAMP, Staged, is_registered, record_published, repository
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from tables import refresh
@@ -26,16 +26,11 @@ import ride_timm
 from ride_timm import InputError, RunError
 from ride_timm.cli.process import exit_code
 from ride_timm.errors import first_line
-from ride_timm.models.download import hub_error, repository_of
+from ride_timm.models.download import hub_error
 from ride_timm.models.release import NAMESPACE, WEIGHTS
 from ride_timm.training.arguments import Parser
 
 RELEASE = f"v{ride_timm.__version__}"
-
-
-def repository(name: str, namespace: str | None) -> str:
-    """The Hub id of a release or a split: in `namespace`, in RIDE_TIMM_HUB or in the project's own."""
-    return f"{namespace}/{name}" if namespace else repository_of(name)
 
 
 def make_api() -> HfApi:
@@ -109,6 +104,16 @@ def check_stamp(staged: Staged) -> None:
         )
 
 
+def check_card(staged: Staged, repo: str) -> None:
+    """InputError where the card names another repository; that of a tag of timm names the project's own."""
+    stated = staged.json(RESULTS).get("repository")
+    if stated != repo and not (stated is None and is_registered(staged.name)):
+        raise InputError(
+            f"the card of {staged.path} names {stated or 'no repository'}, not {repo}: stage the folder again with "
+            f"--namespace {repo.partition('/')[0]}, and verify it."
+        )
+
+
 def print_upload(folder: Path, target: str) -> None:
     """List the files that a push would upload."""
     print(f"dry run, nothing is sent; --push would upload to {constants.ENDPOINT}/{target}:")
@@ -144,10 +149,11 @@ def check_download(staged: Staged, repo: str, revision: str) -> None:
 def publish(staged: Staged, repo: str, push: bool, release: str = RELEASE) -> None:
     """List what a push uploads, or push, download, check and tag the release.
 
-    InputError, before anything is sent, for a folder that is not verified, a token without write access, and a release
-    that exists with other weights.
+    InputError, before anything is sent, for a folder that is not verified, a card that names another repository, a
+    token without write access, and a release that exists with other weights.
     """
     check_stamp(staged)
+    check_card(staged, repo)
     if not push:
         print_upload(staged.path, repo)
         print(f"and tag it {release}")

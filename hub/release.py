@@ -14,8 +14,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from folder import HERE, Staged, check_num_classes, is_registered, parse_name
-from publish import RELEASE, check_access, check_release, publish, released_weights, repository
+from folder import HERE, Staged, check_num_classes, parse_name, repository, repository_facts
+from publish import RELEASE, check_access, check_release, publish, released_weights
 from spaces import publish_space
 from stage import build, install, scratch_folder
 from tables import refresh
@@ -49,8 +49,7 @@ def release(
     if push:
         check_access(repo)
     with scratch_folder(root) as scratch:
-        facts = {} if is_registered(name) else dict(repository=repo)
-        new = build(source, name, scratch, seeds=seeds, data_dir=data_dir, facts=facts)
+        new = build(source, name, scratch, seeds=seeds, data_dir=data_dir, facts=repository_facts(name, repo))
         data = data_of(new, data_dir, False)
         print_findings(new, verify(new, data), data is not None)
         if push:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,10 +23,11 @@ PACKAGE = Path(ride_timm.__file__).parent
 
 def build_space(repo: str, folder: Path) -> None:
     """Write the Space of the release `repo`: a Space installs packages of PyPI, and this one is not there."""
+    owner, name = map(re.escape, MODEL.split("/"))
+    repo_name = repo.partition("/")[2]
     for file in FILES:
-        text = (SPACE / file).read_text(encoding="utf-8").replace(MODEL, repo)
-        text = text.replace(MODEL.partition("/")[2], repo.partition("/")[2])
-        write_text(folder / file, text)
+        text = (SPACE / file).read_text(encoding="utf-8")
+        write_text(folder / file, re.sub(rf"({owner}/)?{name}", lambda found: repo if found[1] else repo_name, text))
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from folder import CARD, HERE
+from folder import CARD, HERE, repository
 from huggingface_hub import DatasetCard, DatasetCardData, constants
-from publish import check_access, hub_errors, make_api, print_upload, repository, upload
+from publish import check_access, hub_errors, make_api, print_upload, upload
 
 from ride_timm import InputError, RunError
 from ride_timm.cli.process import exit_code

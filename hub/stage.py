@@ -42,13 +42,15 @@ from folder import (
     read_json,
     read_recipe,
     record,
+    repository,
+    repository_facts,
     write_json,
 )
 from measure import measure
 
 from ride_timm import InputError, RunError, load_legacy
 from ride_timm.cli.process import exit_code
-from ride_timm.data.datasets import EMBEDDED
+from ride_timm.data.datasets import EMBEDDED, KNOWN
 from ride_timm.evaluation.macs import count_macs
 from ride_timm.evaluation.plots import plot_long_tail, plot_routing
 from ride_timm.evaluation.tables import GROUPS, STAGE_NAMES, ensemble_metrics
@@ -123,7 +125,8 @@ def build(
     model = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
     if recipe is not None and data_dir:
         recipe = dataclasses.replace(recipe, data_dir=data_dir)
-    if measured and recipe is not None and (data_dir or recipe.dataset in EMBEDDED or not is_run):
+    measured = measured and recipe is not None and (not is_run or data_dir is not None or _test_set_is_here(recipe))
+    if measured and recipe is not None:
         found = measure(model, recipe)
         names = found.pop("class_names")
         if is_run:
@@ -133,6 +136,8 @@ def build(
             config["label_names"] = names
             found |= dict(measured_with=recipe.augment, shots=list(recipe.shots), device=device_name(_CPU))
         results |= found
+    elif is_run and "router" in results["stages"] and "routing" not in results:
+        print("notice: no test set here, so the release has no curve of the router: pass --data-dir", file=sys.stderr)
     results.pop("examples", None)
     if measured and recipe is not None and recipe.dataset in EMBEDDED:  # their licence lets the images go along
         results["examples"] = write_examples(model, recipe, new)
@@ -319,6 +324,12 @@ def _public(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, dataset=dataset, backbone_pretrained=recipe.pretrained, **paths)
 
 
+def _test_set_is_here(recipe: Recipe) -> bool:
+    """The test set of a run is embedded, or still where the run has read it."""
+    local = recipe.data_dir or (None if recipe.dataset in KNOWN else recipe.dataset)
+    return recipe.dataset in EMBEDDED or (local is not None and Path(local).expanduser().exists())
+
+
 def _check_same(stated: dict[str, Any], measured: dict[str, Any]) -> None:
     """RunError where a model does not reach the accuracy that its run stated (within 0.1 points)."""
     for name, metrics in stated.items():
@@ -351,7 +362,8 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("name", metavar="NAME.TAG", help="such as ride_resnet32.cifar100_lt100")
     parser.add_argument("--seeds", type=Path, nargs="+", default=[], metavar="RUN", help="runs with other seeds")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="recipe with the data of a checkpoint")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the Hub)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: as the run read them)")
+    parser.add_argument("--namespace", metavar="N", help="owner on the Hub, whom the card names")
     parser.add_argument("--no-measure", dest="measured", action="store_false", help="skip the test set")
     parser.add_argument("--root", type=Path, default=HERE, metavar="DIR", help="folder of the staged releases")
     args = parser.parse_args(argv)
@@ -360,6 +372,8 @@ def main(argv: list[str] | None) -> None:
     set_threads(None)
     recipe = load_recipe(args.recipe) if args.recipe else None
     options = dict(seeds=tuple(args.seeds), recipe=recipe, data_dir=args.data_dir, measured=args.measured)
+    if args.namespace:
+        options |= dict(facts=repository_facts(args.name, repository(args.name, args.namespace)))
     staged = stage(args.source, args.name, args.root, **options)
     print(f"staged {staged.path}: {', '.join(staged.hashes())}")
     print(f"next: python hub/verify.py {args.name}, and python hub/tables.py for the tables")

@@ -111,9 +111,9 @@ def render_summary(root: Path = HERE) -> str:
     for staged, results in measured(root):
         experts, router = ensemble_metrics(results["stages"]), results["stages"].get("router", {})
         data = text.describe_data(results)[0].partition(" (")[0]
-        accuracies = [number(experts[group], 1) for group in GROUPS]
-        cost = [millions(experts["macs"]), number(router.get("all"), 1), millions(router.get("macs"))]
-        rows.append((data, experts["all"], [f"`{staged.name}`", data, *accuracies, *cost]))
+        accuracies = [number(experts.get(group), 1) for group in GROUPS]
+        cost = [millions(experts.get("macs")), number(router.get("all"), 1), millions(router.get("macs"))]
+        rows.append((data, experts.get("all", 0.0), [f"`{staged.name}`", data, *accuracies, *cost]))
     return markdown_table([_SUMMARY_COLUMNS, *(row for *_, row in sorted(rows))])
 
 

@@ -83,10 +83,10 @@ def check_accuracy(model: Ride, recipe: Recipe, results: dict[str, Any]) -> dict
             raise InputError(f"results.json has metrics of {stage}, the model has no router.")
         now = measured["stages"][stage]
         for group in GROUPS:
-            known = (now[group] is None) + (stated[group] is None)  # None: no class of this group has test images
-            if known == 1 or (known == 0 and not abs(now[group] - stated[group]) <= POINTS):
-                raise InputError(f"{stage}, {group}: measured {number(now[group])} %, "
-                                 f"results.json states {number(stated[group])} %.")  # fmt: skip
+            here, there = now[group], stated[group]  # None: no class of this group has test images
+            if (here is None) != (there is None) or (here is not None and not abs(here - there) <= POINTS):
+                raise InputError(f"{stage}, {group}: measured {number(here)} %, "
+                                 f"results.json states {number(there)} %.")  # fmt: skip
         found[stage] = dict(all=now["all"], stated=stated["all"])
     return found
 
@@ -152,7 +152,7 @@ def print_findings(staged: Staged, found: dict[str, Any], measured_now: bool) ->
     for stage, accuracy in (found["measured"] or {}).items():
         print(f"{stage}: {accuracy['all']:.2f} % {when}, {accuracy['stated']:.2f} % stated")
     if found["measured"] is None:
-        print("accuracy not measured: pass --data-dir, or --measure to read the data from the Hub")
+        print("accuracy not measured: verify.py does so with --data-dir, or with --measure and the data of the Hub")
     print("verified")
 
 

@@ -31,6 +31,13 @@ def test_it_names_its_release_and_no_other(space):
     assert not any(MODEL.partition("/")[2] in (space / file).read_text(encoding="utf-8") for file in FILES)
 
 
+def test_a_name_that_begins_with_the_templates(tmp_path):
+    build_space(f"me/{MODEL.partition('/')[2]}_v2", tmp_path)
+    assert 'load_demo("hf-hub:me/ride_resnet32.fashion_lt_v2")' in (tmp_path / "app.py").read_text(encoding="utf-8")
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "title: ride_resnet32.fashion_lt_v2\n" in page and "_v2_v2" not in page
+
+
 def test_its_front_matter_is_one_of_the_hub():
     card = front_matter((SPACE / "README.md").read_text(encoding="utf-8"))
     assert card["sdk"] == "gradio" and card["app_file"] in FILES and card["license"] == "mit"

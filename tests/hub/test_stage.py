@@ -13,8 +13,9 @@ import timm
 import torch
 from card import main as card_main
 from folder import HERE, Staged, parse_name
-from publish import check_stamp
+from publish import check_card, check_stamp
 from release_files import TAG, set_json
+from stage import main as stage_main
 from stage import stage
 from verify import main as verify_main
 from verify import verify
@@ -184,6 +185,25 @@ def test_a_folder_of_any_name_can_be_released(run, tmp_path, dataset, public):
     assert staged.recipe().dataset == staged.json("results.json")["data"]["dataset"] == public
     verify(staged)
     check_stamp(staged)
+
+
+def test_a_card_names_the_owner_that_it_is_staged_for(run, tmp_path):
+    assert stage_main([str(run), TAG, "--root", str(tmp_path), "--namespace", "alice"]) is None
+    card = (tmp_path / TAG / "README.md").read_text(encoding="utf-8")
+    assert f'create_model("hf-hub:alice/{TAG}"' in card and f'model="alice/{TAG}"' in card
+    staged = Staged.find(TAG, tmp_path)
+    check_card(staged, f"alice/{TAG}")
+    with pytest.raises(InputError, match=rf"names alice/{TAG}, not bob/{TAG}: .*--namespace bob"):
+        check_card(staged, f"bob/{TAG}")
+    with pytest.raises(InputError, match=rf"names no repository, not bob/{TAG}: .*--namespace bob"):
+        check_card(stage(run, TAG, tmp_path), f"bob/{TAG}")
+
+
+def test_without_the_test_set_a_release_has_no_curve_and_says_so(run, tmp_path, capsys):
+    assert "routing" not in stage(run, TAG, tmp_path).json("results.json")
+    assert "notice: no test set here, so the release has no curve of the router: pass --data-dir" in (
+        capsys.readouterr().err
+    )
 
 
 def flip_a_bit(path):

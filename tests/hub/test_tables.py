@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tables
@@ -60,6 +61,15 @@ def test_results_of_seeds_checkpoints_and_unmeasured_releases(make_run, run, tmp
         metrics["epochs"] = 0  # re-balanced in closed form: no epoch was trained
     set_json(tmp_path / TAG / "results.json", stages=closed)
     assert "those of the last epoch" not in tables.render_results(tmp_path)
+
+
+def test_a_router_alone_has_a_row(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    stages = json.loads((folder / "results.json").read_text())["stages"]
+    set_json(folder / "results.json", stages={"router": stages["router"]}, source=None)
+    stage(folder, TAG, tmp_path / "hub", measured=False)
+    row = tables.render_summary(tmp_path / "hub").splitlines()[-1]
+    assert row.endswith("| – | – | – | – | – | 50.0 | 0.0 |") and f"`{TAG}`" in row
 
 
 def test_filling_a_page():
