@@ -79,8 +79,9 @@ def train(argv: list[str] | None) -> None:
         start_trackers(accelerator, recipe, run)
 
     for name in options.stages:
-        stage = build_stage(name, recipe, data, model, teacher, accelerator, state.source is None, class_weights)
-        train_stage(stage, state, run, accelerator, watch)
+        # no name here holds a stage, so that its memory is free before the next one is built
+        how = (recipe, data, model, teacher, accelerator, state.source is None, class_weights)
+        train_stage(build_stage(name, *how), state, run, accelerator, watch)
     if options.trackers and accelerator.is_main_process:
         log_results(accelerator, run, step=len(state.history))
     heartbeat.close()
@@ -101,7 +102,7 @@ def train_stage(stage: Stage, state: TrainingState, run: RunFolder, accelerator:
         while not stage.is_done(epoch):
             started = time.perf_counter()
             loss = train_epoch(stage, epoch, accelerator, watch, bar)
-            row = dict(stage=stage.name, epoch=epoch + 1, lr=stage.settings.lr_at(epoch), loss=loss)
+            row = dict(stage=stage.name, epoch=epoch + 1, lr=stage.lr_at(epoch), loss=loss)
             row["seconds"] = round(time.perf_counter() - started, 2)
             epoch += 1
             row |= stage.evaluate_epoch(epoch, watch)

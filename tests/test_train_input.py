@@ -78,6 +78,7 @@ ADAPTED = ["--model", "ride", "--adapter", "lora", "--backbone"]
         (["--streaming", "--sampler", "progressive"], r"progressive batches of stage experts; leave --sampler or"),
         (["--sampler", "hope"], r"sampler='hope': expected one of instance, class_balanced, square_root, progressive"),
         (["--streaming"], r"stage router; add --no-router-balanced, or train .* --from that run\.$"),
+        (["--streaming", "--no-router-balanced"], r"augmentation 'fashion' holds all images in memory; choose another"),
         (["--streaming", "--stage", "router"], r"add --no-router-balanced, or leave --streaming out here\.$"),
         (
             ["--streaming", "--decouple", "crt"],

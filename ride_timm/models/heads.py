@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 COSINE_SCALE = 30.0  # of the logits, as the authors have it
 
 
@@ -48,6 +50,14 @@ class ClassAffine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine.weight * self.head(x) + self.affine.bias
+
+
+def linear_layer(head: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer of a linear or cosine classifier, with a weight vector per class; InputError for any other."""
+    layer = head.head if isinstance(head, ClassAffine) else head
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise InputError(f"a {type(layer).__name__} has no weight vector per class: pass --use-norm for a cosine head.")
+    return layer
 
 
 def create_head(num_features: int, num_classes: int, use_norm: bool) -> nn.Module:

@@ -25,7 +25,7 @@ from ..data.readable import find_unreadable, leave_out
 from ..errors import InputError, first_line, listed
 from ..evaluation.evaluate import evaluation_batch
 from ..files import read_class_values
-from ..models import Ride
+from ..models import ClassAffine, Ride
 from ..models.fused import fuse
 from ..models.load import create_ride_model, load_model, load_teacher
 from ..models.release import class_names
@@ -201,23 +201,21 @@ def _readable(data: LongTailData, limit: int, workers: int, accelerator: Acceler
 
 def build_model(recipe: Recipe, data: RunData, options: Options, state: TrainingState | None) -> Ride:
     """The recipe's network: from its seed, from `--from`, or from the state of the resumed run."""
-    source = options.source
-    complete = state is not None and state.model and recipe.adapter is None  # a state lacks what adapters leave frozen
-    if state is not None:  # a run that was killed before its first epoch ended begins from its source again
-        source = None if complete else options.source or state.source
+    weights = {} if state is None else _without_router(state.model)  # empty before the first epoch has ended
+    complete = weights and recipe.adapter is None  # a state lacks what adapters leave frozen
+    source = None if complete else options.source or (None if state is None else state.source)
     if source is not None or complete:
         recipe = replace(recipe, backbone_pretrained=False, backbone_weights=None)  # other weights follow
     model = create_model(recipe, data.num_classes, source, data.size, data.longtail.class_names)
     if recipe.fused_norm and data.accelerator.device.type == "cpu":
         fuse(model)
-    if state is None or not state.model:
+    if state is None or not weights:
         return model
     if state.frozen != (found := frozen_sha256(model)):
         raise InputError(
             f"the frozen weights of the backbone have SHA-256 {found}, those that the run in {options.output} began "
             f"with {state.frozen}: restore the backbone's weights, or choose another --output."
         )
-    weights = _without_router(state.model)
     if any(".fc.affine." in name for name in weights):
         model.add_class_affine()
     load_trained(model, weights)
@@ -256,8 +254,10 @@ def create_model(
 def reorder_classes(model: Ride, classes: Sequence[int]) -> None:
     """Put each expert's classifier in another order of its classes."""
     for expert in model.experts:
-        for tensor in expert.fc.state_dict().values():  # each has a row for every class
-            tensor.copy_(tensor[classes])
+        *_, last = (layer for layer in expert.fc.modules() if isinstance(layer, nn.Linear | nn.Conv2d))  # of an MLP
+        for layer in (last, *([expert.fc.affine] if isinstance(expert.fc, ClassAffine) else [])):
+            for tensor in layer.state_dict().values():
+                tensor.copy_(tensor[classes])
 
 
 def _without_router(weights: dict[str, Any]) -> dict[str, Any]:

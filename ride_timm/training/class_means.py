@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import InputError
 from ..hardware import double
 from ..models import CosineClassifier, Ride
-from ..models.heads import COSINE_SCALE
+from ..models.heads import COSINE_SCALE, linear_layer
 from ..progress import progress_bar
 
 NOISE = 0.5  # length of the random vector added to a unit mean, for every expert but the first
@@ -37,17 +36,12 @@ def heads_from_class_means(
         if i > 0:
             noise = F.normalize(torch.randn(mean.shape, generator=generator), dim=-1)
             mean = F.normalize(mean + NOISE * noise.to(mean), dim=-1)
-        head, weight = expert.fc, getattr(expert.fc, "weight", None)
-        if not isinstance(weight, Tensor) or weight.flatten(1).shape != mean.shape:
-            raise InputError(
-                f"head_init=class_means needs a cosine or linear classifier, the model has {type(head).__name__}: "
-                "choose random, or --use-norm."
-            )
-        if isinstance(head, nn.Linear | nn.Conv2d) and not isinstance(head, CosineClassifier):
+        head = linear_layer(expert.fc)
+        if not isinstance(head, CosineClassifier):
             mean = mean * COSINE_SCALE / norm
             if head.bias is not None:
                 head.bias.zero_()
-        weight.copy_(mean.view_as(weight))
+        head.weight.copy_(mean.view_as(head.weight))
 
 
 @torch.no_grad()

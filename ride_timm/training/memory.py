@@ -40,7 +40,10 @@ def _describe(stage: Stage) -> str:
     fits = next((part for part in halves if _fits(stage, size // part)), None)
     if fits is None:
         return f"{what}: pass a smaller {flag}, with --gradient-accumulation for nearly the same updates."
-    return f"{what}: {size // fits} fit; pass {flag} {size // fits} --gradient-accumulation {fits * accumulation}."
+    fit = f"{what}: {size // fits} fit; pass {flag} {size // fits}"
+    if stage.routed:  # the accumulation is also a key of the experts, which are trained
+        return f"{fit} --stage router."
+    return f"{fit} --gradient-accumulation {fits * accumulation}."
 
 
 def _fits(stage: Stage, num_images: int) -> bool:

@@ -105,6 +105,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Options, Recipe]:
         stages = tuple(name for name in stages if name != "experts")
     if args.stage != "both":
         stages = tuple(name for name in stages if (name == "router") == (args.stage == "router"))
+    if flags.get("decouple", "none") != "none" and "heads" not in stages:
+        raise InputError(f"decouple={flags['decouple']} has no effect with --stage router: leave one of them out.")
     options = Options(
         stage=args.stage,
         stages=stages,

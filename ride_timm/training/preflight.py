@@ -16,6 +16,7 @@ from ..data.loaders.orders import RankSlices
 from ..errors import InputError
 from ..hardware import bf16_pays, has_compiler
 from ..models import Ride
+from ..models.heads import linear_layer
 from ..models.load import check_images
 from .build import RunData
 from .ghost_batches import check_parts
@@ -85,7 +86,14 @@ def check_options(recipe: Recipe, options: Options) -> None:
         )
     samplers = {name: recipe.stage(name).sampler for name in options.stages}
     sampled = [name for name, sampler in samplers.items() if sampler != "instance"]
-    if not recipe.streaming or not sampled:
+    if not recipe.streaming:
+        return
+    if not sampled:
+        if recipe.policy.in_memory:
+            raise InputError(
+                f"streaming=True: augmentation {recipe.augment!r} holds all images in memory; choose another "
+                "--augment, or leave --streaming out."
+            )
         return
     if sampled[0] == "experts":
         ways = "leave --sampler or --streaming out"
@@ -122,7 +130,21 @@ def check_source(recipe: Recipe, options: Options, state: TrainingState | None) 
         raise InputError(
             f"from={options.source}: the run in {options.output} began {began}; leave --from out to resume it."
         )
-    print(f"notice: the run resumes with its own weights, {options.source} is not read", file=sys.stderr)
+    if PartialState().is_main_process:
+        print(f"notice: the run resumes with its own weights, {options.source} is not read", file=sys.stderr)
+
+
+def check_heads(recipe: Recipe, options: Options, model: Ride, state: TrainingState | None) -> None:
+    """InputError for classifiers that are no vectors of the classes, where the recipe needs such."""
+    from_means = recipe.head_init == "class_means" and state is None and options.source is None
+    needed = {"decouple=tau_norm": recipe.decouple == "tau_norm" and "heads" in options.stages}
+    needed |= {"head_init=class_means": from_means and "experts" in options.stages}
+    for key in (key for key, is_needed in needed.items() if is_needed):
+        try:
+            for expert in model.experts:
+                linear_layer(expert.fc)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from error
 
 
 def check_grad_checkpointing(model: Ride, recipe: Recipe) -> None:
@@ -150,6 +172,7 @@ def preflight(
         name = recipe.backbone or recipe.model
         raise InputError(f"freeze_norm=True: {name} has no BatchNorm; leave it out.")
     check_source(recipe, options, state)
+    check_heads(recipe, options, model, state)
     if recipe.backbone is not None:  # those of fixed stages take every size
         check_images(model, (model.in_chans, data.size, data.size), f"backbone={recipe.backbone!r}")
     if recipe.grad_checkpointing:
@@ -157,13 +180,11 @@ def preflight(
     if recipe.cutout > data.size:
         raise InputError(f"cutout={recipe.cutout} covers the whole image of {data.size} pixels: choose a smaller one.")
     processes = accelerator.num_processes
+    norms_learn = not (recipe.sync_bn or recipe.freeze_norm or recipe.freeze == "backbone")
     for name in options.stages:
-        settings = recipe.stage(name)
+        settings = recipe.stage(name)  # RankSlices refuses batches that leave a process without images
         slices = RankSlices(len(data.train), settings.batch_size, True, accelerator.process_index, processes)
-        trains_norms = name == "experts" or (name == "heads" and recipe.decouple == "balanced_softmax")
-        trains_norms = trains_norms and not recipe.sync_bn
-        trains_norms = trains_norms and recipe.freeze != "backbone" and not recipe.freeze_norm
-        if trains_norms:
+        if norms_learn and (name == "experts" or (name == "heads" and recipe.decouple == "balanced_softmax")):
             batches = f"{slices.num_draws} images in batches of {settings.batch_size} (processes: {processes})"
             views, ghost_batch = (data.num_views, recipe.ghost_batch) if name == "experts" else (1, None)
             check_parts(model, data.size, [views * n for n in slices.fewest], ghost_batch, batches)

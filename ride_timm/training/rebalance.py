@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import priors
 from ..errors import InputError
 from ..models import ClassAffine, CosineClassifier, Ride
+from ..models.heads import linear_layer
 from .objectives import HeadsObjective
 
 
@@ -23,31 +24,21 @@ def _affine_heads(model: Ride) -> list[ClassAffine]:
     return [expert.fc for expert in model.experts]
 
 
-def _class_vectors(head: nn.Module) -> Tensor:
-    """The weights of a classifier, [C, D]; InputError for a head without class vectors."""
-    weight = getattr(head, "weight", None)
-    if weight is None:
-        raise InputError(
-            f"a {type(head).__name__} has no class vectors to normalise: tau_norm needs linear or cosine heads"
-        )
-    return weight.detach().flatten(1)
-
-
 @torch.no_grad()
 def tau_normalize(model: Ride, tau: float) -> None:
     """tau-normalisation: divide each class vector by its norm to the power tau, and drop the biases.
 
     w_c / |w_c|^tau. Of the per-class offsets the mean over experts is dropped; the alignment of experts
     (`align_experts`) stays. tau 0 leaves a linear head but for its bias, tau 1 leaves a cosine head; larger values
-    favour classes of small norm, the rare ones. Raises `InputError` for a tau below 0. Kang et al. 2020,
-    arXiv:1910.09217, section 4, equation 5; the features of a cosine head stay normalised.
+    favour classes of small norm, the rare ones. Raises `InputError` for a tau below 0, or an MLP as a head.
+    Kang et al. 2020, arXiv:1910.09217, section 4, equation 5; the features of a cosine head stay normalised.
     """
     if not 0 <= tau < float("inf"):
         raise InputError(f"tau must be at least 0, got {tau}")
     heads = _affine_heads(model)
     common = torch.stack([fc.affine.bias for fc in heads]).mean(0)
     for fc in heads:
-        norms = _class_vectors(fc.head).norm(dim=1)
+        norms = linear_layer(fc).weight.flatten(1).norm(dim=1)
         fc.affine.weight.copy_(norms ** ((1 if isinstance(fc.head, CosineClassifier) else 0) - tau))
         fc.affine.bias.sub_(common)
         if getattr(fc.head, "bias", None) is not None:

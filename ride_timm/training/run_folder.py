@@ -96,38 +96,45 @@ class RunFolder:
         """Check that a run may use this folder, without writing; returns the state to resume from, if any.
 
         stage: "both", "experts" or "router"; router_in_place: the router is trained on this folder's experts.
-        Raises `InputError` where the folder holds other files, another run, or one of another recipe, and where another
-        process trains there.
+        A run of which no epoch is finished may be begun anew. Raises `InputError` where the folder holds other files,
+        another run, or one of another recipe, and where another process trains there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output {self.path} is a file: name a folder.")
         if (self.path / _LOCK).is_file() and (lock := self._acquire()):  # before data are loaded
             lock.release()
         self._claimed_occupied = self.occupied
-        state = self.state() if self.occupied else None
-        finished = state is not None and recipe.ensemble_stage in state.results
-        at_router = state is not None and state.stage == "router" and state.epoch == 0
-        adds_router = router_in_place and finished and at_router
-        if self.occupied:
-            if not (resume or adds_router):
-                raise InputError(
-                    f"output {self.path} already holds a run: continue it with --resume, or choose another --output."
-                )
-            self.check_recipe(recipe, but_router=not resume)
-        elif router_in_place and not resume:
-            raise InputError(f"no stage one to start from: {self.path} holds no run; pass --from RUN, or train it.")
-        elif self.path.is_dir() and not self._only_begun():
-            raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")
-        if state is not None and state.stage in ("router", "done") and not finished and stage != "router":
-            raise InputError(f"{self.path} holds a router on other experts: resume it with --stage router --resume.")
-        if router_in_place and not finished and not (resume and state is not None and state.stage == "router"):
-            raise InputError(f"stage one in {self.path} is not finished: resume it with --resume --stage both.")
+        if not self.occupied:
+            self._check_new(router_in_place)
+            return None
+        state = self.state()
         if state is None and (self.path / WEIGHTS).exists():
             raise InputError(
                 f"{self.path} holds a run without its state.pt, so there is nothing to resume from: choose another "
                 "--output, or delete the folder to begin again."
             )
+        begun = state is not None and state.begun
+        if not (begun or resume or router_in_place):
+            return None  # no epoch is finished: nothing is lost if another recipe begins here
+        finished = state is not None and recipe.ensemble_stage in state.results
+        at_router = state is not None and state.stage == "router" and state.epoch == 0
+        if not (resume or (router_in_place and finished and at_router)):
+            raise InputError(
+                f"output {self.path} already holds a run: continue it with --resume, or choose another --output."
+            )
+        self.check_recipe(recipe, but_router=not resume)
+        if state is not None and state.stage in ("router", "done") and not finished and stage != "router":
+            raise InputError(f"{self.path} holds a router on other experts: resume it with --stage router --resume.")
+        if router_in_place and not finished and (state is None or state.stage != "router"):
+            raise InputError(f"stage one in {self.path} is not finished: resume it with --resume --stage both.")
         return state
+
+    def _check_new(self, router_in_place: bool) -> None:
+        """InputError for a folder that holds no run, where one is needed, or other files."""
+        if router_in_place:
+            raise InputError(f"no stage one to start from: {self.path} holds no run; pass --from RUN, or train it.")
+        if self.path.is_dir() and not self._only_begun():
+            raise InputError(f"output {self.path} is not empty and holds no run: choose another --output.")
 
     def check_recipe(self, recipe: Recipe, but_router: bool = False) -> None:
         """InputError where a recipe disagrees with the one run here, its router keys aside if `but_router`."""

@@ -79,10 +79,13 @@ class Stage:
         self.num_updates = epoch * self.updates_per_epoch
         self._set_lr(epoch)
 
+    def lr_at(self, time: float) -> float:
+        """Learning rate of the step at a time in epochs, counted from 0; of the layers above all others."""
+        return self.settings.lr_at(time, 1 / self.updates_per_epoch if self.settings.lr_per == "step" else 1)
+
     def _set_lr(self, time: float) -> None:
-        tick = 1 / self.updates_per_epoch if self.settings.lr_per == "step" else 1
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr_at(time, tick) * group.get("lr_scale", 1.0)  # timm's, by layer
+            group["lr"] = self.lr_at(time) * group.get("lr_scale", 1.0)  # timm's, by layer
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
         """(images, targets, number of batches in this optimizer step, last of them), the last step's being the rest."""
@@ -151,11 +154,10 @@ class Stage:
         if self.accelerator.is_main_process:
             run.export(self.model, self.data.policy.data_config(self.data.size), self.data.longtail.class_names)
             facts = dict(num_processes=self.accelerator.num_processes, class_counts=self.data.class_counts)
-            facts |= dict(test_source=self.data.longtail.test_source)
+            facts |= dict(test_source=self.data.longtail.test_source, seconds=round(state.seconds, 1))
             facts |= dict(train_counts=self.data.train_counts) if self.recipe.holdout else {}
-            facts |= dict(unreadable=state.unreadable) if state.unreadable else {}
-            facts |= dict(seconds=round(state.seconds, 1))
-            facts |= {key: value for key in ("source", "teacher", "class_weights") if (value := getattr(state, key))}
+            stated = ("unreadable", "source", "teacher", "class_weights")
+            facts |= {key: value for key in stated if (value := getattr(state, key))}
             run.write_results(self.recipe, self.accelerator.device, state.results, **facts)
             plot_run(run.path, state.history, run.results(), self.data.longtail, self.recipe.shots)
             run.save(state)  # last, so that a run which is resumed before it does all of this again

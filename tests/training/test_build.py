@@ -3,10 +3,11 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ride_timm import InputError
 from ride_timm.training import build
-from ride_timm.training.build import create_model
+from ride_timm.training.build import create_model, reorder_classes
 from ride_timm.training.options import parse_arguments
 from ride_timm.training.recipe import Recipe, load_recipe
 from ride_timm.training.run_folder import RunFolder
@@ -42,6 +43,17 @@ def test_the_classifiers_of_a_source_take_the_order_of_the_data(tmp_path, affine
     found = create_model(TINY, 3, str(tmp_path), names=("C", "a", "b")).eval()
     expected = source.eval().forward_experts(images)[1][:, :, [2, 0, 1]]
     assert torch.equal(found.forward_experts(images)[1], expected)
+
+
+@torch.no_grad()
+def test_of_an_mlp_the_last_layer_takes_the_order_of_the_classes():
+    model, images = create_model(TINY, 3).eval(), torch.randn(2, 3, 32, 32)
+    for expert in model.experts:
+        width = expert.fc.in_features
+        expert.fc = nn.Sequential(nn.Linear(width, 2), nn.LayerNorm(2), nn.Linear(2, 3))
+    before = model.forward_experts(images)[1]
+    reorder_classes(model, [2, 0, 1])
+    assert torch.equal(model.forward_experts(images)[1], before[:, :, [2, 0, 1]])
 
 
 @pytest.mark.parametrize(

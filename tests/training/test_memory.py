@@ -7,6 +7,7 @@ import torch
 from journeys import flags_of
 
 from ride_timm.training.objectives import ExpertsObjective, RouterObjective
+from ride_timm.training.run_folder import RunFolder
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
@@ -43,8 +44,18 @@ def test_a_batch_that_is_too_large_names_one_that_fits(train, colours, tmp_path,
     assert re.fullmatch(r"error: out of memory: --batch-size 16, 16 images on cpu \(.*\): " + re.escape(way), line)
 
 
-def test_each_stage_names_its_own_flag(train, colours, tmp_path, capsys, small_memory):
-    small_memory(RouterObjective, 20)
-    assert train(flags_of(colours, tmp_path / "run", "--epochs", "1")) == 1
+@pytest.mark.parametrize(
+    ("objective", "flags"),
+    [
+        (ExpertsObjective, "--batch-size 8 --gradient-accumulation 2"),
+        (RouterObjective, "--router-batch-size 16 --stage router"),
+    ],
+)
+def test_the_way_out_works_in_the_same_folder(train, colours, tmp_path, capsys, small_memory, objective, flags):
+    small_memory(objective, 8 if objective is ExpertsObjective else 16)
+    command = flags_of(colours, tmp_path / "run", "--epochs", "1")
+    assert train(command) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "--router-batch-size 32, 32 images" in line and "16 fit; pass --router-batch-size 16" in line
+    assert line.endswith(f" fit; pass {flags}.")
+    assert train([*command, *flags.split()]) == 0
+    assert {"experts", "router"} == RunFolder(tmp_path / "run").results()["stages"].keys()

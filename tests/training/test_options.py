@@ -25,6 +25,14 @@ def test_weights_of_a_backbone_are_not_asked_for_with_those_of_a_run(tmp_path):
     assert parse_arguments([*flags, "--adapter", "lora"])[1].backbone_weights  # a run's checkpoint lacks the backbone
 
 
+@pytest.mark.parametrize("more", [["--from", "runs/other"], ["--recipe", "cifar100_lt"]])
+def test_heads_are_not_re_balanced_by_a_router_alone(more):
+    flags = ["--stage", "router", "--decouple", "tau_norm", *more]
+    with pytest.raises(InputError, match=r"decouple=tau_norm has no effect with --stage router: leave one of them out"):
+        parse_arguments(flags)
+    assert "heads" in parse_arguments(flags[2:])[0].stages
+
+
 def test_a_frozen_backbone_turns_off_the_recipes_keys_of_its_training():
     assert load_recipe("finetune").layer_decay is not None
     assert parse_arguments(["--recipe", "finetune", "--freeze", "backbone"])[1].layer_decay is None

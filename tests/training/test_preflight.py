@@ -2,10 +2,12 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch import nn
 from two_ranks import run_two_ranks
 
 from ride_timm import InputError
@@ -77,6 +79,21 @@ def test_what_only_trained_weights_have_is_not_kept_of_random_ones(values, ways,
     [(key, value)] = values.items()
     with pytest.raises(InputError, match=f"{key}={value} needs pretrained weights: .*{re.escape(ways)}"):
         preflight.check_source(Recipe(**values), options, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "stage", "key"),
+    [
+        (dict(decouple="tau_norm"), "heads", "decouple=tau_norm"),
+        (dict(head_init="class_means"), "experts", "head_init=class_means"),
+    ],
+)
+def test_classifiers_without_a_vector_per_class_are_refused_before_training(values, stage, key):
+    model = SimpleNamespace(experts=[SimpleNamespace(fc=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3)))])
+    options = SimpleNamespace(stages=("experts", stage), source=None)
+    with pytest.raises(InputError, match=rf"^{key}: a Sequential has no weight vector per class: pass --use-norm"):
+        preflight.check_heads(Recipe(**values), options, model, None)
+    preflight.check_heads(Recipe(), options, model, None)
 
 
 RANK = """

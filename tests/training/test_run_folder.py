@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_existing_run_is_not_overwritten(tmp_path):
     assert folder.claim(TINY, "both", resume=True, router_in_place=False).epoch == 1
     with pytest.raises(InputError, match=r"disagrees .*: lr \(0\.1 there\), seed \(0 there\)\. Leave --recipe"):
         folder.claim(TINY.override({"lr": 0.2, "seed": 3}), "both", resume=True, router_in_place=False)
+
+
+def test_a_run_without_a_finished_epoch_begins_anew_with_another_recipe(tmp_path):
+    RunFolder(tmp_path).begin(TINY, TrainingState())
+    other, folder = TINY.override(dict(batch_size=64)), RunFolder(tmp_path)
+    assert folder.claim(other, "both", resume=False, router_in_place=False) is None
+    folder.open(other, TrainingState(), resume=False)
+    assert RunFolder(tmp_path).recipe() == other
 
 
 def test_claim_rejects_foreign_folders_and_files(tmp_path):
@@ -218,7 +227,8 @@ def test_damaged_weights_are_neither_loaded_nor_finished(tmp_path):
     folder.write_results(TINY, torch.device("cpu"), {"experts": {}})
     assert folder.has_finished(TINY, "experts") and load_model(tmp_path).num_classes == 5
     damage(tmp_path / "model.safetensors")
-    for use in (lambda: folder.has_finished(TINY, "experts"), lambda: load_model(tmp_path)):
+    by_timm = partial(timm.create_model, f"local-dir:{tmp_path}", pretrained=True)
+    for use in (lambda: folder.has_finished(TINY, "experts"), lambda: load_model(tmp_path), by_timm):
         with pytest.raises(InputError, match=r"model\.safetensors is damaged: .* SHA-256"):
             use()
 

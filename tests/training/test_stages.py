@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ride_timm.training.recipe import Recipe
 from ride_timm.training.stages import Stage, seed_epoch
 from ride_timm.training.state import TrainingState
 
@@ -43,6 +44,14 @@ def test_accumulation_averages_over_the_batches_of_a_step(num_batches, accumulat
             self.recipe = type("Keys", (), dict(gradient_accumulation=accumulation))
 
     assert [(size, last) for _, _, size, last in Bare().micro_batches()] == expected
+
+
+@pytest.mark.parametrize(("lr_per", "first", "later"), [("epoch", 0.5, 1.0), ("step", 0.125, 0.875)])
+def test_the_rate_of_an_epoch_is_that_of_its_first_step(lr_per, first, later):
+    stage = object.__new__(Stage)
+    how = dict(epochs=8, lr=1.0, lr_per=lr_per, schedule="constant", warmup_epochs=2)
+    stage.settings, stage.updates_per_epoch = Recipe(**how).stage("experts"), 4
+    assert stage.lr_at(0) == first and stage.lr_at(1.5) == later
 
 
 class Part(dict):
