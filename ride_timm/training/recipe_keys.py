@@ -75,7 +75,7 @@ class ModelKeys:
         None, "experts as low-rank updates (LoRA) of one frozen backbone (model: ride, needs peft)", choices=ADAPTERS
     )
     adapter_rank: int = key(8, "rank of the adapters' updates", low=1)
-    num_experts: int = key(3, "number of experts; 1 is a plain network", low=1)
+    num_experts: int = key(3, "number of experts; 1 is a network without a router", low=1)
     reduce_dimension: bool = key(True, "narrow the experts' stages to 3/4 of their width")
     use_norm: bool = key(True, "cosine classifiers")
     layer2_output_dim: int | None = key(None, "channels of layer2 (CIFAR networks)", low=1)
