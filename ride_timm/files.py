@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,25 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors wrap a full disk
         message = f"{path} could not be written, is the disk full? An older file of this name is unchanged. ({error})"
         raise RunError(message) from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder to fill, renamed to `folder`, new or empty, where the block ends without an error.
+
+    RunError where writing fails; nothing is then left there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            partial = Path(scratch) / folder.name
+            partial.mkdir()
+            yield partial
+            if folder.is_dir():  # Windows replaces no folder
+                folder.rmdir()
+            os.replace(partial, folder)
+    except OSError as error:
+        raise RunError(f"{folder} could not be written ({error}); nothing was left there.") from error
 
 
 def expanded(path: str | Path | None) -> Path | None:

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from ride_timm import InputError, RunError
-from ride_timm.files import read_class_values, write_atomically, write_text
+from ride_timm.files import new_folder, read_class_values, write_atomically, write_text
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002, 0o077])
@@ -37,6 +37,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RunError, match=r"state.pt could not be written.*older file.*unchanged.*No space left"):
         write_atomically(path, full_disk)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_new_folder_appears_when_it_is_complete_or_not_at_all(tmp_path, there):
+    folder = tmp_path / "new" / "onnx"
+    if there:
+        folder.mkdir(parents=True)
+    message = r"onnx could not be written .*No space left.*; nothing was left there"
+    with pytest.raises(RunError, match=message), new_folder(folder) as partial:
+        (partial / "half").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list((tmp_path / "new").rglob("*")) == [folder] * there
+    with new_folder(folder) as partial:
+        (partial / "file").touch()
+        assert not (folder / "file").exists()
+    assert sorted((tmp_path / "new").rglob("*")) == [folder, folder / "file"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ..inference.export import KINDS, check_export, export
 from ..inference.load import SPEC, load_ride, threshold_for
 from ..inference.options import check_threshold
 from ..models.load import check_images
-from .process import print_json
+from .process import print_files
 
 
 def add_parser(commands: Any) -> None:
@@ -38,8 +38,4 @@ def run(args: argparse.Namespace) -> None:
     threshold = threshold_for(args.model, args.threshold)
     check_images(model, (model.in_chans, size, size), args.model)
     folder = export(model, args.output, args.routed, threshold, args.input_size)
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    if args.json:
-        return print_json(dict(folder=str(folder), files=files))
-    for name, num_bytes in files.items():
-        print(f"{folder / name}  {num_bytes:,} bytes")
+    print_files(folder, args.json)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, RunError
+from ..errors import InputError
 from ..evaluation.evaluate import with_macs
-from ..files import write_text
+from ..files import new_folder, write_text
 from ..inference.load import SPEC, folder_of, load_ride, own_recipe
 from ..models.release import DATA_CONFIG
 from ..models.ride_any import AnyRide
 from ..training.run_folder import RunFolder
-from .process import print_json
+from .process import print_files
 
 
 def add_parser(commands: Any) -> None:
@@ -36,20 +34,9 @@ def run(args: argparse.Namespace) -> None:
     if not isinstance(model, AnyRide) or not model.has_adapters:
         raise InputError(f"model {args.model!r} has no adapters: it needs no merging.")
     model.merge_adapters()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            partial = Path(scratch) / folder.name
-            partial.mkdir()
-            _write(model, partial, source)
-            os.replace(partial, folder)
-    except OSError as error:
-        raise RunError(f"{folder} could not be written ({error}); nothing was left there.") from error
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    if args.json:
-        return print_json(dict(folder=str(folder), files=files))
-    for name, num_bytes in files.items():
-        print(f"{folder / name}  {num_bytes:,} bytes")
+    with new_folder(folder) as partial:
+        _write(model, partial, source)
+    print_files(folder, args.json)
 
 
 def _write(model: AnyRide, folder: Path, source: Path) -> None:

@@ -150,3 +150,12 @@ def _run(command: Callable[[list[str] | None], None], argv: list[str] | None) ->
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def print_files(folder: Path, as_json: bool) -> None:
+    """The files of a folder that a command has written, with their sizes."""
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    if as_json:
+        return print_json(dict(folder=str(folder), files=files))
+    for name, num_bytes in files.items():
+        print(f"{folder / name}  {num_bytes:,} bytes")

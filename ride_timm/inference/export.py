@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import tempfile
 import warnings
 from copy import deepcopy
 from importlib.metadata import version
@@ -24,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import InputError, RunError
+from ..errors import InputError
+from ..files import new_folder
 from ..models import Ride, Router
 from ..models.release import DATA_CONFIG, class_names
 
@@ -112,20 +111,11 @@ def export(
         labels=class_names(model),
         versions={"ride-timm": __version__, **{name: version(name) for name in ("torch", "onnx")}},
     )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            partial = Path(scratch) / folder.name
-            partial.mkdir()
-            manifest["graphs"] = _write_graphs(model, partial, routed, size)
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            if routed == "driver":
-                shutil.copyfile(Path(__file__).with_name("onnx_driver.py"), partial / "driver.py")
-            if folder.is_dir():  # empty; Windows replaces no folder
-                folder.rmdir()
-            os.replace(partial, folder)
-    except OSError as error:
-        raise RunError(f"{folder} could not be written ({error}); nothing was left there.") from error
+    with new_folder(folder) as partial:
+        manifest["graphs"] = _write_graphs(model, partial, routed, size)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if routed == "driver":
+            shutil.copyfile(Path(__file__).with_name("onnx_driver.py"), partial / "driver.py")
     return folder
 
 
