@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from textwrap import indent
@@ -37,6 +37,7 @@ _SOURCE = (
     "imb_type", "imb_factor", "split_seed", "image_column", "label_column", "test_split", "use_val",
 )  # fmt: skip
 _OF_BACKBONE = ("layer_decay", "drop_rate", "drop_path_rate", "grad_checkpointing")  # without effect once it is frozen
+_PREFIX = dict(experts="", heads="decouple_", router="router_")  # of a stage's own keys
 _PUBLIC_DATA = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name, or a Hub id
 
 
@@ -50,9 +51,9 @@ class StageSettings:
     optimizer: str
     lr: float
     weight_decay: float
-    decay_norm_and_bias: bool
-    schedule: dict[str, Any]
     sampler: str
+    decay_norm_and_bias: bool = True
+    schedule: dict[str, Any] = field(default_factory=lambda: dict(schedule="cosine"))
     layer_decay: float | None = None
     lr_per: str = "epoch"
 
@@ -191,45 +192,20 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
 
     def stage(self, name: str) -> StageSettings:
         """Settings of a stage, one of `stages`."""
+        own = ("epochs", "batch_size", "lr", "weight_decay")
+        settings: dict[str, Any] = {key: getattr(self, f"{_PREFIX[name]}{key}") for key in own} | dict(name=name)
         if name == "router":
-            return StageSettings(
-                name=name,
-                epochs=self.router_epochs,
-                batch_size=self.router_batch_size,
-                optimizer=self.router_optimizer,
-                lr=self.router_lr,
-                weight_decay=self.router_weight_decay,
-                decay_norm_and_bias=True,
-                schedule=dict(schedule="cosine"),
-                sampler="class_balanced" if self.router_balanced else "instance",
-            )
+            sampler = "class_balanced" if self.router_balanced else "instance"
+            return StageSettings(**settings, optimizer=self.router_optimizer, sampler=sampler)
+        settings["optimizer"] = self.optimizer
         if name == "heads":
-            learns, balanced = self.decouple in LEARNT, self.decouple in BALANCED_BATCHES
-            return StageSettings(
-                name=name,
-                epochs=self.decouple_epochs if learns else 0,
-                batch_size=self.decouple_batch_size,
-                optimizer=self.optimizer,
-                lr=self.decouple_lr,
-                weight_decay=self.decouple_weight_decay,
-                decay_norm_and_bias=True,
-                schedule=dict(schedule="cosine" if learns else "constant"),
-                sampler="class_balanced" if balanced else "instance",
-            )
-        schedule = ("schedule", "decay_epochs", "decay_rate", "warmup_epochs")
-        return StageSettings(
-            name=name,
-            epochs=self.epochs or 0,  # not known before the data
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            decay_norm_and_bias=self.decay_norm_and_bias,
-            schedule={key: getattr(self, key) for key in schedule},
-            sampler=self.sampler,
-            layer_decay=self.layer_decay,
-            lr_per=self.lr_per,
-        )
+            settings["epochs"] = self.decouple_epochs if self.decouple in LEARNT else 0
+            sampler = "class_balanced" if self.decouple in BALANCED_BATCHES else "instance"
+            return StageSettings(**settings, sampler=sampler)
+        settings["epochs"] = self.epochs or 0  # not known before the data
+        schedule = {key: getattr(self, key) for key in ("schedule", "decay_epochs", "decay_rate", "warmup_epochs")}
+        more = ("decay_norm_and_bias", "sampler", "layer_decay", "lr_per")
+        return StageSettings(**settings, schedule=schedule, **{key: getattr(self, key) for key in more})
 
     def for_images(self, num_images: int) -> "Recipe":
         """The recipe with the epochs that so many training images call for, where it leaves them open."""
@@ -284,8 +260,7 @@ class Recipe(RunKeys, RouterKeys, DecouplingKeys, StageOneKeys, LossKeys, ModelK
 
 def stage_flag(stage: str, key: str) -> str:
     """The flag of a stage's own key, such as "lr" or "batch_size"."""
-    prefix = dict(experts="", heads="decouple_", router="router_")[stage]
-    return "--" + f"{prefix}{key}".replace("_", "-")
+    return "--" + f"{_PREFIX[stage]}{key}".replace("_", "-")
 
 
 def _flag_off(name: str, value: Any) -> str:
