@@ -20,10 +20,11 @@ from ..data.readable import leave_out
 from ..errors import InputError
 from ..evaluation.confusion_plots import write_confusions
 from ..evaluation.counts import CountAccumulator
-from ..evaluation.evaluate import collect, evaluate, evaluation_batch, metrics_of
+from ..evaluation.evaluate import collect, evaluation_batch, metrics_of
 from ..evaluation.macs import Macs, count_macs
 from ..evaluation.plots import plot_metrics, plot_routing
 from ..evaluation.routing_curve import (
+    Outcomes,
     check_budget,
     collect_outcomes,
     curve_table,
@@ -142,7 +143,8 @@ def run(args: argparse.Namespace) -> None:
     bare = None
     if args.test_prior is None and not args.shifted:
         counts = CountAccumulator(*sizes, device)
-        metrics = evaluate(model, test, data.class_counts, predict=predict, counts=counts, shots=recipe.shots)
+        predictions = ((*predict(images), targets) for images, targets in test)
+        metrics = metrics_of(predictions, counts, data.class_counts, recipe.shots)
     else:
         counts = CountAccumulator(*sizes)
         metrics, bare = _evaluate_priors(args, collect(predict, test), counts, data, recipe.shots)
@@ -159,12 +161,12 @@ def run(args: argparse.Namespace) -> None:
     rows = {name: metrics}
     if bare is not None:
         rows = {name: metrics | bare, f"{name}, prior {args.test_prior}": metrics}
+    classes = (data.class_counts, data.class_names, recipe.shots)
     for folder in filter(None, (args.plots, args.confusions)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     if args.plots is not None:
-        plot_metrics(Path(args.plots), rows, data.class_counts, data.class_names, recipe.shots)
+        plot_metrics(Path(args.plots), rows, *classes)
     if args.confusions is not None:
-        classes = (data.class_counts, data.class_names, recipe.shots)
         write_confusions(Path(args.confusions), counts.reduce(), *classes)
     if args.routed:
         metrics["threshold"] = threshold
@@ -174,14 +176,8 @@ def run(args: argparse.Namespace) -> None:
         metrics |= dict(images_per_second=round(predict.images_per_second / crops, 1), inference=str(inference))
     if args.curve is not None:
         outcomes = collect_outcomes(model, test)
-        prefixes = prefix_points(outcomes, macs, data.class_counts, recipe.shots)
-        curve = thin(routing_curve(outcomes, macs, data.class_counts, shots=recipe.shots))
-        if args.curve.endswith(".png"):
-            plot_routing(Path(args.curve), curve, prefixes, metrics if args.routed else None)
-        else:
-            write_text(Path(args.curve), curve_table(curve, prefixes))
-        metrics |= dict(curve=curve, prefixes=prefixes)
-        rows |= {f"{i + 1} expert{'s' * (i > 0)} always": point for i, point in enumerate(prefixes)}
+        metrics |= _write_curve(args, outcomes, macs, data.class_counts, recipe.shots, metrics)
+        rows |= {f"{i + 1} expert{'s' * (i > 0)} always": point for i, point in enumerate(metrics["prefixes"])}
     if args.json:
         print_json(metrics | dict(class_names=data.class_names))
     else:
@@ -278,6 +274,23 @@ def _choose_threshold(
     curve = routing_curve(outcomes, macs, data.class_counts, outcomes.balanced_weights(), recipe.shots)
     point = point_for_budget(curve, macs_budget)
     return point | dict(images=len(images), seen_in_training=not unseen, source=source)
+
+
+def _write_curve(
+    args: argparse.Namespace, outcomes: Outcomes, macs: Macs, class_counts: Sequence[int], shots: tuple[int, int],
+    metrics: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the routing curve as a picture or a table -> {"curve", "prefixes"}.
+
+    metrics: those of the router, if routed.
+    """
+    prefixes = prefix_points(outcomes, macs, class_counts, shots)
+    curve = thin(routing_curve(outcomes, macs, class_counts, shots=shots))
+    if args.curve.endswith(".png"):
+        plot_routing(Path(args.curve), curve, prefixes, metrics if args.routed else None)
+    else:
+        write_text(Path(args.curve), curve_table(curve, prefixes))
+    return dict(curve=curve, prefixes=prefixes)
 
 
 def _print(

@@ -45,20 +45,16 @@ def evaluate(
     class_counts: Sequence[int],
     routed: bool = False,
     threshold: float = 0.5,
-    predict: Predict | None = None,
-    counts: CountAccumulator | None = None,
     shots: tuple[int, int] = (100, 20),
 ) -> dict[str, Any]:
     """The metrics of `compute_metrics`, over the samples of all processes.
 
     batches: images [b, 3, H, W] and targets [b] of this process; class_counts [C]: training images of each class;
-    predict: a prediction function to use in place of the model's, such as one of `inference.options`, and counts, a new
-    accumulator for what it returns; shots: see `priors.shot_groups`.
+    shots: see `priors.shot_groups`.
     """
-    if predict is None or counts is None:
-        num_used, num_members = (model.num_experts, None) if routed else (None, model.num_experts)
-        predict = predictor(model, routed, threshold, None if routed else range(model.num_experts))
-        counts = CountAccumulator(model.num_classes, num_used, num_members, next(model.parameters()).device)
+    num_used, num_members = (model.num_experts, None) if routed else (None, model.num_experts)
+    predict = predictor(model, routed, threshold, None if routed else range(model.num_experts))
+    counts = CountAccumulator(model.num_classes, num_used, num_members, next(model.parameters()).device)
     was_training = model.training
     model.eval()
     predictions = ((*predict(images), targets) for images, targets in batches)
@@ -67,10 +63,11 @@ def evaluate(
     return metrics
 
 
+@torch.inference_mode()
 def metrics_of(
     predictions: Predictions, counts: CountAccumulator, class_counts: Sequence[int], shots: tuple[int, int] = (100, 20)
 ) -> dict[str, Any]:
-    """The metrics of `compute_metrics` of predictions, counted by a new accumulator."""
+    """The metrics of `compute_metrics` of predictions, which may be a generator, counted by a new accumulator."""
     for logits, used, targets in predictions:
         members = logits if counts.num_members is not None else None
         counts.update(logits if members is None else members.mean(1), targets, used, members)
