@@ -71,7 +71,13 @@ def _training(script):
         # half the time of a tiny run; a process of its own plots
         patched.setattr("ride_timm.training.stages.plot_run", lambda *_: None)
         patched.setattr("threading.excepthook", threading.excepthook)  # trackers set it
-        yield lambda argv: exit_code(script.train, [str(part) for part in argv])
+
+        def train(argv):
+            code = exit_code(script.train, [str(part) for part in argv])
+            gc.collect()  # the lock of the folder, which the frames of an error still hold: a process would end
+            return code
+
+        yield train
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
