@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +19,10 @@ from ...evaluation.routing_curve import Point
 from ...evaluation.tables import GROUPS, ensemble_metrics
 from ...hardware import choose_device
 from ...models import Ride
-from ...models.download import download_if_there
+from ...models.load import HUB
 from ...models.release import class_names
 from ..image_files import ImageFiles
-from ..load import check_channels, folder_of, load_ride, own_recipe
+from ..load import check_channels, load_ride, own_recipe, run_file
 from ..model_prior import run_results
 
 TOP, OWN = 5, 3  # classes shown of the ensemble, and of each expert
@@ -157,15 +156,11 @@ def load_demo(spec: str, device: str | None = None) -> Demo:
 
 def _results(spec: str, model: Ride) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """results.json of a run or release and its example images, in a folder or on the Hub; empty where it has none."""
-    repository = model.pretrained_cfg.get("hf_hub_id")
-    if repository:
-        path = download_if_there(repository, "results.json")
-        results = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    else:
-        results = run_results(spec)
-    names = [Path(str(example["file"])).name for example in results.get("examples", ())]
-    paths = [download_if_there(repository, name) if repository else folder_of(spec) / name for name in names]
-    return results, tuple(path for path in paths if path and path.is_file())
+    repository = model.pretrained_cfg.get("hf_hub_id")  # of a tag, too
+    where = f"{HUB}{repository}" if repository else spec
+    results = run_results(where)
+    paths = [run_file(where, Path(str(example["file"])).name) for example in results.get("examples", ())]
+    return results, tuple(path for path in paths if path)
 
 
 def _settings(results: Mapping[str, Any]) -> tuple[tuple[Point, ...], int]:
