@@ -47,7 +47,7 @@ AGENT = """
 from ride_timm.progress import progress_bar
 os.environ["GROUP_RANK"] = "0"  # as torchrun's agent sets it
 if sys.argv[1] != os.environ["RANK"]:
-    os.kill = lambda pid, number: print("killed by", number, flush=True)
+    os.kill = lambda pid, number: print("killed by", int(number), flush=True)
 
 def command"""
 
