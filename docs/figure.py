@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ def draw_curve(axes: Axes, results: dict[str, Any]) -> None:
     fraction = routed["macs"] / results["stages"]["experts"]["macs"]
     axes.annotate(f"routed {y:.1f}\n{100 * fraction:.0f} % of the MACs", (x, y), (-12, 7), ha="right", va="bottom",
                   textcoords="offset points", color=GATE[1], size=9, weight="bold")  # fmt: skip
-    axes.set(xlabel="MMACs per image", xlim=(45, 109), ylim=(50, 54.4), yticks=range(50, 55))
+    bottom, top = math.floor(fixed[1][0]) - 1, max(*fixed[1], *points(routing["curve"])[1]) + 0.5  # room for the legend
+    axes.set(xlabel="MMACs per image", xlim=(fixed[0][0] - 20, fixed[0][-1] + 9), ylim=(bottom, top))
+    axes.set_yticks(range(bottom, math.floor(top) + 1))
     axes.grid(axis="y", color="#eef1f4", linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)

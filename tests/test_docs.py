@@ -117,3 +117,7 @@ def test_the_figure_shows_the_staged_results(tmp_path):
     assert figure.description(results) in figure.PICTURE.read_text(encoding="utf-8"), "python docs/figure.py"
     figure.draw(tmp_path / "ride.svg", results)
     assert figure.description(results) in (tmp_path / "ride.svg").read_text(encoding="utf-8")
+    axes = figure.Figure().subplots()
+    figure.draw_curve(axes, results)
+    low, high = axes.get_ylim()
+    assert all(low < y < high for line in axes.lines for y in line.get_ydata())

@@ -60,7 +60,7 @@ def render_with(staged, **changes):
         (dict(decouple="logit_adjustment"), ["afterwards with logit adjustment (", "| logit_adjustment, tau 1 |"]),
         (dict(decay_epochs=()), ["| 0.1, 5 warm-up epochs, constant |"]),
         (dict(decay_epochs=(7, 9)), ["| 0.1, 5 warm-up epochs, x 0.01 after epochs 7, 9 |"]),
-        (dict(cutout=16, random_erasing=0.5, mixup_alpha=0.4), ["| cifar, cutout 16, random_erasing 0.5, mixup_alpha 0.4 |"]),
+        (dict(cutout=16, random_erasing=0.5, mixup_alpha=0.4), ["cutout 16, random_erasing 0.5, mixup_alpha 0.4 |"]),
         (dict(select="best", holdout=0.1), ["The epoch was selected on held-out training images, not on the test"]),
         (dict(select="best", use_val=True), ["The epoch was selected on validation images, not"]),
         (dict(ema_decay=0.999), ["| EMA of the weights | decay 0.999 |"]),
