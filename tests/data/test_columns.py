@@ -12,6 +12,8 @@ from small_splits import png, saved, split
 from ride_timm.data.load import load_longtail
 from ride_timm.errors import InputError, RunError
 
+HALF_FLOATS = pytest.mark.skipif(int(pa.__version__.partition(".")[0]) < 16, reason="pyarrow 15 casts none")
+
 
 def test_columns_can_be_named(tmp_path):
     def two(labels):
@@ -75,7 +77,7 @@ def test_hostile_training_labels_are_refused(tmp_path, train, feature, message):
         ([10, 9, 10], [9], "uint8", ("9", "10"), [1, 0, 1]),
         ([0, 10**9], [0], "int64", ("0", "1000000000"), [0, 1]),
         ([2.0, 4.0], [4.0], "float32", ("2", "4"), [0, 1]),
-        ([2.0, 4.0], [4.0], "float16", ("2", "4"), [0, 1]),
+        pytest.param([2.0, 4.0], [4.0], "float16", ("2", "4"), [0, 1], marks=HALF_FLOATS),
     ],
 )
 @pytest.mark.filterwarnings("error")
