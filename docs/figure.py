@@ -110,8 +110,9 @@ def draw_curve(axes: Axes, results: dict[str, Any]) -> None:
     fraction = routed["macs"] / results["stages"]["experts"]["macs"]
     axes.annotate(f"routed {y:.1f}\n{100 * fraction:.0f} % of the MACs", (x, y), (-12, 7), ha="right", va="bottom",
                   textcoords="offset points", color=GATE[1], size=9, weight="bold")  # fmt: skip
-    bottom, top = math.floor(fixed[1][0]) - 1, max(*fixed[1], *points(routing["curve"])[1]) + 0.5  # room for the legend
-    axes.set(xlabel="MMACs per image", xlim=(fixed[0][0] - 20, fixed[0][-1] + 9), ylim=(bottom, top))
+    drawn = axes.dataLim
+    bottom, top = math.floor(drawn.ymin) - 1, drawn.ymax + 0.5  # room for the legend
+    axes.set(xlabel="MMACs per image", xlim=(drawn.xmin - 20, drawn.xmax + 9), ylim=(bottom, top))
     axes.set_yticks(range(bottom, math.floor(top) + 1))
     axes.grid(axis="y", color="#eef1f4", linewidth=1)
     axes.set_axisbelow(True)
